@@ -1,0 +1,119 @@
+"""Loads the compiled libraries and picks the backend of a call: native, triton or reference."""
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("native", "triton", "reference", "auto")
+_LIBRARY_FOLDER = Path(__file__).parent / "lib"
+_SUPPORTED_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+_load_failures: dict[str, str] = {}  # device type → why its compiled kernels are missing
+_choice = "auto"
+_warned: set[str] = set()
+
+
+def _load(device: str) -> str | None:
+    """Load one compiled library; return None, or why it is not there."""
+    path = _LIBRARY_FOLDER / f"liblatephase_{device}.so"
+    if device == "cuda" and torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if not path.exists():
+        compiler = "nvcc" if device == "cuda" else "a C++ compiler"
+        return f"{path.name} was not built: {compiler} was not found when the package was installed; install it and reinstall"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return (
+            f"{path} did not load: {error}\nLikely causes: (1) this torch ({torch.__version__}) is older than 2.10; "
+            "(2) the library was built for another processor or C library; (3) the file is damaged. "
+            "Reinstalling latephase_kernels beside this torch mends all three"
+        )
+    return None
+
+
+def _load_all() -> None:
+    for device in ("cpu", "cuda"):
+        failure = _load(device)
+        if failure is not None:
+            _load_failures[device] = failure
+
+
+def _triton_failure(tensor: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton does not run on {tensor.device.type} tensors (TRITON_INTERPRET=1 interprets it there, slowly)"
+    return None
+
+
+def _failure(backend: str, tensor: Tensor) -> str | None:
+    """Why `backend` cannot run an op on this tensor; None if it can."""
+    if backend == "reference":
+        return None
+    device = tensor.device.type
+    if device not in _SUPPORTED_DTYPES:
+        return f"there are no kernels for {device} tensors"
+    if tensor.dtype not in _SUPPORTED_DTYPES[device]:
+        return f"there are no {device} kernels for {tensor.dtype}"
+    return _triton_failure(tensor) if backend == "triton" else _load_failures.get(device)
+
+
+def backend_for(tensor: Tensor) -> str:
+    """Return "native", "triton" or "reference": the backend that an op on `tensor` runs on now.
+
+    Raises:
+        RuntimeError: set_backend chose one that cannot run this tensor.
+    """
+    if _choice != "auto":
+        failure = _failure(_choice, tensor)
+        if failure is not None:
+            raise RuntimeError(
+                f'backend_for: set_backend("{_choice}") is in force, but {failure}; call set_backend("auto")'
+            )
+        return _choice
+    candidates = ("native", "triton") if tensor.device.type == "cuda" else ("native",)
+    for candidate in candidates:
+        if _failure(candidate, tensor) is None:
+            return candidate
+    _warn_once(tensor)
+    return "reference"
+
+
+def _warn_once(tensor: Tensor) -> None:
+    device = tensor.device.type
+    if device in _load_failures and device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"latephase_kernels runs on the reference path (plain PyTorch, slower) for {device} tensors: "
+            f"{_load_failures[device]}",
+            stacklevel=5,
+        )
+
+
+def set_backend(backend: str) -> None:
+    """Choose the backend of every op from now on: "native", "triton", "reference" or "auto" (the fastest there is).
+
+    Raises:
+        ValueError: not one of these names.
+        RuntimeError: it cannot run at all here; the message says why.
+    """
+    global _choice
+    if backend not in BACKENDS:
+        raise ValueError(f"set_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "native" and {"cpu", "cuda"} <= _load_failures.keys():
+        reasons = "; ".join(f"{device}: {why}" for device, why in _load_failures.items())
+        raise RuntimeError(f"set_backend: no compiled kernels could be loaded: {reasons}")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise RuntimeError("set_backend: the package triton is not installed; pip install triton")
+    _choice = backend
+
+
+_load_all()

@@ -1,0 +1,144 @@
+"""What the arguments of ensemble_batch_norm must be; nothing is changed before all of it holds."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_OP = "ensemble_batch_norm"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu")
+
+
+def check_num_members(op: str, num_members: int) -> None:
+    """Raise unless num_members is an int ≥ 1."""
+    if isinstance(num_members, bool) or not isinstance(num_members, (int, torch.SymInt)):
+        raise TypeError(f"{op}: num_members must be an int, got {type(num_members).__name__}")
+    if num_members < 1:
+        raise ValueError(f"{op}: num_members must be at least 1, got {num_members}")
+
+
+def check_activation(op: str, activation: str) -> None:
+    """Raise unless activation is a known name."""
+    if not isinstance(activation, str):
+        raise TypeError(f"{op}: activation must be a str, got {type(activation).__name__}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_eps(op: str, eps: float, training: bool) -> None:
+    """Raise unless eps is a finite number, > 0 in training and ≥ 0 otherwise."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__}")
+    if not math.isfinite(eps) or eps < 0 or (training and eps == 0):
+        raise ValueError(f"{op}: eps must be finite and {'> 0 in training' if training else '>= 0'}, got {eps}")
+
+
+def check_momentum(op: str, momentum: float | Tensor) -> None:
+    """Raise unless momentum is a finite number or a tensor."""
+    if isinstance(momentum, Tensor):
+        return
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(
+            f"{op}: momentum must be a float, got {type(momentum).__name__}; for a cumulative average (momentum=None) "
+            "use the modules in latephase_kernels.nn, or pass 1 / (batches seen so far)"
+        )
+    if not math.isfinite(momentum):
+        raise ValueError(f"{op}: momentum must be finite, got {momentum}")
+
+
+def _check_input(input: Tensor, num_members: int) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{_OP}: input must be a Tensor, got {type(input).__name__}")
+    if input.layout != torch.strided or input.is_nested:
+        raise NotImplementedError(f"{_OP}: input must be a dense strided tensor, got layout {input.layout}")
+    if input.dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"{_OP}: input must be float32, float64, bfloat16 or float16, got {input.dtype}; convert it with .float()"
+        )
+    if not 2 <= input.dim() <= 5:
+        raise ValueError(
+            f"{_OP}: input must be [K·B, C] with 0 to 3 spatial dimensions behind, got shape {tuple(input.shape)}"
+        )
+    if input.size(0) % num_members:
+        raise ValueError(
+            f"{_OP}: input.size(0)={input.size(0)} is not divisible by num_members={num_members}; "
+            f"stack {num_members} equal minibatches along dim 0"
+        )
+
+
+def _check_per_member(name: str, tensor: Tensor, input: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a Tensor or None, got {type(tensor).__name__}")
+    if tuple(tensor.shape) not in shapes:
+        expected = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+        raise ValueError(f"{_OP}: {name} must have shape {expected} (members, channels), got {list(tensor.shape)}")
+    allowed = (torch.float64,) if input.dtype == torch.float64 else (torch.float32, input.dtype)
+    if tensor.dtype not in allowed:
+        raise NotImplementedError(
+            f"{_OP}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} for {input.dtype} input, "
+            f"got {tensor.dtype}; convert it with .to({allowed[0]})"
+        )
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{_OP}: {name} is on {tensor.device}, input on {input.device}; move one of them with .to(device)"
+        )
+
+
+def _check_running(running_mean: Tensor | None, running_var: Tensor | None, input: Tensor, shape, training) -> None:
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{_OP}: {missing} is None but the other is not; pass both or neither")
+    if running_mean is None or running_var is None:
+        if not training:
+            raise ValueError(f"{_OP}: running_mean and running_var must be given when training=False")
+        return
+    for name, running in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_per_member(name, running, input, (shape,))
+        if not training:
+            continue
+        if running.requires_grad:
+            raise ValueError(f"{_OP}: {name} is updated in place, so it must not require grad; use a buffer")
+        if any(stride == 0 and size > 1 for stride, size in zip(running.stride(), running.shape)):
+            raise ValueError(f"{_OP}: {name} is updated in place but its values share memory; .clone() it")
+    if training and running_mean is running_var:
+        raise ValueError(f"{_OP}: running_mean and running_var are the same tensor; pass two buffers")
+
+
+def _check_residual(residual: Tensor, input: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{_OP}: residual must be a Tensor or None, got {type(residual).__name__}")
+    if residual.shape != input.shape:
+        raise ValueError(f"{_OP}: residual must have input's shape {list(input.shape)}, got {list(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise NotImplementedError(
+            f"{_OP}: residual must have input's type {input.dtype}, got {residual.dtype}; "
+            f"convert it with .to({input.dtype})"
+        )
+    if residual.device != input.device:
+        raise ValueError(f"{_OP}: residual is on {residual.device}, input on {input.device}; move one of them")
+
+
+def check_arguments(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, num_members, residual, activation
+) -> None:
+    """Raise the exception that names the first argument that does not fit, what was expected, and the remedy."""
+    check_num_members(_OP, num_members)
+    _check_input(input, num_members)
+    if not isinstance(training, bool):
+        raise TypeError(f"{_OP}: training must be a bool, got {type(training).__name__}")
+    check_eps(_OP, eps, training)
+    check_momentum(_OP, momentum)
+    check_activation(_OP, activation)
+    per_member = (num_members, input.size(1))
+    _check_running(running_mean, running_var, input, per_member, training)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _check_per_member(name, parameter, input, (per_member, per_member[1:]))
+    if residual is not None:
+        _check_residual(residual, input)
+    if training and 0 < input.numel() == num_members * input.size(1):
+        raise ValueError(
+            f"{_OP}: training needs more than one value a channel and member, got input of shape {list(input.shape)} "
+            f"with num_members={num_members}; give each member a larger batch, or call with training=False"
+        )

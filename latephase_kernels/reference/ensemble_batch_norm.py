@@ -1,0 +1,67 @@
+"""Ensemble batch norm in plain PyTorch.
+
+    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ),   rstd_k = 1 / √(var_k + eps)
+
+Shapes: K members, B rows a member, C channels; input [K·B, C, *]; per-member tensors [K, C].
+Differentiable to any order by autograd, and usable under every torch.func transform.
+"""
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of statistics and sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def statistics(input: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
+    """Return (mean, biased variance) per member and channel, each [K, C], in the accumulation type."""
+    x = input.to(accumulation_dtype(input.dtype)).unflatten(0, (num_members, -1 if input.size(0) else 0))
+    dims = [1, *range(3, x.dim())]
+    mean = x.mean(dims, keepdim=True)
+    var = (x - mean).square().mean(dims)
+    return mean.reshape(var.shape), var
+
+
+def per_row(per_member: Tensor, input: Tensor) -> Tensor:
+    """Expand [K, C] or [C] to a shape that broadcasts against input [K·B, C, *]."""
+    if per_member.dim() == 2:
+        per_member = per_member.repeat_interleave(input.size(0) // per_member.size(0), dim=0)
+    else:
+        per_member = per_member.unsqueeze(0)
+    return per_member.reshape(*per_member.shape, *[1] * (input.dim() - 2))
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """Apply activation, "none" or "relu"."""
+    return z.relu() if activation == "relu" else z
+
+
+def ensemble_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    num_members: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, mean, biased variance): the batch's statistics in training, else the running ones."""
+    dtype = accumulation_dtype(input.dtype)
+    if training:
+        mean, var = statistics(input, num_members)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(dtype), running_var.to(dtype)
+    z = (input.to(dtype) - per_row(mean, input)) * per_row((var + eps).rsqrt(), input)
+    if weight is not None:
+        z = z * per_row(weight.to(dtype), input)
+    if bias is not None:
+        z = z + per_row(bias.to(dtype), input)
+    if residual is not None:
+        z = z + residual.to(dtype)
+    return activate(z.to(input.dtype), activation), mean, var
