@@ -30,9 +30,9 @@ def _load(device: str) -> str | None:
         return f"{path.name} was not built: {compiler} was not found when the package was installed; install it and reinstall"
     try:
         torch.ops.load_library(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return (
-            f"{path} did not load: {error}\nLikely causes: (1) this torch ({torch.__version__}) is older than 2.10; "
+            f"{path} did not load: {error.__cause__ or error}\nLikely causes: (1) this torch ({torch.__version__}) is older than 2.10; "
             "(2) the library was built for another processor or C library; (3) the file is damaged. "
             "Reinstalling latephase_kernels beside this torch mends all three"
         )

@@ -15,9 +15,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def working_dtype(input: Tensor) -> torch.dtype:
+    """The type the formula is evaluated in: float64 on the CPU, where PyTorch's own kernels accumulate in it too."""
+    return torch.float64 if input.device.type == "cpu" else accumulation_dtype(input.dtype)
+
+
 def statistics(input: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
-    """Return (mean, biased variance) per member and channel, each [K, C], in the accumulation type."""
-    x = input.to(accumulation_dtype(input.dtype)).unflatten(0, (num_members, -1 if input.size(0) else 0))
+    """Return (mean, biased variance) per member and channel, each [K, C], in the working type."""
+    x = input.to(working_dtype(input)).unflatten(0, (num_members, -1 if input.size(0) else 0))
     dims = [1, *range(3, x.dim())]
     mean = x.mean(dims, keepdim=True)
     var = (x - mean).square().mean(dims)
@@ -51,7 +56,7 @@ def ensemble_batch_norm(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, biased variance): the batch's statistics in training, else the running ones."""
-    dtype = accumulation_dtype(input.dtype)
+    dtype = working_dtype(input)
     if training:
         mean, var = statistics(input, num_members)
     else:
@@ -64,4 +69,5 @@ def ensemble_batch_norm(
         z = z + per_row(bias.to(dtype), input)
     if residual is not None:
         z = z + residual.to(dtype)
-    return activate(z.to(input.dtype), activation), mean, var
+    statistic = accumulation_dtype(input.dtype)
+    return activate(z.to(input.dtype), activation), mean.to(statistic), var.to(statistic)

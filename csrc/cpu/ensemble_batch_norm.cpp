@@ -1,0 +1,81 @@
+// Ensemble batch norm on the CPU: picks the kernels of the best instruction set this processor has, and registers them.
+#include "../ensemble_batch_norm.h"
+#include "instruction_set.h"
+
+namespace latephase {
+
+#define LATEPHASE_DECLARE(isa)                                                        \
+  namespace isa {                                                                     \
+  int64_t items(const ensemble_batch_norm::Sizes&, ensemble_batch_norm::DataType);    \
+  void forward(const ensemble_batch_norm::Forward&, int64_t begin, int64_t end);      \
+  void backward(const ensemble_batch_norm::Backward&, int64_t begin, int64_t end);    \
+  }
+LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
+
+namespace ensemble_batch_norm {
+namespace {
+
+struct Kernels {
+  decltype(&baseline::items) items;
+  decltype(&baseline::forward) forward;
+  decltype(&baseline::backward) backward;
+};
+
+const Kernels& kernels() {
+#define LATEPHASE_KERNELS(isa) {isa::items, isa::forward, isa::backward},
+  static const Kernels table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_KERNELS)};
+  static const Kernels& chosen = table[chosen_instruction_set()];
+  return chosen;
+}
+
+constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a second thread
+
+template <class Arguments, class Kernel>
+void run(const Arguments& arguments, const Kernel& kernel) {
+  const Sizes& s = arguments.sizes;
+  if (s.numel() == 0) return;
+  const int64_t items = kernels().items(s, arguments.dtype);
+  const int64_t grain = std::max<int64_t>(1, kGrainValues * items / s.numel());
+  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+template <class A>
+void fill(void* data, int64_t count, A value) {
+  std::fill_n(static_cast<A*>(data), data ? count : 0, value);
+}
+
+// The sums and statistics of nothing: what a kernel that never runs would leave unwritten.
+void fill_empty(const Sizes& s, DataType dtype, std::initializer_list<void*> statistics) {
+  if (s.numel() != 0) return;
+  for (void* data : statistics)
+    dtype == DataType::Double ? fill<double>(data, s.K * s.C, 0) : fill<float>(data, s.K * s.C, 0);
+}
+
+struct Cpu {
+  static void forward(const Forward& f) {
+    if (f.compute_statistics) fill_empty(f.sizes, f.dtype, {f.mean, f.rstd, f.var});
+    run(f, kernels().forward);
+  }
+  static void backward(const Backward& b) {
+    if (b.compute_sums) fill_empty(b.sizes, b.dtype, {b.sum_dz, b.sum_dz_xhat});
+    run(b, kernels().backward);
+  }
+  template <class A>
+  static void inverse(const Tensor& var, double eps, const Tensor& rstd) {
+    const A* from = static_cast<const A*>(var.const_data_ptr());
+    A* to = static_cast<A*>(rstd.mutable_data_ptr());
+    for (int64_t i = 0; i < var.numel(); ++i)
+      to[i] = static_cast<A>(1 / std::sqrt(static_cast<double>(from[i]) + eps));
+  }
+  static void inverse_deviation(const Sizes&, const Tensor& input, const Tensor& var, double eps, const Tensor& rstd) {
+    input.scalar_type() == ScalarType::Double ? inverse<double>(var, eps, rstd) : inverse<float>(var, eps, rstd);
+  }
+};
+
+}  // namespace
+}  // namespace ensemble_batch_norm
+}  // namespace latephase
+
+STABLE_TORCH_LIBRARY_IMPL(latephase_kernels, CPU, m) {
+  latephase::ensemble_batch_norm::Ops<latephase::ensemble_batch_norm::Cpu>::implement(m);
+}

@@ -1,0 +1,260 @@
+// One register of accumulation values (float or double), as wide as the instruction set this file is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace latephase::LATEPHASE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+
+template <class A>
+struct Register;
+template <>
+struct Register<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Register<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename Register<A>::type;
+template <class A>
+using Mask = typename Register<A>::mask;  // a lane is -1 (true) or 0
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+inline Vec<A> splat(A value) {
+  return Vec<A>{} + value;
+}
+
+// a · b + c, rounded once where the instruction set can: the same in every kernel, so that a mask is recomputed exactly.
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// v where `mask` is set, else 0.
+template <class A>
+inline Vec<A> keep(Vec<A> v, Mask<A> mask) {
+  return (Vec<A>)((Mask<A>)v & mask);
+}
+
+template <class A>
+inline double lane_sum(Vec<A> v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
+}
+
+// ---- conversion: W = kLanes<float> 16-bit values ↔ one float register
+
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+
+inline Vec<float> widen(Bits16 bits, BFloat16) { return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16); }
+
+inline Bits16 narrow(Vec<float> v, BFloat16) {
+  const Bits32 bits = (Bits32)v;
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits32 quiet_nan = (bits >> 16) | 0x40u;
+  const Bits32 number = (Bits32)(v == v);
+  return __builtin_convertvector((rounded & number) | (quiet_nan & ~number), Bits16);
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, body = h & 0x7fffu;
+  float value;
+  uint32_t bits;
+  if (body >= 0x7c00u) {
+    bits = sign | 0x7f800000u | (body & 0x3ffu) << 13;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  bits = body << 13;  // exponent too small by 112
+  std::memcpy(&value, &bits, 4);
+  value *= 0x1p112f;
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7e00u;
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (bits < 0x38800000u) {                        // denormal: let the float adder round to multiples of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return sign | static_cast<uint16_t>(bits - 0x3f000000u);
+  }
+  return sign | static_cast<uint16_t>((bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13);
+}
+
+inline Vec<float> widen(Bits16 bits, Half) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(bits[i]);
+  return v;
+#endif
+}
+
+inline Bits16 narrow(Vec<float> v, Half) {
+#if defined(__AVX512F__)
+  return (Bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  Bits16 bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = float_to_half(v[i]);
+  return bits;
+#endif
+}
+
+// ---- memory: whole registers, and the first `count` lanes (the others read as zero)
+
+inline void load(const float* p, Vec<float>& v) { std::memcpy(&v, p, sizeof v); }
+inline void load(const double* p, Vec<double>& v) { std::memcpy(&v, p, sizeof v); }
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+inline void load(const T* p, Vec<float>& v) {
+  Bits16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  v = widen(bits, T{});
+}
+template <class T>
+inline void store(T* p, Vec<float> v) {
+  const Bits16 bits = narrow(v, T{});
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+template <class T>
+inline Vec<typename Accumulation<T>::type> load(const T* p) {
+  Vec<typename Accumulation<T>::type> v;
+  load(p, v);
+  return v;
+}
+template <class T>
+inline Vec<typename Accumulation<T>::type> load(const T* p, int count) {
+  using A = typename Accumulation<T>::type;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+#endif
+  T lanes[kLanes<A>] = {};
+  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T, class V>
+inline void store(T* p, V v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
+    return;
+  }
+#endif
+  T lanes[kLanes<typename Accumulation<T>::type>];
+  store(lanes, v);
+  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+}
+
+// ---- packed masks: bit j of a row says whether column j passed
+
+template <class A>
+inline uint32_t to_bits(Mask<A> mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)mask);
+  return _mm512_movepi64_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes<A>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+template <class A>
+inline Mask<A> from_bits(uint32_t bits) {
+  Mask<A> lane_bit;
+  for (int i = 0; i < kLanes<A>; ++i) lane_bit[i] = 1 << i;
+  return ((Mask<A>{} + static_cast<int>(bits)) & lane_bit) != 0;
+}
+
+// `column` is a multiple of kLanes<A>, so that a group of lanes never straddles a byte unless it fills whole ones.
+template <class A>
+inline void write_mask(uint8_t* row, int64_t column, Mask<A> passed, int count) {
+  uint32_t bits = to_bits<A>(passed);
+  if (count < kLanes<A>) bits &= (1u << count) - 1;
+  uint8_t* byte = row + column / 8;
+  if (column % 8 == 0)
+    *byte = static_cast<uint8_t>(bits);
+  else
+    *byte |= static_cast<uint8_t>(bits << column % 8);
+  if (count > 8) byte[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+template <class A>
+inline Mask<A> read_mask(const uint8_t* row, int64_t column, int count) {
+  uint32_t bits = row[column / 8] >> column % 8;
+  if (count > 8) bits |= static_cast<uint32_t>(row[column / 8 + 1]) << 8;
+  return from_bits<A>(bits);
+}
+
+}  // namespace latephase::LATEPHASE_ISA

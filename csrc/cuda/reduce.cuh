@@ -1,0 +1,112 @@
+// Reductions over a warp and a block in an order that is fixed by the block's shape alone.
+#pragma once
+
+#include <cstdint>
+
+namespace latephase {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 256;
+
+// The moments of `count` values in each of N channels: their mean and their sum of squares around it.
+template <int N>
+struct Moments {
+  float count;
+  float mean[N];
+  float m2[N];
+
+  static __device__ Moments zero() {
+    Moments m;
+    m.count = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) m.mean[j] = m.m2[j] = 0;
+    return m;
+  }
+
+  // Chan, Golub and LeVeque's pairwise update.
+  __device__ void merge(const Moments& b) {
+    if (b.count == 0) return;
+    const float total = count + b.count;
+    const float share = b.count / total;
+    const float spread = count * share;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float delta = b.mean[j] - mean[j];
+      mean[j] = fmaf(delta, share, mean[j]);
+      m2[j] += fmaf(delta, delta * spread, b.m2[j]);
+    }
+    count = total;
+  }
+
+  __device__ Moments shuffled_down(int offset) const {
+    Moments m;
+    m.count = __shfl_down_sync(~0u, count, offset);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      m.mean[j] = __shfl_down_sync(~0u, mean[j], offset);
+      m.m2[j] = __shfl_down_sync(~0u, m2[j], offset);
+    }
+    return m;
+  }
+
+  __device__ Moments<1> channel(int j) const { return {count, {mean[j]}, {m2[j]}}; }
+};
+
+// Two sums in each of N channels.
+template <int N>
+struct Sums {
+  float first[N];
+  float second[N];
+
+  static __device__ Sums zero() {
+    Sums s;
+#pragma unroll
+    for (int j = 0; j < N; ++j) s.first[j] = s.second[j] = 0;
+    return s;
+  }
+
+  __device__ void merge(const Sums& b) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      first[j] += b.first[j];
+      second[j] += b.second[j];
+    }
+  }
+
+  __device__ Sums shuffled_down(int offset) const {
+    Sums s;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      s.first[j] = __shfl_down_sync(~0u, first[j], offset);
+      s.second[j] = __shfl_down_sync(~0u, second[j], offset);
+    }
+    return s;
+  }
+
+  __device__ Sums<1> channel(int j) const { return {{first[j]}, {second[j]}}; }
+};
+
+// Merges the values of the lanes that are equal modulo `lanes` (a power of two); valid in lanes 0 … lanes − 1.
+template <class T>
+__device__ T warp_reduce(T value, int lanes) {
+  for (int offset = kWarp / 2; offset >= lanes; offset /= 2) value.merge(value.shuffled_down(offset));
+  return value;
+}
+
+// Merges the values of the threads that are equal modulo `lanes`; valid in threads 0 … lanes − 1. The block is made of
+// whole warps. Once a kernel: the shared memory is not reusable.
+template <class T, int max_lanes>
+__device__ T block_reduce(T value, int lanes) {
+  __shared__ T warps[kMaxThreads / kWarp * max_lanes];
+  value = warp_reduce(value, lanes);
+  if (blockDim.x == kWarp) return value;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (lane < lanes) warps[warp * lanes + lane] = value;
+  __syncthreads();
+  if (threadIdx.x < lanes) {
+    for (int other = 1; other < blockDim.x / kWarp; ++other) value.merge(warps[other * lanes + lane]);
+  }
+  return value;
+}
+
+}  // namespace latephase

@@ -1,0 +1,145 @@
+// A unit: eight consecutive values in registers, loaded and stored by the widest access that alignment allows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace latephase {
+
+constexpr int kUnit = 8;
+
+// How two values of a type share a 32-bit word, and what rounds to zero in it.
+template <class scalar_t>
+struct Packing;
+
+template <>
+struct Packing<__half> {
+  static constexpr float kRoundsToZero = kRoundsToZeroHalf;
+  static __device__ float low(uint32_t word) { return __half2float(__ushort_as_half(word & 0xffff)); }
+  static __device__ float high(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
+  static __device__ uint32_t pack(float low, float high) {
+    return __half_as_ushort(__float2half_rn(low)) | uint32_t{__half_as_ushort(__float2half_rn(high))} << 16;
+  }
+};
+
+template <>
+struct Packing<__nv_bfloat16> {
+  static constexpr float kRoundsToZero = kRoundsToZeroBFloat16;
+  static __device__ float low(uint32_t word) { return __uint_as_float(word << 16); }
+  static __device__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+  static __device__ uint32_t pack(float low, float high) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+           uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(high))} << 16;
+  }
+};
+
+template <>
+struct Packing<float> {
+  static constexpr float kRoundsToZero = 0;
+};
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class scalar_t>
+struct Unit {
+  static constexpr int kPerWord = 4 / sizeof(scalar_t);
+  static constexpr int kWords = kUnit / kPerWord;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ float get(int j) const {
+    if constexpr (kPerWord == 1) {
+      return __uint_as_float(words[j]);
+    } else {
+      return j % 2 ? Packing<scalar_t>::high(words[j / 2]) : Packing<scalar_t>::low(words[j / 2]);
+    }
+  }
+
+  // Rounds values to nearest even.
+  static __device__ __forceinline__ Unit of(const float (&values)[kUnit]) {
+    Unit unit;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (kPerWord == 1) {
+        unit.words[w] = __float_as_uint(values[w]);
+      } else {
+        unit.words[w] = Packing<scalar_t>::pack(values[2 * w], values[2 * w + 1]);
+      }
+    }
+    return unit;
+  }
+
+  // Reads the first `valid` values (0 … 8) at p by accesses of `bytes`, which p's alignment and valid are multiples of;
+  // the others are 0.
+  template <int bytes>
+  static __device__ __forceinline__ Unit load(const scalar_t* p, int valid) {
+    constexpr int step = bytes >= 4 ? bytes / 4 : 1;
+    Unit unit;
+#pragma unroll
+    for (int w = 0; w < kWords; w += step) {
+      const int first = w * kPerWord;
+      if constexpr (bytes == 16) {
+        const uint4 read = first < valid ? __ldg(reinterpret_cast<const uint4*>(p + first)) : uint4{0, 0, 0, 0};
+        unit.words[w] = read.x, unit.words[w + 1] = read.y, unit.words[w + 2] = read.z, unit.words[w + 3] = read.w;
+      } else if constexpr (bytes == 8) {
+        const uint2 read = first < valid ? __ldg(reinterpret_cast<const uint2*>(p + first)) : uint2{0, 0};
+        unit.words[w] = read.x, unit.words[w + 1] = read.y;
+      } else if constexpr (bytes == 4) {
+        unit.words[w] = first < valid ? __ldg(reinterpret_cast<const uint32_t*>(p + first)) : 0;
+      } else {
+        const auto* halves = reinterpret_cast<const uint16_t*>(p + first);
+        const uint32_t low = first < valid ? __ldg(halves) : 0;
+        const uint32_t high = first + 1 < valid ? __ldg(halves + 1) : 0;
+        unit.words[w] = low | high << 16;
+      }
+    }
+    return unit;
+  }
+
+  template <int bytes>
+  __device__ __forceinline__ void store(scalar_t* p, int valid) const {
+    constexpr int step = bytes >= 4 ? bytes / 4 : 1;
+#pragma unroll
+    for (int w = 0; w < kWords; w += step) {
+      const int first = w * kPerWord;
+      if (first >= valid) break;
+      if constexpr (bytes == 16) {
+        *reinterpret_cast<uint4*>(p + first) = {words[w], words[w + 1], words[w + 2], words[w + 3]};
+      } else if constexpr (bytes == 8) {
+        *reinterpret_cast<uint2*>(p + first) = {words[w], words[w + 1]};
+      } else if constexpr (bytes == 4) {
+        *reinterpret_cast<uint32_t*>(p + first) = words[w];
+      } else {
+        auto* halves = reinterpret_cast<uint16_t*>(p + first);
+        halves[0] = words[w];
+        if (first + 1 < valid) halves[1] = words[w] >> 16;
+      }
+    }
+  }
+};
+
+// A run-time width of access, uniform over the grid, turned into a compile-time one: body(AccessBytes<bytes>).
+template <int bytes>
+struct AccessBytes {
+  static constexpr int value = bytes;
+};
+
+template <class scalar_t, class Body>
+__device__ __forceinline__ void with_access(int bytes, Body body) {
+  if (bytes == 16) {
+    body(AccessBytes<16>{});
+  } else if (bytes == 8) {
+    body(AccessBytes<8>{});
+  } else if (bytes == 4) {
+    body(AccessBytes<4>{});
+  } else if constexpr (sizeof(scalar_t) == 2) {
+    body(AccessBytes<2>{});
+  }
+}
+
+}  // namespace latephase

@@ -1,0 +1,255 @@
+// Ensemble batch norm: sizes, argument checks and the six registered ops, shared by both devices.
+#pragma once
+
+#include <cmath>
+
+#include "ensemble_batch_norm_arguments.h"
+#include "stable.h"
+
+namespace latephase::ensemble_batch_norm {
+
+inline ScalarType accumulation_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline DataType data_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return DataType::Float;
+    case ScalarType::Double:
+      return DataType::Double;
+    case ScalarType::BFloat16:
+      return DataType::BFloat16;
+    case ScalarType::Half:
+      return DataType::Half;
+    default:
+      STD_TORCH_CHECK(false, "ensemble_batch_norm: input must be float32, float64, bfloat16 or float16");
+  }
+}
+
+// True if `t` is dense with channels innermost; size-1 dimensions do not count.
+inline bool is_channels_last(const Tensor& t) {
+  int64_t expected = t.size(1);
+  if (t.size(1) != 1 && t.stride(1) != 1) return false;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (d == 1) continue;
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline Sizes sizes_of(const Tensor& input, int64_t num_members) {
+  STD_TORCH_CHECK(input.dim() >= 2, "ensemble_batch_norm: input must be [K·B, C, *]");
+  STD_TORCH_CHECK(num_members >= 1 && input.size(0) % num_members == 0,
+                  "ensemble_batch_norm: input.size(0)=", input.size(0), " is not divisible by num_members=",
+                  num_members);
+  Sizes s{num_members, input.size(0) / num_members, input.size(1), 1, false};
+  for (int64_t d = 2; d < input.dim(); ++d) s.S *= input.size(d);
+  const bool contiguous = input.is_contiguous();
+  STD_TORCH_CHECK(contiguous || is_channels_last(input),
+                  "ensemble_batch_norm: input must be contiguous or channels_last; call .contiguous()");
+  s.channels_last = !contiguous || s.S == 1;
+  return s;
+}
+
+// Raises unless `t` has exactly the input's sizes, type and, where they matter, strides.
+inline const void* data_like(const char* name, const Tensor& t, const Tensor& input) {
+  bool same = t.dim() == input.dim() && t.scalar_type() == input.scalar_type();
+  for (int64_t d = 0; same && d < input.dim(); ++d)
+    same = t.size(d) == input.size(d) && (t.stride(d) == input.stride(d) || t.size(d) == 1 || t.numel() == 0);
+  STD_TORCH_CHECK(same, "ensemble_batch_norm: ", name, " must have input's shape, type and strides");
+  return t.const_data_ptr();
+}
+
+inline Affine affine(const char* name, const OptionalTensor& t, const Tensor& input, const Sizes& s) {
+  if (!t.has_value()) return {};
+  const bool per_member = t->dim() == 2 && t->size(0) == s.K && t->size(1) == s.C;
+  const bool shared = t->dim() == 1 && t->size(0) == s.C;
+  STD_TORCH_CHECK((per_member || shared) && t->is_contiguous(), "ensemble_batch_norm: ", name,
+                  " must be contiguous, [K, C] or [C]");
+  const ScalarType dtype = t->scalar_type();
+  STD_TORCH_CHECK(dtype == input.scalar_type() || dtype == accumulation_type(input.scalar_type()),
+                  "ensemble_batch_norm: ", name, " must have input's type or the accumulation type");
+  return {t->const_data_ptr(), per_member ? s.C : 0, data_type(dtype)};
+}
+
+inline void check_statistic(const char* name, const Tensor& t, const Tensor& input, const Sizes& s) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == s.K && t.size(1) == s.C && t.is_contiguous() &&
+                      t.scalar_type() == accumulation_type(input.scalar_type()),
+                  "ensemble_batch_norm: ", name, " must be contiguous [K, C] in the accumulation type");
+}
+
+inline bool is_relu(const std::string& activation) {
+  STD_TORCH_CHECK(activation == "relu" || activation == "none", "ensemble_batch_norm: unknown activation ", activation);
+  return activation == "relu";
+}
+
+// The six ops for one device; Device has static forward(const Forward&), backward(const Backward&), and
+// inverse_deviation(sizes, input, var, eps, rstd): rstd = 1 / √(var + eps), all [K, C].
+template <class Device>
+struct Ops {
+  static Tensor statistic(const Tensor& input, const Sizes& s) {
+    return empty(input, {s.K, s.C}, accumulation_type(input.scalar_type()));
+  }
+
+  static Tensor new_mask(const Tensor& input, const Sizes& s, bool needed) {
+    return needed ? empty(input, {s.rows(), s.mask_row_bytes()}, ScalarType::Byte)
+                  : empty(input, {0}, ScalarType::Byte);
+  }
+
+  static Forward forward_of(const Tensor& input, const Sizes& s, bool compute, const Tensor& mean) {
+    Forward f{s, data_type(input.scalar_type()), input.const_data_ptr()};
+    f.compute_statistics = compute;
+    f.mean = mean.mutable_data_ptr();
+    f.like = &input;
+    return f;
+  }
+
+  static std::tuple<Tensor, Tensor> normalize(Forward& f, const Tensor& input, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, const OptionalTensor& residual,
+                                              const std::string& activation) {
+    f.relu = is_relu(activation);
+    f.weight = affine("weight", weight, input, f.sizes);
+    f.bias = affine("bias", bias, input, f.sizes);
+    if (residual.has_value()) f.residual = data_like("residual", *residual, input);
+    Tensor y = torch::stable::empty_like(input);
+    Tensor mask = new_mask(input, f.sizes, f.relu && residual.has_value());
+    f.y = y.mutable_data_ptr();
+    f.mask = mask.numel() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    Device::forward(f);
+    return {y, mask};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> whole(
+      const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, bool training,
+      double eps, int64_t num_members, const std::string& activation) {
+    const Sizes s = sizes_of(input, num_members);
+    Tensor mean = statistic(input, s), var = statistic(input, s), rstd = statistic(input, s);
+    if (!training) {
+      STD_TORCH_CHECK(running_mean.has_value() && running_var.has_value(),
+                      "ensemble_batch_norm: running_mean and running_var must be given when training=False");
+      STD_TORCH_CHECK(running_mean->numel() == s.K * s.C && running_var->numel() == s.K * s.C,
+                      "ensemble_batch_norm: running_mean and running_var must be [K, C]");
+      torch::stable::copy_(mean, *running_mean);
+      torch::stable::copy_(var, *running_var);
+      Device::inverse_deviation(s, input, var, eps, rstd);
+    }
+    Forward f = forward_of(input, s, training, mean);
+    f.eps = eps;
+    f.rstd = rstd.mutable_data_ptr();
+    f.var = var.mutable_data_ptr();
+    auto [y, mask] = normalize(f, input, weight, bias, residual, activation);
+    return {y, mean, rstd, var, mask};
+  }
+
+  static std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t num_members) {
+    const Sizes s = sizes_of(input, num_members);
+    Tensor mean = statistic(input, s), var = statistic(input, s);
+    Forward f = forward_of(input, s, true, mean);
+    f.var = var.mutable_data_ptr();
+    Device::forward(f);
+    return {mean, var};
+  }
+
+  static std::tuple<Tensor, Tensor> apply(const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& residual, int64_t num_members,
+                                          const std::string& activation) {
+    const Sizes s = sizes_of(input, num_members);
+    check_statistic("mean", mean, input, s);
+    check_statistic("rstd", rstd, input, s);
+    Forward f = forward_of(input, s, false, mean);
+    f.rstd = const_cast<void*>(rstd.const_data_ptr());  // read only: compute_statistics is false
+    return normalize(f, input, weight, bias, residual, activation);
+  }
+
+  static Backward backward_of(const Tensor& dy, const Tensor& input, const Tensor& mean, const Tensor& rstd,
+                              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mask,
+                              int64_t num_members, const std::string& activation, const Tensor& sum_dz,
+                              const Tensor& sum_dz_xhat, bool compute_sums) {
+    const Sizes s = sizes_of(input, num_members);
+    check_statistic("mean", mean, input, s);
+    check_statistic("rstd", rstd, input, s);
+    check_statistic("sum_dz", sum_dz, input, s);
+    check_statistic("sum_dz_xhat", sum_dz_xhat, input, s);
+    Backward b{s,
+               data_type(input.scalar_type()),
+               data_like("dy", dy, input),
+               input.const_data_ptr(),
+               mean.const_data_ptr(),
+               rstd.const_data_ptr(),
+               affine("weight", weight, input, s),
+               affine("bias", bias, input, s)};
+    b.relu = is_relu(activation);
+    if (mask.numel()) {
+      STD_TORCH_CHECK(mask.numel() == s.rows() * s.mask_row_bytes() && mask.scalar_type() == ScalarType::Byte,
+                      "ensemble_batch_norm: mask does not belong to this input");
+      b.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+    }
+    b.compute_sums = compute_sums;
+    b.sum_dz = const_cast<void*>(sum_dz.const_data_ptr());
+    b.sum_dz_xhat = const_cast<void*>(sum_dz_xhat.const_data_ptr());
+    b.like = &input;
+    return b;
+  }
+
+  static std::tuple<Tensor, Tensor> input_gradients(Backward& b, const Tensor& input, double count,
+                                                    bool residual_grad) {
+    Tensor dx = torch::stable::empty_like(input);
+    Tensor dresidual = residual_grad ? torch::stable::empty_like(input) : empty(input, {0}, input.scalar_type());
+    b.count = count;
+    b.dx = dx.mutable_data_ptr();
+    b.dresidual = residual_grad ? dresidual.mutable_data_ptr() : nullptr;
+    Device::backward(b);
+    return {dx, dresidual};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(
+      const Tensor& dy, const Tensor& input, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+      const OptionalTensor& bias, const Tensor& mask, bool training, int64_t num_members,
+      const std::string& activation, bool residual_grad) {
+    const Sizes s = sizes_of(input, num_members);
+    Tensor sum_dz = statistic(input, s), sum_dz_xhat = statistic(input, s);
+    Backward b =
+        backward_of(dy, input, mean, rstd, weight, bias, mask, num_members, activation, sum_dz, sum_dz_xhat, true);
+    const double count = training ? static_cast<double>(s.n()) : HUGE_VAL;
+    auto [dx, dresidual] = input_gradients(b, input, count, residual_grad);
+    return {dx, sum_dz_xhat, sum_dz, dresidual};
+  }
+
+  static std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& input, const Tensor& mean,
+                                                    const Tensor& rstd, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const Tensor& mask,
+                                                    int64_t num_members, const std::string& activation) {
+    const Sizes s = sizes_of(input, num_members);
+    Tensor sum_dz = statistic(input, s), sum_dz_xhat = statistic(input, s);
+    Backward b =
+        backward_of(dy, input, mean, rstd, weight, bias, mask, num_members, activation, sum_dz, sum_dz_xhat, true);
+    Device::backward(b);
+    return {sum_dz, sum_dz_xhat};
+  }
+
+  static std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& input, const Tensor& mean,
+                                                   const Tensor& rstd, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& mask,
+                                                   const Tensor& sum_dz, const Tensor& sum_dz_xhat, double count,
+                                                   int64_t num_members, const std::string& activation,
+                                                   bool residual_grad) {
+    Backward b =
+        backward_of(dy, input, mean, rstd, weight, bias, mask, num_members, activation, sum_dz, sum_dz_xhat, false);
+    return input_gradients(b, input, count, residual_grad);
+  }
+
+  static void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("ensemble_batch_norm", TORCH_BOX(&Ops::whole));
+    m.impl("ensemble_batch_norm_backward", TORCH_BOX(&Ops::whole_backward));
+    m.impl("ensemble_batch_norm_statistics", TORCH_BOX(&Ops::statistics));
+    m.impl("ensemble_batch_norm_apply", TORCH_BOX(&Ops::apply));
+    m.impl("ensemble_batch_norm_backward_reduce", TORCH_BOX(&Ops::backward_reduce));
+    m.impl("ensemble_batch_norm_backward_apply", TORCH_BOX(&Ops::backward_apply));
+  }
+};
+
+}  // namespace latephase::ensemble_batch_norm

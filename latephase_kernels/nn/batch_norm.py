@@ -1,0 +1,404 @@
+"""Batch norm as late-phase weights: every member has its own affine weights and running statistics.
+
+    y = activation( (x − mean_k) / √(var_k + eps) · weight_k + bias_k + residual )
+
+Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *], member-major.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops.ensemble_batch_norm import ensemble_batch_norm, normalize, update_running
+from ..ops.ensemble_batch_norm_checks import check_activation, check_arguments
+from .member_module import (
+    MemberModule,
+    check_mode,
+    check_noise_std,
+    check_num_members,
+    check_standard_forward,
+    member_mean,
+    plain_parameter,
+    replicate,
+    replicate_parameter,
+)
+from .routing import Routed
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _plain_type(where: str, module: nn.Module, accepted: type) -> type:
+    """Return the torch.nn class that module computes as, or raise."""
+    if not isinstance(module, accepted):
+        raise TypeError(f"{where}: module must be a {accepted.__name__}, got {type(module).__name__}")
+    check_standard_forward(module, accepted)
+    if (module.weight is None) != (module.bias is None):
+        raise NotImplementedError(f"{where}: module has a weight but no bias; give it a bias of zeros")
+    return accepted
+
+
+class _EnsembleBatchNorm(MemberModule, _BatchNorm):
+    """Batch norm with statistics and weights of each member's own; see the 1d, 2d and 3d classes.
+
+    In an expanded model the model's training flag, or `members`, says whether the input is stacked or ordinary; this
+    layer's own training flag says, as in PyTorch, whether the batch's or the running statistics normalize.
+    Standing alone it always takes the stacked batch.
+
+    Args:
+        num_features: C.
+        num_members: K.
+        eps: added to the variance.
+        momentum: share of the new batch in the running statistics; None for their cumulative average.
+        affine: with weight and bias, [K, C] each.
+        track_running_stats: with running_mean, running_var [K, C] and num_batches_tracked [K].
+        device, dtype: of parameters and statistics.
+        activation: "none" or "relu", applied last.
+    """
+
+    _plain: type  # the torch.nn class of the same number of dimensions
+
+    def __init__(
+        self,
+        num_features: int,
+        num_members: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str = "none",
+    ):
+        where = type(self).__name__
+        check_num_members(where, num_members)
+        check_activation(where, activation)
+        nn.Module.__init__(self)
+        self.num_features, self.num_members, self.eps, self.momentum = num_features, num_members, eps, momentum
+        self.affine, self.track_running_stats, self.activation = affine, track_running_stats, activation
+        self.plain_type, self.routing = self._plain, None
+        shape, options = (num_members, num_features), {"device": device, "dtype": dtype}
+        for name in ("weight", "bias"):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)) if affine else None)
+        self.register_buffer("running_mean", torch.zeros(shape, **options) if track_running_stats else None)
+        self.register_buffer("running_var", torch.ones(shape, **options) if track_running_stats else None)
+        tracked = torch.zeros(num_members, dtype=torch.long, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", tracked)
+        self.reset_parameters()
+        self._mark()
+
+    def extra_repr(self) -> str:
+        activation = "" if self.activation == "none" else f", activation={self.activation!r}"
+        return f"{super().extra_repr()}, num_members={self.num_members}{activation}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the activated, normalized input.
+
+        Args:
+            input: [K·B, C, *] where members run stacked (K of them, or the chosen ones), [N, C, *] for their average.
+            residual: added before the activation; input's shape and type.
+
+        Returns:
+            input's shape, type and memory format.
+
+        Raises:
+            ValueError: a shape does not fit, or one value a channel and member in training.
+            NotImplementedError: a dtype, device or layout without kernels.
+        """
+        self._check_input_dim(input)
+        members = self.active_members()
+        if isinstance(members, str):
+            return self._average(input, residual)
+        running_mean, running_var, weight, bias = (
+            self._members_of(members, tensor)
+            for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        training = self.training or self.running_mean is None or self.running_var is None
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        tracked = self._members_of(members, self.num_batches_tracked) if self._updates() else None
+        y = ensemble_batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            self._momentum(tracked, input),
+            self.eps,
+            num_members=len(members),
+            residual=residual,
+            activation=self.activation,
+        )
+        if tracked is not None:
+            tracked.add_(1)
+        return y
+
+    def _updates(self) -> bool:
+        return self.training and self.track_running_stats and self.running_mean is not None
+
+    def _momentum(self, tracked: Tensor | None, input: Tensor) -> float | Tensor:
+        """Momentum of the coming update: a float, or [K, 1] for the cumulative average."""
+        if self.momentum is not None:
+            return self.momentum
+        if tracked is None:
+            return 0.0
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        return (tracked + 1).to(dtype).reciprocal().unsqueeze(1)
+
+    def _average(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """The average of the members' outputs for an ordinary batch, by the collapsed module's arithmetic."""
+        weight, bias, mean, var = self.averaged("exact")
+        if not self.training and mean is not None:
+            y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+        elif not self._updates():
+            y = F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
+        else:
+            mean, var = torch.zeros_like(self.running_mean[0]), torch.zeros_like(self.running_var[0])
+            y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
+            momentum = self._momentum(self.num_batches_tracked, self.running_mean)
+            update_running(self.running_mean, mean, momentum)
+            update_running(self.running_var, var, momentum)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if self.activation == "relu" else y
+
+    def averaged(self, mode: str = "exact") -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Return weight, bias, running mean and variance, [C] each or None, of the one plain batch norm.
+
+        "exact" (in eval mode the average of the members' outputs), with a_k = γ_k / √(v_k + ε):
+            m = mean μ_k,   v = mean v_k,   γ = mean a_k·√(v + ε),   β = mean β_k + mean(a_k · (m − μ_k))
+        Without affine weights, v and m are chosen so that 1 / √(v + ε) = mean a_k and m = mean(a_k·μ_k) / mean a_k.
+        While the batch's own statistics normalize, and in mode "weights", each is its mean.
+        Sums are float64; identical members give back their own bits.
+        """
+        mean = None if self.running_mean is None else member_mean(self.running_mean).to(self.running_mean.dtype)
+        var = None if self.running_var is None else member_mean(self.running_var).to(self.running_var.dtype)
+        weight = None if self.weight is None else member_mean(self.weight)
+        bias = None if self.bias is None else member_mean(self.bias)
+        if mode == "exact" and mean is not None and not self.training:
+            if weight is None:
+                mean, var = self._exact_statistics()
+            else:
+                weight, bias = self._exact_affine(mean, var, weight, bias)
+        weight = None if weight is None else weight.to(self.weight.dtype)
+        return weight, None if bias is None else bias.to(self.bias.dtype), mean, var
+
+    def _exact_affine(self, mean: Tensor, var: Tensor, mean_weight: Tensor, mean_bias: Tensor):
+        """Weight and bias [C] in float64 that make the statistics mean and var [C] exact."""
+        running_var, weight = self.running_var.double(), self.weight.double()
+        scaled = member_mean(weight * ((var.double() + self.eps) / (running_var + self.eps)).sqrt())
+        a = weight * (running_var + self.eps).rsqrt()
+        shift = (a * (mean.double() - self.running_mean.double())).mean(0)
+        same = (running_var == running_var[0]).all(0)  # mean_weight is then the value without another rounding
+        return torch.where(same & (var.double() == running_var[0]), mean_weight, scaled), torch.where(
+            shift == 0, mean_bias, mean_bias + shift
+        )
+
+    def _exact_statistics(self) -> tuple[Tensor, Tensor]:
+        """Running mean and variance [C] that make a batch norm without affine weights exact."""
+        mean, var = self.running_mean.double(), self.running_var.double()
+        ratio = ((var[0] + self.eps) / (var + self.eps)).sqrt()  # proportional to a_k, 1 where members agree
+        exact_var = (var[0] + self.eps) / member_mean(ratio).square() - self.eps
+        exact_mean = mean[0] + (ratio * (mean - mean[0])).mean(0) / ratio.mean(0)
+        return (
+            torch.where((mean == mean[0]).all(0), mean[0], exact_mean).to(self.running_mean.dtype),
+            torch.where((var == var[0]).all(0), var[0], exact_var).to(self.running_var.dtype),
+        )
+
+    @classmethod
+    def from_module(
+        cls,
+        module: _BatchNorm,
+        num_members: int,
+        noise_std: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> "_EnsembleBatchNorm":
+        """Return num_members copies of a plain batch norm; flags, hooks, types and devices are the module's.
+
+        Args:
+            module: of the torch.nn class with the same number of dimensions.
+            num_members: K.
+            noise_std: σ0, φ_k = φ + σ0 · rms(φ) · ε_k for weight and bias, each.
+            generator: of ε.
+
+        Raises:
+            TypeError: module is no such batch norm.
+            NotImplementedError: it computes more than its class does.
+            ValueError: num_members or noise_std does not fit.
+        """
+        where = f"{cls.__name__}.from_module"
+        check_num_members(where, num_members)
+        check_noise_std(where, noise_std)
+        _plain_type(where, module, cls._plain)
+        new = cls(
+            module.num_features,
+            num_members,
+            module.eps,
+            module.momentum,
+            module.weight is not None,
+            module.track_running_stats,
+            device="meta",
+        )
+        for name in ("weight", "bias"):
+            if getattr(module, name) is not None:
+                setattr(new, name, replicate_parameter(getattr(module, name), num_members, noise_std, generator))
+        for name in _BUFFERS:
+            buffer = getattr(module, name)
+            setattr(new, name, None if buffer is None else replicate(buffer, num_members))
+        new.plain_type = type(module)
+        new._mark()
+        _carry_over(module, new)
+        return new
+
+    @torch.no_grad()
+    def collapse(self, mode: str = "exact") -> _BatchNorm:
+        """Return the one plain batch norm; mode "exact" for inference, "weights" for further training.
+
+        "exact" computes the average of the members' eval outputs; "weights" averages every tensor.
+        Identical members give back their own bits.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        check_mode(mode)
+        training, self.training = self.training, False
+        try:
+            weight, bias, mean, var = self.averaged(mode)
+        finally:
+            self.training = training
+        plain = self._plain(
+            self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta"
+        )
+        if weight is not None:
+            plain.weight, plain.bias = plain_parameter(weight, self.weight), plain_parameter(bias, self.bias)
+        plain.running_mean, plain.running_var = mean, var
+        plain.num_batches_tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.amax(0)
+        return self._to_plain_type(plain)
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    from .member_module import carry_over
+
+    carry_over(old, new)
+
+
+class _SharedBatchNorm(Routed, _BatchNorm):
+    """Batch norm with one [C] weight, bias and running statistics, that normalizes each member by itself.
+
+    For the batch norms of an expanded model that are not late-phase weights: in a stacked pass members must not mix.
+    The running statistics move as in a loop over the members. All else is the plain batch norm.
+    """
+
+    _plain: type
+
+    @classmethod
+    def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":
+        """Return the module's twin: the same Parameter and buffer objects.
+
+        Raises:
+            TypeError: module is no such batch norm.
+            NotImplementedError: it computes more than its class does.
+        """
+        check_num_members(f"{cls.__name__}.from_module", num_members)
+        _plain_type(f"{cls.__name__}.from_module", module, cls._plain)
+        new = _twin(module, cls)
+        new.num_members, new.routing, new.plain_type = num_members, None, type(module)
+        return new
+
+    def collapse(self, mode: str = "exact") -> _BatchNorm:
+        """Return the plain batch norm: the same Parameter and buffer objects, in every mode."""
+        check_mode(mode)
+        plain = _twin(self, self._plain)
+        plain.__class__ = self.plain_type
+        return plain
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalized input: [K·B, C, *], or [N, C, *] where the model averages.
+
+        Raises:
+            ValueError: a shape does not fit, or one value a channel and member in training.
+        """
+        members = self.active_members()
+        training = self.training or self.running_mean is None or self.running_var is None
+        if isinstance(members, str) or not training or len(members) == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        arguments = (input, None, None, self.weight, self.bias)
+        num_members = len(members)
+        check_arguments(*arguments, True, 0.1, self.eps, num_members, None, "none")
+        y, mean, var = normalize(*arguments, None, True, self.eps, num_members, "none")
+        if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
+            n = input.numel() // mean.numel()
+            self._update(mean.detach(), var.detach() * (n / (n - 1)))
+        return y
+
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics by the members' [K, C], as K steps one after the other would."""
+        num_members = mean.size(0)
+        if self.momentum is None:
+            momentum = num_members / (self.num_batches_tracked + num_members).to(mean.dtype)
+            update_running(self.running_mean, mean.mean(0), momentum)
+            update_running(self.running_var, var.mean(0), momentum)
+        else:
+            keep = 1.0 - self.momentum
+            steps_left = torch.arange(num_members - 1, -1, -1, dtype=mean.dtype, device=mean.device).unsqueeze(1)
+            shares = self.momentum * keep**steps_left  # [K, 1], of Σ_k m (1 − m)^(K−1−k) x_k
+            for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                running.copy_(running.to(mean.dtype) * keep**num_members + (shares * new).sum(0))
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(num_members)
+
+
+def _twin(module: nn.Module, cls: type) -> nn.Module:
+    """Return a module of another class that shares module's parameters, buffers, hooks and attributes."""
+    new = cls.__new__(cls)
+    vars(new).update({k: v for k, v in vars(module).items() if k not in ("_compiled_call_impl", *_TWIN_OWN)})
+    for name in ("_parameters", "_buffers"):
+        vars(new)[name] = vars(module)[name].copy()
+    return new
+
+
+_TWIN_OWN = ("num_members", "routing", "plain_type")
+
+
+class EnsembleBatchNorm1d(_EnsembleBatchNorm):
+    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C] or [K·B, C, L]")
+    _plain = nn.BatchNorm1d
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class EnsembleBatchNorm2d(_EnsembleBatchNorm):
+    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C, H, W]")
+    _plain = nn.BatchNorm2d
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class EnsembleBatchNorm3d(_EnsembleBatchNorm):
+    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C, D, H, W]")
+    _plain = nn.BatchNorm3d
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+class SharedBatchNorm1d(_SharedBatchNorm):
+    """Batch norm over [K·B, C] or [K·B, C, L] with one set of weights that normalizes each member by itself."""
+
+    _plain = nn.BatchNorm1d
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class SharedBatchNorm2d(_SharedBatchNorm):
+    """Batch norm over [K·B, C, H, W] with one set of weights that normalizes each member by itself."""
+
+    _plain = nn.BatchNorm2d
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class SharedBatchNorm3d(_SharedBatchNorm):
+    """Batch norm over [K·B, C, D, H, W] with one set of weights that normalizes each member by itself."""
+
+    _plain = nn.BatchNorm3d
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

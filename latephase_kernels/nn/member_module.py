@@ -1,0 +1,155 @@
+"""MemberModule: what every module with replicated tensors has in common.
+
+Shapes: K members; a replicated tensor is [K, …] where the plain module's is […].
+"""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .routing import Routed
+
+_OWN_ATTRIBUTES = ("num_members", "routing", "plain_type", "activation")
+MODES = ("exact", "weights")
+
+
+def check_mode(mode: str) -> None:
+    """Raise unless mode names a way to collapse."""
+    if mode not in MODES:
+        raise ValueError(f'collapse: mode must be "exact" or "weights", got {mode!r}')
+
+
+def check_num_members(where: str, num_members: int) -> None:
+    """Raise unless num_members is an int ≥ 1."""
+    if isinstance(num_members, bool) or not isinstance(num_members, int):
+        raise TypeError(f"{where}: num_members must be an int, got {type(num_members).__name__}")
+    if num_members < 1:
+        raise ValueError(f"{where}: num_members must be at least 1, got {num_members}")
+
+
+def check_noise_std(where: str, noise_std: float) -> None:
+    """Raise unless noise_std is a finite number ≥ 0."""
+    if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
+        raise TypeError(f"{where}: noise_std must be a float, got {type(noise_std).__name__}")
+    if not math.isfinite(noise_std) or noise_std < 0:
+        raise ValueError(f"{where}: noise_std must be finite and >= 0, got {noise_std}")
+
+
+def member_mean(tensor: Tensor) -> Tensor:
+    """Mean over dim 0 of [K, …] in float64, x_0 + mean(x_k − x_0): exactly x_0 where all members agree."""
+    tensor = tensor.double()
+    first = tensor[0]
+    # The choice keeps −0.0 and infinities, which the sum would change.
+    return torch.where((tensor == first).all(0), first, first + (tensor - first).mean(0))
+
+
+def replicate(tensor: Tensor, num_members: int) -> Tensor:
+    """Return num_members copies of tensor, [K, …]."""
+    return tensor.detach().unsqueeze(0).repeat(num_members, *[1] * tensor.dim())
+
+
+def replicate_parameter(
+    parameter: Tensor, num_members: int, noise_std: float, generator: torch.Generator | None
+) -> nn.Parameter:
+    """Return the parameter [K, …] with φ_k = φ + noise_std · rms(φ) · ε_k, ε ~ N(0, I), rms over the whole tensor."""
+    replicated = replicate(parameter, num_members)
+    if noise_std > 0:
+        device = parameter.device if generator is None else generator.device
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        noise = torch.randn(replicated.shape, generator=generator, device=device, dtype=dtype).to(parameter.device)
+        rms = parameter.detach().to(dtype).square().mean().sqrt()
+        replicated = (replicated.to(dtype) + noise_std * rms * noise).to(parameter.dtype)
+    return nn.Parameter(replicated, requires_grad=parameter.requires_grad)
+
+
+def check_standard_forward(module: nn.Module, plain_type: type) -> None:
+    """Raise unless module computes what plain_type does: its own forward, its own parameters, nothing lazy.
+
+    Raises:
+        NotImplementedError: it does something more or other.
+    """
+    cls = type(module)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if any(nn.parameter.is_lazy(p) for p in module.parameters()):
+        raise NotImplementedError(f"{name} is not initialized yet; run one batch through the model first")
+    overridden = [
+        method
+        for method in ("forward", "__call__", "_check_input_dim")
+        if getattr(cls, method, None) is not getattr(plain_type, method, None) or method in vars(module)
+    ]
+    if overridden:
+        raise NotImplementedError(
+            f"{name} overrides {overridden[0]} of {plain_type.__name__}, which replacing it would lose; "
+            f"use a plain {plain_type.__name__} and separate modules for the rest"
+        )
+    if set(module._parameters) != {"weight", "bias"} or module._modules:
+        raise NotImplementedError(
+            f"{name} has other parameters than weight and bias (a parametrization?); remove it first, "
+            "for example with torch.nn.utils.parametrize.remove_parametrizations"
+        )
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Give new the hooks, the training flag and the attributes of old that its own class does not set."""
+    for key, value in vars(old).items():
+        if key.endswith("_hooks") or key.endswith("_hooks_with_kwargs") or key.endswith("_hooks_always_called"):
+            vars(new)[key] = value  # the same dict: handle.remove() goes on working
+        elif key in ("training", "_is_full_backward_hook"):
+            vars(new)[key] = value
+        elif key not in vars(new) and key not in _OWN_ATTRIBUTES and key != "_compiled_call_impl":
+            vars(new)[key] = value
+
+
+class MemberModule(Routed):
+    """A module whose own parameters and buffers are replicated: [K, …] each, marked with num_members."""
+
+    plain_type: type  # the class from_module saw, which collapse() gives back
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._mark()
+        return self
+
+    def _mark(self) -> None:
+        """Set num_members on the parameters, so that filters by ndim can tell them apart."""
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.num_members = self.num_members
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Load, giving every member a copy of a tensor that comes without the leading K (a plain checkpoint)."""
+        for name, own in [*self._parameters.items(), *self._buffers.items()]:
+            loaded = state_dict.get(prefix + name)
+            if own is not None and isinstance(loaded, Tensor) and loaded.shape == own.shape[1:]:
+                state_dict[prefix + name] = replicate(loaded, self.num_members)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._mark()
+
+    def _to_plain_type(self, plain: nn.Module) -> nn.Module:
+        """Finish collapse(): the class the module came from, its flags, hooks and attributes."""
+        if issubclass(self.plain_type, type(plain)):
+            plain.__class__ = self.plain_type
+        carry_over(self, plain)
+        return plain
+
+    def _members_of(self, members: range, tensor: Tensor | None) -> Tensor | None:
+        """Return the rows of the active members, a view; tensor itself where all are active."""
+        if tensor is None or len(members) == self.num_members:
+            return tensor
+        return tensor[members.start : members.stop]
+
+
+def plain_parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    """Return a plain parameter of this value with the type and requires_grad of the replicated one."""
+    return nn.Parameter(value.detach().to(like.dtype), requires_grad=like.requires_grad)
+
+
+def copy_option(value):
+    """Return a copy of an optimizer option or state entry that shares no memory with it."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -1,0 +1,59 @@
+"""Routing: which members the modules of an expanded model run as.
+
+Shapes: K members. Members first … last−1 run on a stacked batch; "average" runs an ordinary batch on their average.
+"""
+
+from torch import nn
+
+
+class Routing:
+    """What all modules of one expanded model share: its root, and an explicit choice of members.
+
+    A plain object, so the root model does not become a submodule of its own layers.
+    """
+
+    def __init__(self, model: nn.Module, num_members: int):
+        self.model = model
+        self.num_members = num_members
+        self.override: str | range | None = None
+
+    def resolve(self) -> str | range:
+        """Return "average" or the range of members: the explicit choice, else by the root model's training flag."""
+        if self.override is not None:
+            return self.override
+        return range(self.num_members) if self.model.training else "average"
+
+    def choice(self, which: str | int | range) -> str | range:
+        """Return what `which` means here: "average" or a range of members.
+
+        Args:
+            which: "stacked" (all members), "average", one member, or a range of members.
+
+        Raises:
+            TypeError: none of these types.
+            ValueError: an unknown name, a member that does not exist, an empty range or one with gaps.
+        """
+        num_members = self.num_members
+        if isinstance(which, str):
+            if which == "average":
+                return which
+            if which == "stacked":
+                return range(num_members)
+            raise ValueError(f'members: which must be "stacked", "average", an int or a range, got {which!r}')
+        if isinstance(which, bool) or not isinstance(which, (int, range)):
+            raise TypeError(f"members: which must be a str, an int or a range, got {type(which).__name__}")
+        chosen = range(which, which + 1) if isinstance(which, int) else which
+        if chosen.step != 1 or not 0 <= chosen.start < chosen.stop <= num_members:
+            raise ValueError(f"members: which must be within range({num_members}), got {which}; member 0 is the first")
+        return chosen
+
+
+class Routed(nn.Module):
+    """A module of an expanded model, or one standing alone (routing None): that one always runs stacked."""
+
+    num_members: int
+    routing: Routing | None = None
+
+    def active_members(self) -> str | range:
+        """Return "average" or the range of members to run as."""
+        return range(self.num_members) if self.routing is None else self.routing.resolve()

@@ -1,0 +1,1 @@
+"""Triton implementations of the ops, one file an op; `ops/registry.py` imports a file at its op's first call."""

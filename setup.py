@@ -1,0 +1,139 @@
+"""Builds the kernel libraries with ninja; everything else is in pyproject.toml.
+
+latephase_kernels/lib/liblatephase_cpu.so   wherever there is a C++ compiler
+latephase_kernels/lib/liblatephase_cuda.so  wherever there is nvcc as well, GPU or none, CUDA torch or not
+
+Both use the LibTorch stable ABI only, so one wheel serves every Python and every torch >= 2.10.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.extension import Extension
+
+ROOT = Path(__file__).parent.resolve()
+CPU_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wno-psabi -Wno-maybe-uninitialized"
+# The namespaces of csrc/cpu/instruction_set.h. Baseline is v2 (2009): without SSE4.1 GCC 12 fails on vector selects.
+ISA_FLAGS = (
+    {"baseline": "-march=x86-64-v2", "x86_64_v3": "-march=x86-64-v3", "x86_64_v4": "-march=x86-64-v4"}
+    if platform.machine() in ("x86_64", "AMD64")
+    else {"baseline": ""}
+)
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden -DUSE_CUDA --threads 0 "
+    "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 "
+    "-gencode arch=compute_100,code=[sm_100,compute_100]"
+)
+
+
+def cuda_top() -> str | None:
+    """The toolkit that nvcc on PATH belongs to; nvcc may be a wrapper, so ask it."""
+    if shutil.which("nvcc") is None:
+        return None
+    plan = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    tops = [line.split("TOP=", 1)[1].strip() for line in plan.splitlines() if "TOP=" in line]
+    return os.path.realpath(tops[0]) if tops else None
+
+
+def torch_folder() -> Path:
+    try:
+        import torch
+    except ImportError:
+        sys.exit(
+            "latephase_kernels: building the kernels needs torch >= 2.10 in the environment that builds.\n"
+            "Install it there and build without isolation:\n"
+            "    pip install torch ninja setuptools && pip install --no-build-isolation ."
+        )
+    return Path(torch.__file__).parent
+
+
+def ninja_file(torch: Path, lib: Path, cxx: str, cuda: str | None) -> str:
+    """The whole build as a ninja file."""
+    lines = [
+        "rule cxx\n command = $cxx_compiler $flags -MMD -MF $out.d -c $in -o $out\n depfile = $out.d",
+        "rule nvcc\n command = $nvcc $flags -MD -MF $out.d -c $in -o $out\n depfile = $out.d",
+        "rule link\n command = $cxx_compiler -shared $in -o $out $libs",
+        f"cxx_compiler = {cxx}",
+    ]
+    include = f"-I{torch / 'include'}"
+    objects = []
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        is_kernel = source.name.endswith(".kernel.cpp")
+        for isa, flags in ISA_FLAGS.items() if is_kernel else [("", include)]:
+            objects.append(f"{source.stem}{'.' * bool(isa)}{isa}.o")
+            define = f"-DLATEPHASE_ISA={isa}" if isa else ""
+            lines.append(f"build {objects[-1]}: cxx {source}\n flags = {CPU_FLAGS} {flags} {define}")
+    libs = f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"
+    lines.append(f"build {lib / 'liblatephase_cpu.so'}: link {' '.join(objects)}\n libs = {libs}")
+    if cuda is not None:
+        lines.append(f"nvcc = {cuda}/bin/nvcc")
+        objects = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            objects.append(f"{source.stem}.cuda.o")
+            lines.append(f"build {objects[-1]}: nvcc {source}\n flags = {NVCC_FLAGS} {include}")
+        torch_cuda = torch / "lib"
+        if not (torch_cuda / "libtorch_cuda.so").exists():
+            # A torch without CUDA: an empty library of that name leaves the right entry for the torch that loads it.
+            torch_cuda = lib.parent / "stub"
+            lines.append("rule stub\n command = $cxx_compiler -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out")
+            lines.append(f"build {torch_cuda / 'libtorch_cuda.so'}: stub")
+        stub = "" if torch_cuda == torch / "lib" else f" | {torch_cuda / 'libtorch_cuda.so'}"
+        cudart = f"-L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread"
+        lines.append(
+            f"build {lib / 'liblatephase_cuda.so'}: link {' '.join(objects)}{stub}\n"
+            f" libs = -L{torch_cuda} -Wl,--no-as-needed -ltorch_cuda {libs} {cudart}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+class BuildKernels(build_ext):
+    """Build both libraries into build/kernels and copy them beside the package."""
+
+    def run(self) -> None:
+        cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if cxx is None:
+            print("latephase_kernels: no C++ compiler: installing without kernels (slower, plain PyTorch)", file=sys.stderr)
+            return
+        import ninja
+
+        folder = ROOT / "build" / "kernels"
+        lib = folder / "lib"
+        lib.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(torch_folder(), lib, cxx, cuda_top()))
+        subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)], check=True)
+        target = (ROOT if self.editable_mode or self.inplace else Path(self.build_lib)) / "latephase_kernels" / "lib"
+        target.mkdir(parents=True, exist_ok=True)
+        for library in lib.glob("*.so"):
+            shutil.copy2(library, target)
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class AnyPythonWheel(bdist_wheel):
+    """The libraries are tied to a platform, not to a Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+class WithKernels(Distribution):
+    def has_ext_modules(self) -> bool:
+        return True
+
+
+setup(
+    distclass=WithKernels,
+    ext_modules=[Extension("latephase_kernels.lib", [])],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,0 +1,368 @@
+"""ensemble_batch_norm on every CPU backend against the formula in float64. K members, B rows a member, C channels."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import latephase_kernels as lp
+from latephase_kernels.ops import ensemble_batch_norm as op_module
+from latephase_kernels.reference import ensemble_batch_norm as reference
+
+ensemble_batch_norm = lp.functional.ensemble_batch_norm
+
+
+@pytest.fixture(params=["native", "reference"], autouse=True)
+def backend(request):
+    lp.set_backend(request.param)
+    yield request.param
+    lp.set_backend("auto")
+
+
+def make_inputs(K, B, C, spatial, dtype, *, residual=False, shared=False, channels_last=False, offset=0.0, seed=0):
+    """Inputs in dtype, with running statistics; the data gets a per-channel offset and scale."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shape = (K * B, C, *spatial)
+    per_channel = (1, C, *[1] * len(spatial))
+    x = normal(*shape) * (normal(*per_channel).abs() + 0.5) + normal(*per_channel) + offset
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = {
+        "x": x.to(dtype),
+        "weight": normal(*([C] if shared else [K, C])).to(parameters),
+        "bias": normal(*([C] if shared else [K, C])).to(parameters),
+        "residual": normal(*shape).to(dtype) if residual else None,
+        "running_mean": normal(K, C).to(parameters),
+        "running_var": normal(K, C).abs().to(parameters) + 0.5,
+        "dy": normal(*shape).to(dtype),
+    }
+    if channels_last:
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
+        for name in ("x", "residual", "dy"):
+            if inputs[name] is not None:
+                inputs[name] = inputs[name].contiguous(memory_format=memory_format)
+    return inputs
+
+
+def run(function, inputs, *, dtype=None, **options):
+    """Call function, run backward, return every output and gradient; dtype: convert everything first."""
+    tensors = {
+        name: None if t is None else t.detach().clone(memory_format=torch.preserve_format).to(dtype or t.dtype)
+        for name, t in inputs.items()
+    }
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if n in ("x", "weight", "bias", "residual") and t is not None}
+    y = function(
+        tensors["x"], tensors["running_mean"], tensors["running_var"], tensors["weight"], tensors["bias"],
+        residual=tensors["residual"], **options,
+    )  # fmt: skip
+    y.backward(tensors["dy"])
+    grads = {f"d{name}": leaf.grad for name, leaf in leaves.items()}
+    return {"y": y.detach(), **grads, "running_mean": tensors["running_mean"], "running_var": tensors["running_var"]}
+
+
+def by_slices(x, running_mean, running_var, weight, bias, *, num_members, residual, activation, training, **options):
+    """What a user writes in plain PyTorch: F.batch_norm on each member's slice."""
+    rows = x.chunk(num_members)
+    weights, biases = ([p] * num_members if p.dim() == 1 else p for p in (weight, bias))
+    y = torch.cat(
+        [
+            F.batch_norm(rows[k], running_mean[k], running_var[k], weights[k], biases[k], training, **options)
+            for k in range(num_members)
+        ]
+    )
+    y = y if residual is None else y + residual
+    return F.relu(y) if activation == "relu" else y
+
+
+def assert_close(result, plain, truth):
+    """At most twice PyTorch's own error on the same inputs, plus one output rounding at the tensor's scale.
+
+    In float64 there is no truer truth than PyTorch's own result: there, 64 roundings.
+    """
+    for name, value in result.items():
+        true, scale = truth[name], truth[name].abs().max().item()
+        error = (value.double() - true).abs().max().item()
+        own = (plain[name].double() - true).abs().max().item()
+        roundings = 64 if value.dtype == torch.float64 else 1
+        assert error <= 2 * own + roundings * torch.finfo(value.dtype).eps * scale, f"{name}: {error} against PyTorch's {own}"
+
+
+def compare(inputs, **options):
+    result = run(ensemble_batch_norm, inputs, **options)
+    plain = run(by_slices, inputs, **options)
+    truth = run(by_slices, inputs, dtype=torch.float64, **options)
+    if options["activation"] == "relu":  # where rounding decides the sign, the gradient of either side is right
+        before = run(by_slices, inputs, dtype=torch.float64, **{**options, "activation": "none"})["y"]
+        assert (before.abs() < 1e-7).sum() < 2
+    assert_close(result, plain, truth)
+    return result
+
+
+SHAPES = [  # K, B, C, spatial: one member, odd everything, 7×7 planes, a vector's width and one more, long rows
+    (1, 4, 3, (5, 5)),
+    (3, 2, 5, (7, 7)),
+    (2, 3, 64, (4, 4)),
+    (2, 2, 67, (3, 3)),
+    (4, 5, 17, ()),
+    (2, 3, 6, (33,)),
+    (2, 1, 3, (70, 70)),
+    (2, 2, 4, (2, 3, 5)),
+]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_and_gradients(shape, dtype, training):
+    for residual, activation in itertools.product([False, True], ["none", "relu"]):
+        inputs = make_inputs(*shape, dtype, residual=residual)
+        compare(inputs, num_members=shape[0], training=training, activation=activation)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if len(s[3]) >= 2], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_channels_last(shape, training):
+    inputs = make_inputs(*shape, torch.float32, residual=True, channels_last=True)
+    result = compare(inputs, num_members=shape[0], training=training, activation="relu")
+    assert result["y"].stride() == inputs["x"].stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("parameter_dtype", ["float32", "same"])
+def test_half_precision(dtype, channels_last, parameter_dtype):
+    inputs = make_inputs(3, 4, 67, (7, 5), dtype, channels_last=channels_last)
+    if parameter_dtype == "same":
+        inputs = {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
+    compare(inputs, num_members=3, training=True, activation="none")
+    result = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu")
+    plain = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="none")
+    assert torch.equal(result["y"], F.relu(plain["y"]))
+    masked = run(ensemble_batch_norm, {**inputs, "dy": inputs["dy"] * (plain["y"] > 0)}, num_members=3, training=True, activation="none")  # fmt: skip
+    assert torch.equal(result["dx"], masked["dx"])  # the mask is that of the rounded output
+
+
+def test_shared_affine_weights():
+    inputs = make_inputs(4, 3, 5, (4, 4), torch.float32, shared=True)
+    result = compare(inputs, num_members=4, training=True, activation="relu")
+    assert result["dweight"].shape == (5,)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_mean(channels_last):
+    inputs = make_inputs(2, 4, 3, (40, 40), torch.float32, offset=1e4, channels_last=channels_last)
+    compare(inputs, num_members=2, training=True, activation="none")
+
+
+def test_no_affine_no_running_statistics():
+    x = make_inputs(2, 3, 4, (5,), torch.float32)["x"]
+    y = ensemble_batch_norm(x, None, None, training=True, num_members=2)
+    expected = torch.cat([F.batch_norm(part, None, None, training=True) for part in x.double().chunk(2)])
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_tensor_and_cumulative_momentum():
+    inputs = make_inputs(2, 3, 4, (5,), torch.float32)
+    as_float = run(ensemble_batch_norm, inputs, num_members=2, training=True, momentum=0.25)
+    as_tensor = run(ensemble_batch_norm, inputs, num_members=2, training=True, momentum=torch.full((2, 1), 0.25))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(as_float[name], as_tensor[name])
+
+
+# ---- members are alone
+
+LAYOUTS = [False, True]
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+@pytest.mark.parametrize("poison", [float("nan"), 1e30])
+def test_a_poisoned_member_leaves_the_others_bit_identical(channels_last, poison):
+    clean = make_inputs(3, 2, 65, (4, 4), torch.float32, residual=True, channels_last=channels_last)
+    poisoned = {**clean, "x": clean["x"].clone(memory_format=torch.preserve_format)}
+    poisoned["x"][2:4, 0] = poison
+    options = dict(num_members=3, training=True, activation="relu")
+    a, b = run(ensemble_batch_norm, clean, **options), run(ensemble_batch_norm, poisoned, **options)
+    for name in ("y", "dx", "dresidual"):
+        for rows in (slice(0, 2), slice(4, 6)):
+            assert torch.equal(a[name][rows], b[name][rows])
+    for name in ("dweight", "dbias", "running_mean", "running_var"):
+        assert torch.equal(a[name][[0, 2]], b[name][[0, 2]])
+    if poison != poison:
+        assert b["y"][2:4, 0].isnan().all()
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_member_alone_and_permuted_is_bit_identical(channels_last):
+    inputs = make_inputs(4, 3, 67, (6, 6), torch.float32, residual=True, channels_last=channels_last)
+    options = dict(training=True, activation="relu")
+    stacked = run(ensemble_batch_norm, inputs, num_members=4, **options)
+    again = run(ensemble_batch_norm, inputs, num_members=4, **options)
+    order = [2, 0, 3, 1]
+    rows = torch.tensor([3 * k + b for k in order for b in range(3)])
+    permuted_inputs = {
+        n: (t[rows] if n in ("x", "dy", "residual") else t[order]) for n, t in inputs.items() if t is not None
+    }
+    permuted = run(ensemble_batch_norm, permuted_inputs, num_members=4, **options)
+    for name, value in stacked.items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value[order if value.size(0) == 4 else rows], permuted[name])
+    for k in range(4):
+        alone_inputs = {
+            n: (t[3 * k : 3 * k + 3] if n in ("x", "dy", "residual") else t[k : k + 1]) for n, t in inputs.items()
+        }
+        alone = run(ensemble_batch_norm, alone_inputs, num_members=1, **options)
+        for name, value in stacked.items():
+            part = value[k : k + 1] if value.size(0) == 4 else value[3 * k : 3 * k + 3]
+            assert torch.equal(part, alone[name]), name
+
+
+def test_threads_do_not_change_results(backend):
+    if backend == "reference":
+        pytest.skip("PyTorch's own reductions may depend on the number of threads")
+    threads = torch.get_num_threads()
+    inputs = make_inputs(2, 8, 67, (33, 9), torch.float32)
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(ensemble_batch_norm, inputs, num_members=2, training=True, activation="relu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+# ---- any strides, empty batches
+
+
+def test_any_strides():
+    base = make_inputs(2, 4, 6, (5, 8), torch.float32, residual=True)
+    options = dict(num_members=2, training=True, activation="relu")
+    expected = run(ensemble_batch_norm, base, **options)
+    strided = {
+        "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+        "offset": lambda t: torch.cat([t.flatten()[:3], t.flatten()])[3:].view(t.shape),
+        "every second": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+        "channel slice of channels_last": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, :6],
+    }
+    for name, change in strided.items():
+        leaf = base["x"].clone().requires_grad_()
+        y = ensemble_batch_norm(
+            change(leaf), None, None, base["weight"], base["bias"], residual=change(base["residual"]), **options
+        )
+        y.backward(change(base["dy"]))
+        torch.testing.assert_close(y.detach(), expected["y"], msg=name)
+        torch.testing.assert_close(leaf.grad, expected["dx"], msg=name)
+
+
+def test_expanded_gradient():
+    inputs = make_inputs(2, 4, 6, (5,), torch.float32)
+    inputs["dy"] = torch.ones(()).expand(8, 6, 5)
+    x = inputs["x"].requires_grad_()
+    ensemble_batch_norm(x, None, None, inputs["weight"], training=True, num_members=2).sum().backward()
+    assert x.grad.abs().max() < 1e-5  # the sum of a normalized batch does not depend on x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batch(training):
+    inputs = make_inputs(2, 2, 4, (3, 3), torch.float32, residual=True)
+    empty = {n: t[:0] if n in ("x", "dy", "residual") else t for n, t in inputs.items()}
+    result = run(ensemble_batch_norm, empty, num_members=2, training=training, activation="relu")
+    assert result["y"].shape == (0, 4, 3, 3)
+    assert torch.equal(result["running_mean"], inputs["running_mean"])
+    assert torch.equal(result["running_var"], inputs["running_var"])
+    assert torch.equal(result["dweight"], torch.zeros(2, 4))
+
+
+# ---- autograd, transforms, compile
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", False), ("relu", True)])
+def test_gradcheck_twice(training, activation, residual):
+    inputs = make_inputs(2, 2, 3, (2, 2), torch.float64, residual=residual, seed=3)
+    leaves = [inputs[n].requires_grad_() for n in ("x", "weight", "bias", "residual") if inputs[n] is not None]
+
+    def function(x, weight, bias, residual=None):
+        return ensemble_batch_norm(
+            x, inputs["running_mean"].clone(), inputs["running_var"].clone(), weight, bias, training,
+            num_members=2, residual=residual, activation=activation,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_only_the_needed_gradients(backend):
+    inputs = make_inputs(2, 2, 3, (2, 2), torch.float32)
+    weight = inputs["weight"].requires_grad_()
+    y = ensemble_batch_norm(inputs["x"], None, None, weight, inputs["bias"], True, num_members=2)
+    y.sum().backward()
+    assert weight.grad is not None and inputs["x"].grad is None
+
+
+def test_functional_transforms():
+    inputs = make_inputs(2, 3, 4, (5,), torch.float64)
+
+    def loss(x):
+        return ensemble_batch_norm(x, None, None, training=True, num_members=2).pow(3).sum()
+
+    x = inputs["x"].requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+    torch.testing.assert_close(torch.func.vmap(loss)(x.detach().expand(2, *x.shape)), loss(x.detach()).expand(2))
+
+
+def op_arguments(activation="relu"):
+    inputs = make_inputs(2, 2, 9, (3, 3), torch.float32, residual=True)
+    leaves = [inputs[n].requires_grad_() for n in ("weight", "bias", "residual")]
+    return inputs["x"].requires_grad_(), None, None, *leaves, True, 1e-5, 2, activation
+
+
+def test_opcheck(backend):
+    if backend == "reference":
+        pytest.skip("the reference is no registered op")
+    torch.library.opcheck(torch.ops.latephase_kernels.ensemble_batch_norm.default, op_arguments())
+    x = op_arguments()[0].detach()
+    torch.library.opcheck(torch.ops.latephase_kernels.ensemble_batch_norm_statistics.default, (x, 2))
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_halves_equal_the_whole(backend, channels_last):
+    if backend == "reference":
+        pytest.skip("the reference is no registered op")
+    ops = torch.ops.latephase_kernels
+    t = make_inputs(2, 3, 67, (3, 3), torch.float32, residual=True, channels_last=channels_last)
+    x, weight, bias, residual, dy = (t[n] for n in ("x", "weight", "bias", "residual", "dy"))
+    y, mean, rstd, var, mask = ops.ensemble_batch_norm(x, None, None, weight, bias, residual, True, 1e-5, 2, "relu")
+    half_mean, half_var = ops.ensemble_batch_norm_statistics(x, 2)
+    half_y, half_mask = ops.ensemble_batch_norm_apply(x, mean, rstd, weight, bias, residual, 2, "relu")
+    assert all(map(torch.equal, (half_mean, half_var, half_y, half_mask), (mean, var, y, mask)))
+    assert torch.equal(op_module._unpack_mask(mask, x), y > 0)
+    saved = (dy, x, mean, rstd, weight, bias, mask)
+    dx, dweight, dbias, dresidual = ops.ensemble_batch_norm_backward(*saved, True, 2, "relu", True)
+    sum_dz, sum_dz_xhat = ops.ensemble_batch_norm_backward_reduce(*saved, 2, "relu")
+    half_dx, half_dr = ops.ensemble_batch_norm_backward_apply(*saved, sum_dz, sum_dz_xhat, 27.0, 2, "relu", True)
+    assert all(map(torch.equal, (sum_dz, sum_dz_xhat, half_dx, half_dr), (dbias, dweight, dx, dresidual)))
+
+
+def test_compiles_without_graph_break():
+    inputs = make_inputs(2, 2, 9, (3, 3), torch.float32, residual=True)
+    options = dict(num_members=2, training=True, activation="relu")
+    torch._dynamo.reset()
+    compiled = torch.compile(ensemble_batch_norm, fullgraph=True, backend="aot_eager")
+    eager, graph = run(ensemble_batch_norm, inputs, **options), run(compiled, inputs, **options)
+    for name, value in eager.items():
+        torch.testing.assert_close(graph[name], value)
+
+
+def test_reference_agrees_with_plain_pytorch():
+    inputs = make_inputs(3, 4, 5, (2, 2), torch.float64)
+    y, mean, var = reference.ensemble_batch_norm(inputs["x"], None, None, None, None, None, True, 1e-5, 3, "none")
+    for k, rows in enumerate(inputs["x"].chunk(3)):
+        torch.testing.assert_close(var[k], rows.var((0, 2, 3), correction=0))
+        torch.testing.assert_close(mean[k], rows.mean((0, 2, 3)))

@@ -1,0 +1,143 @@
+"""Compiles every Triton kernel ahead of time for sm_80, sm_90 and sm_100, without a GPU: no spills, no local memory.
+
+The compiler runs in processes of its own (`python test_triton_compile.py 90` prints one target's table), because
+TRITON_INTERPRET, which other tests set, turns every kernel of its process into an interpreted one.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CAPABILITIES = (80, 90, 100)
+MAX_REGISTERS = 128
+ELEMENTS = ("x", "y", "dy", "dx", "residual", "dresidual")
+STATISTICS = ("mean", "var", "rstd", "weight", "bias", "sum_dz", "sum_dz_xhat", "partials")
+BLOCKS = dict(BLOCK_SPLITS=64, BLOCK_GROUPS=16)
+FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, RELU=True, BATCH_STATISTICS=True)
+VARIANTS = {  # row of the table: kernel, the optional tensors that it goes without
+    "statistics": ("_statistics_kernel", ["partials"]),
+    "statistics, split": ("_statistics_kernel", []),
+    "merge statistics": ("_merge_statistics_kernel", []),
+    "apply + ReLU": ("_apply_kernel", ["residual", "mask"]),
+    "apply + residual + ReLU": ("_apply_kernel", []),
+    "backward reduce, ReLU recomputed": ("_backward_reduce_kernel", ["mask", "partials"]),
+    "backward reduce, ReLU bits, split": ("_backward_reduce_kernel", []),
+    "merge sums": ("_merge_sums_kernel", []),
+    "backward apply, ReLU recomputed": ("_backward_apply_kernel", ["mask", "dresidual"]),
+    "backward apply, ReLU bits": ("_backward_apply_kernel", []),
+}
+
+
+def _layouts(kernels):
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        yield "contiguous 56×56", kernels._Sizes(4, 64, 64, 3136, False, dtype)
+        yield "contiguous 7×7", kernels._Sizes(4, 64, 512, 49, False, dtype)
+        yield "channels_last", kernels._Sizes(4, 64, 256, 196, True, dtype)
+
+
+def _compile(kernels, kernel_name, without, sizes, capability):
+    """Return the compiled kernel as the launch in triton_kernels/ensemble_batch_norm.py would specialize it."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(kernels, kernel_name)
+    if "reduce" in kernel_name or kernel_name == "_statistics_kernel":
+        plan = kernels._reduction(sizes)
+        block_r, block_c = plan.block_r, plan.block_c
+    else:
+        block_r, block_c, _ = kernels._apply_blocks(sizes)
+    merge = "merge" in kernel_name
+    element = "*fp32" if sizes.dtype == torch.float32 else "*bf16"
+    values = dict(
+        FLAGS, **BLOCKS, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=block_r, BLOCK_C=block_c
+    )
+    aligned = [name for name, value in (("num_channels", sizes.channels), ("spatial", sizes.spatial)) if value % 16 == 0]
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in without or name in values:
+            signature[name] = "constexpr"
+            constants[name] = values.get(name)
+        elif name in ELEMENTS or name in STATISTICS or name == "mask":
+            signature[name] = element if name in ELEMENTS else "*u8" if name == "mask" else "*fp32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name in aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(num_warps=4 if merge else kernels._num_warps(block_r, block_c)),
+    )
+
+
+def _resources(compiled):
+    """Return {"REG": …, "STACK": …, "SHARED": …, "LOCAL": …} as cuobjdump reads them from the binary."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _print_table(capability):
+    from latephase_kernels.triton_kernels import ensemble_batch_norm as kernels
+
+    print("target | kernel | layout | type | registers | shared | stack | local | warps")
+    for row, (kernel_name, without) in VARIANTS.items():
+        for layout, sizes in _layouts(kernels):
+            compiled = _compile(kernels, kernel_name, without, sizes, capability)
+            used = _resources(compiled)
+            shared = compiled.metadata.shared
+            cells = (used["REG"], shared, used["STACK"], used["LOCAL"], compiled.metadata.num_warps)
+            print(f"sm_{capability}", row, layout, str(sizes.dtype)[6:], *cells, sep=" | ", flush=True)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Start a process for each target at once; {target: process}."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [environment.get("PYTHONPATH")])])
+    processes = {
+        capability: subprocess.Popen(
+            [sys.executable, __file__, str(capability)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        for capability in CAPABILITIES
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_without_spills(tables, capability):
+    output, errors = tables[capability].communicate(timeout=600)
+    print(output)
+    assert tables[capability].returncode == 0, errors
+    header, *rows = (line.split(" | ") for line in output.splitlines())
+    assert len(rows) == len(VARIANTS) * 6
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        assert cells["stack"] == cells["local"] == "0", cells
+        assert int(cells["registers"]) <= MAX_REGISTERS, cells
+
+
+if __name__ == "__main__":
+    _print_table(int(sys.argv[1]))
