@@ -17,7 +17,7 @@ namespace {
 
 using namespace latephase::ensemble_batch_norm;
 
-constexpr int64_t kTile = 4096;  // values summed in the accumulation type before a merge in double
+constexpr int64_t kTile = 256 * kLanes<float>;  // values summed in the accumulation type before a merge in double
 constexpr int kBlock = 4;        // registers of channels an item of the channels-are-columns kernels holds
 
 template <class T>
@@ -238,24 +238,19 @@ struct Spatial {
       const auto mask_of = [&](int64_t row) { return b.mask ? b.mask + row / s.S * s.mask_row_bytes() : nullptr; };
       if (b.compute_sums) {
         const Coefficients<A> at = coefficients<T>(b, k, c, 1, true);
-        double sum_dz = 0, sum_dz_centred = 0;
-        for_tiles(s, [&](int64_t b0, int64_t b1, int64_t j0, int64_t j1) {
-          Vec<A> total = {}, product = {};
-          for (int64_t r = b0; r < b1; ++r) {
-            const int64_t row = first + r * s.C * s.S;
-            const uint8_t* mask = mask_of(row);
-            for_columns<A>(j0, j1, [&](int64_t j, int count) {
-              Vec<A> centred;
-              Vec<A> dz = gradient_step<T, A>(b, row + j, mask, j, count, at, centred);
-              total += dz;
-              product = fma(dz, centred, product);
-            });
-          }
-          sum_dz += lane_sum<A>(total);
-          sum_dz_centred += lane_sum<A>(product);
-        });
-        static_cast<A*>(b.sum_dz)[item] = static_cast<A>(sum_dz);
-        static_cast<A*>(b.sum_dz_xhat)[item] = static_cast<A>(sum_dz_centred * static_cast<const A*>(b.rstd)[item]);
+        DoubleSum<A> total, product;
+        for (int64_t r = 0; r < s.B; ++r) {
+          const int64_t row = first + r * s.C * s.S;
+          const uint8_t* mask = mask_of(row);
+          for_columns<A>(0, s.S, [&](int64_t j, int count) {
+            Vec<A> centred;
+            const Vec<A> dz = gradient_step<T, A>(b, row + j, mask, j, count, at, centred);
+            total.add(dz);
+            product.add(dz * centred);
+          });
+        }
+        static_cast<A*>(b.sum_dz)[item] = static_cast<A>(total.total());
+        static_cast<A*>(b.sum_dz_xhat)[item] = static_cast<A>(product.total() * static_cast<const A*>(b.rstd)[item]);
       }
       if (!b.dx) continue;
       const Coefficients<A> at = coefficients<T>(b, k, c, 1, true);

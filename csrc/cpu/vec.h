@@ -91,6 +91,27 @@ inline double lane_sum(Vec<A> v) {
   return sum;
 }
 
+// A sum in double of registers of A, lane by lane.
+template <class A>
+class DoubleSum {
+ public:
+  inline void add(Vec<A> v) {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      sum_[0] += v;
+    } else {
+      typedef float HalfRegister __attribute__((vector_size(kVectorBytes / 2)));
+      HalfRegister halves[2];
+      std::memcpy(halves, &v, sizeof v);
+      sum_[0] += __builtin_convertvector(halves[0], Vec<double>);
+      sum_[1] += __builtin_convertvector(halves[1], Vec<double>);
+    }
+  }
+  inline double total() const { return lane_sum<double>(sum_[0] + sum_[1]); }
+
+ private:
+  Vec<double> sum_[2] = {};
+};
+
 // ---- conversion: W = kLanes<float> 16-bit values ↔ one float register
 
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kMaxLanes = 8;         // units of channels a block spans in channels_last: 64 channels
 constexpr int kTargetBlocks = 512;   // blocks a member is split into if there are too few channels
-constexpr int kTileBytes = 128;      // of one operand that a thread has in flight
+constexpr int kTileBytes = 64;       // that a thread has in flight, of one operand or two halves
 constexpr int kMinTilesPerSplit = 2;
 
 template <class scalar_t>
@@ -284,7 +284,7 @@ __device__ void conclude(const Partial<Channels<channels_last>::kCount>& mine, c
 
 // A warp a group.
 template <class Partial, class Finish>
-__global__ void __launch_bounds__(kMaxThreads) finalize_kernel(const Partial* partials, int64_t groups, int splits, Finish finish) {
+__global__ void __launch_bounds__(kMaxThreads, 2) finalize_kernel(const Partial* partials, int64_t groups, int splits, Finish finish) {
   const int64_t group = int64_t{blockIdx.x} * (kMaxThreads / kWarp) + threadIdx.x / kWarp;
   if (group >= groups) return;
   Partial total = Partial::zero();
@@ -336,7 +336,7 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(c
 }
 
 template <class scalar_t, bool channels_last>
-__global__ void __launch_bounds__(kMaxThreads) statistics_kernel(const scalar_t* x, Geometry g, Moments<1>* partials, FinishStatistics finish) {
+__global__ void __launch_bounds__(kMaxThreads, 2) statistics_kernel(const scalar_t* x, Geometry g, Moments<1>* partials, FinishStatistics finish) {
   const Part part(g, blockIdx.x);
   const Channels<channels_last> channels(g, part);
   Cursor<channels_last> cursor(g, part, channels);
@@ -371,7 +371,7 @@ struct ApplyArguments {
 };
 
 template <class scalar_t, bool channels_last>
-__global__ void __launch_bounds__(kMaxThreads) apply_kernel(ApplyArguments<scalar_t> a, Geometry g) {
+__global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ApplyArguments<scalar_t> a, Geometry g) {
   const Part part(g, gridDim.x - 1 - blockIdx.x);  // what the statistics read last may still be in the cache
   const Channels<channels_last> channels(g, part);
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
@@ -448,7 +448,7 @@ __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dy)[tile], Unit<scal
 }
 
 template <class scalar_t, bool channels_last>
-__global__ void __launch_bounds__(kMaxThreads) backward_reduce_kernel(BackwardArguments<scalar_t> a, Geometry g, Sums<1>* partials, FinishSums finish) {
+__global__ void __launch_bounds__(kMaxThreads, 2) backward_reduce_kernel(BackwardArguments<scalar_t> a, Geometry g, Sums<1>* partials, FinishSums finish) {
   const Part part(g, blockIdx.x);
   const Channels<channels_last> channels(g, part);
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
@@ -477,7 +477,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_reduce_kernel(BackwardAr
 
 // dx = (dz − sum_dz / count − x̂ · sum_dz_xhat / count) · scale
 template <class scalar_t, bool channels_last>
-__global__ void __launch_bounds__(kMaxThreads) backward_apply_kernel(BackwardArguments<scalar_t> a, Geometry g) {
+__global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(BackwardArguments<scalar_t> a, Geometry g) {
   const Part part(g, gridDim.x - 1 - blockIdx.x);
   const Channels<channels_last> channels(g, part);
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
@@ -517,7 +517,7 @@ __global__ void __launch_bounds__(kMaxThreads) backward_apply_kernel(BackwardArg
   }
 }
 
-__global__ void __launch_bounds__(kMaxThreads) inverse_deviation_kernel(const float* var, float eps, int64_t groups, float* rstd) {
+__global__ void __launch_bounds__(kMaxThreads, 2) inverse_deviation_kernel(const float* var, float eps, int64_t groups, float* rstd) {
   const int64_t i = int64_t{blockIdx.x} * kMaxThreads + threadIdx.x;
   if (i < groups) rstd[i] = __frsqrt_rn(var[i] + eps);
 }

@@ -108,10 +108,15 @@ struct Unit {
     for (int w = 0; w < kWords; w += step) {
       const int first = w * kPerWord;
       if (first >= valid) break;
+      // In PTX: written in C++, the compiler merges these with the narrow stores of the other widths.
       if constexpr (bytes == 16) {
-        *reinterpret_cast<uint4*>(p + first) = {words[w], words[w + 1], words[w + 2], words[w + 3]};
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p + first)),
+                     "r"(words[w]), "r"(words[w + 1]), "r"(words[w + 2]), "r"(words[w + 3])
+                     : "memory");
       } else if constexpr (bytes == 8) {
-        *reinterpret_cast<uint2*>(p + first) = {words[w], words[w + 1]};
+        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p + first)), "r"(words[w]),
+                     "r"(words[w + 1])
+                     : "memory");
       } else if constexpr (bytes == 4) {
         *reinterpret_cast<uint32_t*>(p + first) = words[w];
       } else {

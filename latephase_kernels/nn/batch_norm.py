@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops.ensemble_batch_norm import ensemble_batch_norm, normalize, update_running
-from ..ops.ensemble_batch_norm_checks import check_activation, check_arguments
+from ..ops.ensemble_batch_norm import ensemble_batch_norm, update_running
+from ..ops.ensemble_batch_norm_checks import check_activation
+from ..reference.ensemble_batch_norm import accumulation_dtype
 from .member_module import (
     MemberModule,
+    carry_over,
     check_mode,
     check_noise_std,
     check_num_members,
@@ -23,19 +25,17 @@ from .member_module import (
     replicate,
     replicate_parameter,
 )
-from .routing import Routed
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def _plain_type(where: str, module: nn.Module, accepted: type) -> type:
-    """Return the torch.nn class that module computes as, or raise."""
+def check_plain_batch_norm(where: str, module: nn.Module, accepted: type) -> None:
+    """Raise unless module computes what the torch.nn class `accepted` does."""
     if not isinstance(module, accepted):
         raise TypeError(f"{where}: module must be a {accepted.__name__}, got {type(module).__name__}")
     check_standard_forward(module, accepted)
     if (module.weight is None) != (module.bias is None):
         raise NotImplementedError(f"{where}: module has a weight but no bias; give it a bias of zeros")
-    return accepted
 
 
 class _EnsembleBatchNorm(MemberModule, _BatchNorm):
@@ -144,8 +144,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             return self.momentum
         if tracked is None:
             return 0.0
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        return (tracked + 1).to(dtype).reciprocal().unsqueeze(1)
+        return (tracked + 1).to(accumulation_dtype(input.dtype)).reciprocal().unsqueeze(1)
 
     def _average(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """The average of the members' outputs for an ordinary batch, by the collapsed module's arithmetic."""
@@ -157,9 +156,9 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         else:
             mean, var = torch.zeros_like(self.running_mean[0]), torch.zeros_like(self.running_var[0])
             y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
-            momentum = self._momentum(self.num_batches_tracked, self.running_mean)
-            update_running(self.running_mean, mean, momentum)
-            update_running(self.running_var, var, momentum)
+            momentum, dtype = self._momentum(self.num_batches_tracked, mean), accumulation_dtype(mean.dtype)
+            update_running(self.running_mean, mean.to(dtype), momentum)
+            update_running(self.running_var, var.to(dtype), momentum)
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
         if residual is not None:
@@ -183,20 +182,17 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             if weight is None:
                 mean, var = self._exact_statistics()
             else:
-                weight, bias = self._exact_affine(mean, var, weight, bias)
+                weight, bias = self._exact_affine(mean, var, bias)
         weight = None if weight is None else weight.to(self.weight.dtype)
         return weight, None if bias is None else bias.to(self.bias.dtype), mean, var
 
-    def _exact_affine(self, mean: Tensor, var: Tensor, mean_weight: Tensor, mean_bias: Tensor):
+    def _exact_affine(self, mean: Tensor, var: Tensor, mean_bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias [C] in float64 that make the statistics mean and var [C] exact."""
         running_var, weight = self.running_var.double(), self.weight.double()
         scaled = member_mean(weight * ((var.double() + self.eps) / (running_var + self.eps)).sqrt())
         a = weight * (running_var + self.eps).rsqrt()
         shift = (a * (mean.double() - self.running_mean.double())).mean(0)
-        same = (running_var == running_var[0]).all(0)  # mean_weight is then the value without another rounding
-        return torch.where(same & (var.double() == running_var[0]), mean_weight, scaled), torch.where(
-            shift == 0, mean_bias, mean_bias + shift
-        )
+        return scaled, torch.where(shift == 0, mean_bias, mean_bias + shift)  # keeps −0.0
 
     def _exact_statistics(self) -> tuple[Tensor, Tensor]:
         """Running mean and variance [C] that make a batch norm without affine weights exact."""
@@ -233,7 +229,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         where = f"{cls.__name__}.from_module"
         check_num_members(where, num_members)
         check_noise_std(where, noise_std)
-        _plain_type(where, module, cls._plain)
+        check_plain_batch_norm(where, module, cls._plain)
         new = cls(
             module.num_features,
             num_members,
@@ -251,7 +247,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             setattr(new, name, None if buffer is None else replicate(buffer, num_members))
         new.plain_type = type(module)
         new._mark()
-        _carry_over(module, new)
+        carry_over(module, new)
         return new
 
     @torch.no_grad()
@@ -280,125 +276,23 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         return self._to_plain_type(plain)
 
 
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    from .member_module import carry_over
-
-    carry_over(old, new)
-
-
-class _SharedBatchNorm(Routed, _BatchNorm):
-    """Batch norm with one [C] weight, bias and running statistics, that normalizes each member by itself.
-
-    For the batch norms of an expanded model that are not late-phase weights: in a stacked pass members must not mix.
-    The running statistics move as in a loop over the members. All else is the plain batch norm.
-    """
-
-    _plain: type
-
-    @classmethod
-    def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":
-        """Return the module's twin: the same Parameter and buffer objects.
-
-        Raises:
-            TypeError: module is no such batch norm.
-            NotImplementedError: it computes more than its class does.
-        """
-        check_num_members(f"{cls.__name__}.from_module", num_members)
-        _plain_type(f"{cls.__name__}.from_module", module, cls._plain)
-        new = _twin(module, cls)
-        new.num_members, new.routing, new.plain_type = num_members, None, type(module)
-        return new
-
-    def collapse(self, mode: str = "exact") -> _BatchNorm:
-        """Return the plain batch norm: the same Parameter and buffer objects, in every mode."""
-        check_mode(mode)
-        plain = _twin(self, self._plain)
-        plain.__class__ = self.plain_type
-        return plain
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalized input: [K·B, C, *], or [N, C, *] where the model averages.
-
-        Raises:
-            ValueError: a shape does not fit, or one value a channel and member in training.
-        """
-        members = self.active_members()
-        training = self.training or self.running_mean is None or self.running_var is None
-        if isinstance(members, str) or not training or len(members) == 1:
-            return super().forward(input)
-        self._check_input_dim(input)
-        arguments = (input, None, None, self.weight, self.bias)
-        num_members = len(members)
-        check_arguments(*arguments, True, 0.1, self.eps, num_members, None, "none")
-        y, mean, var = normalize(*arguments, None, True, self.eps, num_members, "none")
-        if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
-            n = input.numel() // mean.numel()
-            self._update(mean.detach(), var.detach() * (n / (n - 1)))
-        return y
-
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics by the members' [K, C], as K steps one after the other would."""
-        num_members = mean.size(0)
-        if self.momentum is None:
-            momentum = num_members / (self.num_batches_tracked + num_members).to(mean.dtype)
-            update_running(self.running_mean, mean.mean(0), momentum)
-            update_running(self.running_var, var.mean(0), momentum)
-        else:
-            keep = 1.0 - self.momentum
-            steps_left = torch.arange(num_members - 1, -1, -1, dtype=mean.dtype, device=mean.device).unsqueeze(1)
-            shares = self.momentum * keep**steps_left  # [K, 1], of Σ_k m (1 − m)^(K−1−k) x_k
-            for running, new in ((self.running_mean, mean), (self.running_var, var)):
-                running.copy_(running.to(mean.dtype) * keep**num_members + (shares * new).sum(0))
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(num_members)
-
-
-def _twin(module: nn.Module, cls: type) -> nn.Module:
-    """Return a module of another class that shares module's parameters, buffers, hooks and attributes."""
-    new = cls.__new__(cls)
-    vars(new).update({k: v for k, v in vars(module).items() if k not in ("_compiled_call_impl", *_TWIN_OWN)})
-    for name in ("_parameters", "_buffers"):
-        vars(new)[name] = vars(module)[name].copy()
-    return new
-
-
-_TWIN_OWN = ("num_members", "routing", "plain_type")
+def _documented(shape: str) -> str:
+    return (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", shape)
 
 
 class EnsembleBatchNorm1d(_EnsembleBatchNorm):
-    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C] or [K·B, C, L]")
+    __doc__ = _documented(" over [K·B, C] or [K·B, C, L]")
     _plain = nn.BatchNorm1d
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class EnsembleBatchNorm2d(_EnsembleBatchNorm):
-    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C, H, W]")
+    __doc__ = _documented(" over [K·B, C, H, W]")
     _plain = nn.BatchNorm2d
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class EnsembleBatchNorm3d(_EnsembleBatchNorm):
-    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C, D, H, W]")
-    _plain = nn.BatchNorm3d
-    _check_input_dim = nn.BatchNorm3d._check_input_dim
-
-
-class SharedBatchNorm1d(_SharedBatchNorm):
-    """Batch norm over [K·B, C] or [K·B, C, L] with one set of weights that normalizes each member by itself."""
-
-    _plain = nn.BatchNorm1d
-    _check_input_dim = nn.BatchNorm1d._check_input_dim
-
-
-class SharedBatchNorm2d(_SharedBatchNorm):
-    """Batch norm over [K·B, C, H, W] with one set of weights that normalizes each member by itself."""
-
-    _plain = nn.BatchNorm2d
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
-
-
-class SharedBatchNorm3d(_SharedBatchNorm):
-    """Batch norm over [K·B, C, D, H, W] with one set of weights that normalizes each member by itself."""
-
+    __doc__ = _documented(" over [K·B, C, D, H, W]")
     _plain = nn.BatchNorm3d
     _check_input_dim = nn.BatchNorm3d._check_input_dim

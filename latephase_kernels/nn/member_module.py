@@ -3,7 +3,6 @@
 Shapes: K members; a replicated tensor is [K, …] where the plain module's is […].
 """
 
-import copy
 import math
 
 import torch
@@ -148,8 +147,3 @@ class MemberModule(Routed):
 def plain_parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
     """Return a plain parameter of this value with the type and requires_grad of the replicated one."""
     return nn.Parameter(value.detach().to(like.dtype), requires_grad=like.requires_grad)
-
-
-def copy_option(value):
-    """Return a copy of an optimizer option or state entry that shares no memory with it."""
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

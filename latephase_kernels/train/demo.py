@@ -27,6 +27,8 @@ from .progress import Progress
 CHECKPOINT = "late_phase_collapsed.pt"
 # The collapsed network computes what the expanded one did by other additions and multiplications: rounding, no more.
 LOGIT_TOLERANCE = 1e-3
+# More threads than this slow so small a network down.
+MAX_THREADS = 4
 
 
 def prepare_output(output: Path) -> None:
@@ -101,6 +103,8 @@ def run_demo(
     prepare_output(output)
 
     progress = Progress(num_seeds * (hp.base_epochs * hp.num_train + 3 * late))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(min(num_threads, MAX_THREADS))
     results: dict[str, list[MethodResult]] = {method: [] for method in METHODS}
     retest = {}
     try:
@@ -116,13 +120,14 @@ def run_demo(
                 retest = save_and_retest(run, collapsed, before, output / CHECKPOINT)
     finally:
         progress.end()
+        torch.set_num_threads(num_threads)
 
     facts = {
         "latephase_kernels": __version__,
         "torch": torch.__version__,
         "backend": backend_for(digits[0]),
         "device": "cpu",
-        "threads": torch.get_num_threads(),
+        "threads": min(num_threads, MAX_THREADS),
         "quick": quick,
         "num_members": num_members,
         "parameters": sum(parameter.numel() for parameter in collapsed.parameters()),

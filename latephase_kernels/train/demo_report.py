@@ -86,8 +86,8 @@ def _footer(num_seeds: int, facts: dict) -> list[str]:
         f"{facts['images_after_t0']:,} more; seconds and images/s are of that continuation.",
         "The two late-phase rows are one training; the ensemble keeps all K members and averages their predictions.",
         f"Collapsed model of seed {retest['seed']}: {retest['accuracy_before_collapse']:.2f} % (NLL "
-        f"{retest['nll_before_collapse']:.4f}) before collapsing; saved, loaded into the plain network and tested again: "
-        f"{retest['accuracy']:.2f} % (NLL {retest['nll']:.4f}).",
+        f"{retest['nll_before_collapse']:.4f}) before collapsing; saved, loaded into the plain network and tested "
+        f"again: {retest['accuracy']:.2f} % (NLL {retest['nll']:.4f}).",
         f"latephase_kernels {facts['latephase_kernels']}, backend {facts['backend']}, torch {facts['torch']}, "
         f"{facts['device']}, {facts['threads']} threads, {facts['seconds_total']:.0f} s in all.",
     ]
@@ -112,6 +112,19 @@ def write_results(results: dict[str, list[MethodResult]], facts: dict, path: Pat
     return content
 
 
+def _points(curves: list[Curve], quantity: str, since: int = 0, until: float = math.inf) -> tuple[list, list, list]:
+    """Images seen, mean and standard error over the seeds (0 for one seed) of the points in [since, until]."""
+    points = []
+    for images_seen, *values in zip(
+        curves[0].images_seen, *(getattr(curve, quantity) for curve in curves), strict=True
+    ):
+        if since <= images_seen <= until:
+            mean, error = mean_and_error(values)
+            points.append((images_seen, mean, error or 0.0))
+    images, means, errors = map(list, zip(*points, strict=True))
+    return images, means, errors
+
+
 def draw_curves(results: dict[str, list[MethodResult]], t0: int, path: Path) -> bool:
     """Draw accuracy and NLL over the images seen, mean and standard error over the seeds; False without matplotlib."""
     try:
@@ -121,24 +134,20 @@ def draw_curves(results: dict[str, list[MethodResult]], t0: int, path: Path) -> 
         return False
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, quantity, label in zip(
-        figure.subplots(1, 2), ("accuracy", "nll"), ("test accuracy, %", "test NLL"), strict=True
-    ):
+    style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.5}
+    labels = {"accuracy": "test accuracy, %", "nll": "test NLL"}
+    for axes, (quantity, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        base = _points([run.curve for run in results["sgd"]], quantity, until=t0)
+        axes.errorbar(*base, **style, color="grey", label="SGD up to T0, the same for all")
         for method, runs in results.items():
-            points = runs[0].curve.images_seen
-            at_points = [
-                mean_and_error(list(values)) for values in zip(*(getattr(r.curve, quantity) for r in runs), strict=True)
-            ]
-            means, errors = [mean for mean, _ in at_points], [error or 0.0 for _, error in at_points]
-            axes.errorbar(
-                points, means, errors, marker="o", markersize=4, capsize=2, linewidth=1.5, label=METHODS[method]
-            )
+            points = _points([run.curve for run in runs], quantity, since=t0)
+            axes.errorbar(*points, **style, label=METHODS[method])
         axes.axvline(t0, color="grey", linestyle="--", linewidth=1)
-        axes.annotate(" T0", (t0, 1), xycoords=("data", "axes fraction"), va="top", color="grey")
+        axes.annotate("T0", (t0, 1), (4, -4), ("data", "axes fraction"), "offset points", va="top", color="grey")
         axes.set(xlabel="training images seen", ylabel=label)
         axes.grid(alpha=0.3)
         if quantity == "nll":
             axes.set_yscale("log")
-    figure.axes[0].legend(loc="lower right")
+    figure.axes[0].legend(loc="best")
     figure.savefig(path, dpi=130)
     return True

@@ -86,10 +86,14 @@ def _apply_tile(
         valid = (index < n) & parameter_valid
     else:
         tiles_across = tl.cdiv(spatial, BLOCK_C)
-        row = program // tiles_across * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+        first = program // tiles_across * BLOCK_R
+        image = first // num_channels  # 64-bit divisions a program, 32-bit ones a row
+        index = tl.arange(0, BLOCK_R)[:, None]
+        row = first + index
         column = program % tiles_across * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        channel = row % num_channels
-        member = row // num_channels // batch
+        channel = (first % num_channels).to(tl.int32) + index
+        member = image // batch + ((image % batch).to(tl.int32) + channel // num_channels) // batch
+        channel = channel % num_channels
         parameter_valid = row < rows
         valid = parameter_valid & (column < spatial)
     return row, column, valid, member, channel, parameter_valid
@@ -136,8 +140,10 @@ def _over_tile(values, ROWS_OF_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _pivot(x, member, channels, batch, num_channels, spatial, n, valid, ROWS_OF_CHANNELS: tl.constexpr, ACC: tl.constexpr):
-    """The first value of each group, or 0 where it is not finite: statistics of x − pivot do not round the mean away."""
+def _pivot(
+    x, member, channels, batch, num_channels, spatial, n, valid, ROWS_OF_CHANNELS: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """The first value of each group, or 0 if not finite: statistics of x − pivot do not round the mean away."""
     if ROWS_OF_CHANNELS:
         offset = member * n * num_channels + channels
     else:
@@ -165,7 +171,7 @@ def _statistics_kernel(
 ):  # fmt: skip
     """One (member, split, channel block): mean and centred squares a tile, merged by Chan's formula.
 
-    Writes the statistics themselves, or this split's (mean − pivot, centred squares, count) into partials [3, splits, G].
+    Writes the statistics, or this split's (mean − pivot, centred squares, count) into partials [3, splits, G].
     """
     BLOCK_CHANNELS: tl.constexpr = BLOCK_C if ROWS_OF_CHANNELS else 1
     program = tl.program_id(0).to(tl.int64)
@@ -283,7 +289,7 @@ def _backward_reduce_kernel(
     WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
     ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One (member, split, channel block) of Σdz and Σ(dz · x̂): the sums, or this split's into partials [2, splits, G]."""
+    """One (member, split, channel block) of Σdz and Σ(dz · x̂): writes the sums, or partials [2, splits, G]."""
     BLOCK_CHANNELS: tl.constexpr = BLOCK_C if ROWS_OF_CHANNELS else 1
     program = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(num_channels, BLOCK_CHANNELS)
@@ -295,7 +301,9 @@ def _backward_reduce_kernel(
     group = member * num_channels + channels
     mean_value = tl.load(mean + group, in_range, other=0.0)
     rstd_value = tl.load(rstd + group, in_range, other=0.0)
-    scale, shift = _affine(weight, bias, member, channels, num_channels, in_range, rstd_value, WEIGHT_SHARED, BIAS_SHARED)
+    scale, shift = _affine(
+        weight, bias, member, channels, num_channels, in_range, rstd_value, WEIGHT_SHARED, BIAS_SHARED
+    )
 
     sum_value = tl.full([BLOCK_R, BLOCK_C], 0.0, ACC)
     dot_value = tl.full([BLOCK_R, BLOCK_C], 0.0, ACC)
@@ -446,7 +454,14 @@ def _apply_blocks(sizes: _Sizes) -> tuple[int, int, int]:
 
 
 def _num_warps(block_r: int, block_c: int) -> int:
+    """16 values a thread."""
     return max(1, min(8, block_r * block_c // 512))
+
+
+def _apply_warps(sizes: _Sizes, block_r: int, block_c: int) -> int:
+    """16 values a thread, or 8 where each value needs an address of its own: the registers go to those."""
+    vectors = (sizes.channels if sizes.rows_of_channels else sizes.spatial) % 16 == 0
+    return _num_warps(block_r, block_c) * (1 if vectors else 2)
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -544,7 +559,7 @@ def ensemble_batch_norm_apply(
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows,
             WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
             ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=block_r, BLOCK_C=block_c,
-            num_warps=_num_warps(block_r, block_c),
+            num_warps=_apply_warps(sizes, block_r, block_c),
         )  # fmt: skip
     return y, mask
 
@@ -617,7 +632,7 @@ def ensemble_batch_norm_backward_apply(
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows, int(count) if batch_statistics else 0,
             BATCH_STATISTICS=batch_statistics, WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias),
             RELU=activation == "relu", ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_num_warps(block_r, block_c),
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_apply_warps(sizes, block_r, block_c),
         )  # fmt: skip
     return dx, dresidual
 

@@ -1,0 +1,50 @@
+# make demo | make test | make check | make wheel | make bench
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: demo test test-native test-triton test-compile check format wheel bench
+
+demo: $(VENV)/.installed
+	$(BIN)/latephase demo
+
+test: test-native test-triton test-compile
+
+# Everything that runs natively, then the op's tests again on each older instruction set.
+test-native: $(VENV)/.installed
+	$(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*'
+	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py
+	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py
+
+# Triton kernels in the interpreter, in a process of its own.
+test-triton: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton_ensemble_batch_norm.py
+
+# Triton kernels compiled ahead of time for GPUs that need not be there.
+test-compile: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -s tests/test_triton_compile.py
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -type f)
+
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_ensemble_batch_norm.py
+
+# torch first, then the package without isolation: an isolated build would download torch a second time.
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch torchvision numpy matplotlib tqdm ninja 'setuptools>=77'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@

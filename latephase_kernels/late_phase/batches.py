@@ -1,0 +1,120 @@
+"""stack_batches: K minibatches of any loader as one member-major batch.
+
+Shapes: K members, B samples a minibatch; the stacked batch has K·B rows, row k·B + b is sample b of member k.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..nn.member_module import check_num_members
+
+
+def rows_of(batch: Any) -> int:
+    """Return the number of samples of a batch: the size of its first tensor or array.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim > 0:
+        return batch.shape[0]
+    if isinstance(batch, (Mapping, list, tuple)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            if isinstance(part, (Tensor, np.ndarray, Mapping, list, tuple)):
+                try:
+                    return rows_of(part)
+                except TypeError:
+                    continue
+    raise TypeError(f"stack_batches: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
+
+
+def concatenate(batches: list) -> Any:
+    """Join equal structures of tensors along dim 0; lists of samples that are no tensors are appended."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(batches) if first.dim() else torch.stack(batches)
+    if isinstance(first, np.ndarray):
+        return np.concatenate(batches) if first.ndim else np.stack(batches)
+    if isinstance(first, Mapping):
+        return type(first)({key: concatenate([batch[key] for batch in batches]) for key in first})
+    if isinstance(first, (list, tuple)):
+        parts = (Tensor, np.ndarray, Mapping, list, tuple)
+        if first and not any(isinstance(part, parts) for part in first):
+            return type(first)(sample for batch in batches for sample in batch)
+        joined = [concatenate(list(parts_of_all)) for parts_of_all in zip(*batches)]
+        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+    return first if all(batch == first for batch in batches) else list(batches)
+
+
+class StackedBatches:
+    """Iterates over a loader's minibatches, num_members at a time; see stack_batches."""
+
+    def __init__(self, loader: Iterable, num_members: int):
+        check_num_members("stack_batches", num_members)
+        self.loader, self.num_members = loader, num_members
+        self._carried: list = []
+        self._carried_before = 0  # at the start of the epoch that runs, so that its length does not change
+        self._batch_size: int | None = None
+        self._full_batches: int | None = None  # of the last complete epoch
+
+    def __iter__(self) -> Iterator:
+        self._carried_before = len(self._carried)
+        full_batches = 0
+        for batch in self.loader:
+            rows = rows_of(batch)
+            if self._batch_size is None:
+                self._batch_size = rows
+            if rows > self._batch_size:
+                raise ValueError(
+                    f"stack_batches: a batch has {rows} samples, the first had {self._batch_size}; "
+                    "give every batch the same number"
+                )
+            if rows < self._batch_size:
+                continue
+            full_batches += 1
+            self._carried.append(batch)
+            if len(self._carried) == self.num_members:
+                batches, self._carried = self._carried, []
+                yield concatenate(batches)
+        self._full_batches = full_batches
+        self._carried_before = len(self._carried)
+
+    def __len__(self) -> int:
+        """Stacked batches of the epoch that runs, or of the next one."""
+        full_batches = self._full_batches
+        if full_batches is None:
+            full_batches = self._expected_batches()
+        return (self._carried_before + full_batches) // self.num_members
+
+    def _expected_batches(self) -> int:
+        """Full batches an epoch, before one was seen."""
+        batch_size, drop_last = getattr(self.loader, "batch_size", None), getattr(self.loader, "drop_last", True)
+        if not isinstance(batch_size, int) or drop_last:
+            return len(self.loader)
+        try:
+            samples = len(self.loader.sampler)
+        except (AttributeError, TypeError):
+            return len(self.loader)
+        return max(samples // batch_size, min(samples, 1))  # a single short batch is the first, and sets the size
+
+
+def stack_batches(loader: Iterable, num_members: int) -> StackedBatches:
+    """Return an iterable of stacked batches: num_members minibatches of loader one behind the other.
+
+    It can be iterated again and again, as the loader can. Minibatches left over at the end of an epoch open the next
+    one. Minibatches shorter than the first one are dropped.
+
+    Args:
+        loader: yields tensors [B, …], or tuples, lists and dicts of them.
+        num_members: K.
+
+    Returns:
+        An iterable with len(), of the loader's structures with tensors [K·B, …].
+
+    Raises:
+        TypeError, ValueError: num_members does not fit; while iterating: a batch without tensors, or longer ones.
+    """
+    return StackedBatches(loader, num_members)

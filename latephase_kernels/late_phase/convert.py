@@ -1,0 +1,169 @@
+"""expand and collapse: a plain model to K late-phase members, and back.
+
+Shapes: K members; a replicated tensor is [K, …] where the plain model's is […].
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members
+from ..nn.routing import Routed, Routing
+from .optimizers import check_optimizers, move_parameters
+from .targets import (
+    MEMBER_TYPES,
+    SHARED_TYPES,
+    build,
+    check_not_expanded,
+    check_not_wrapped,
+    check_ties,
+    find_targets,
+)
+
+
+def expand(
+    model: nn.Module,
+    num_members: int,
+    *,
+    targets: str | Callable | Iterable[str | Callable] = ("batch_norm",),
+    noise_std: float = 0.0,
+    generator: torch.Generator | None = None,
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+    member_state: str = "fresh",
+    member_options: dict | None = None,
+) -> nn.Module:
+    """Replicate the targets of model into num_members members, in place.
+
+        φ_k = φ + noise_std · rms(φ) · ε_k,   ε_k ~ N(0, I)
+
+    In train mode the model then takes the stacked batch [K·B, …], member-major; in eval mode an ordinary batch, which
+    it answers as the collapsed model does. Every batch norm normalizes each member by itself, targeted or not.
+    State dict keys stay; a replicated tensor gains a leading K; a plain checkpoint loads and is broadcast.
+    A learning rate scheduler knows the groups there were when it was made: make it again after this call.
+
+    Args:
+        model: any model; it is changed.
+        num_members: K.
+        targets: "batch_norm", "head" (the last linear layer), callables (name, module) -> bool, or several of these.
+        noise_std: σ0.
+        generator: of ε.
+        optimizers: live ones. Replicated parameters leave their group for a new one at the end.
+        member_state: "fresh" (they start without optimizer state, as in the paper) or "copy" (each has the plain one's).
+        member_options: of the new groups, over those of the group they left: lr, weight_decay, ….
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is wrapped (DataParallel, DistributedDataParallel, compiled), or an argument has a wrong type.
+        ValueError: an argument's value, the model itself is a target, or a target's parameter is tied to another module.
+        NotImplementedError: a batch norm or target whose class computes more than torch.nn's, SyncBatchNorm, a lazy one.
+        RuntimeError: model is already expanded.
+        Nothing is changed then.
+
+    Source: von Oswald et al., ICLR 2021, section 2.
+    """
+    check_not_wrapped("expand", model)
+    check_num_members("expand", num_members)
+    check_noise_std("expand", noise_std)
+    check_not_expanded(model)
+    targeted, empty = find_targets(model, targets)
+    for target in empty if targeted else ():
+        warnings.warn(f"expand: target {target!r} matches no module of the model", stacklevel=2)
+    if not targeted:
+        warnings.warn("expand: targets match no module of the model; it stays as it is", stacklevel=2)
+        return model
+    if isinstance(model, _BatchNorm):
+        raise ValueError("expand: the model itself is a batch norm; wrap it in nn.Sequential")
+    replacements = {}
+    for name, module in model.named_modules():
+        if id(module) in targeted:
+            replacements[id(module)] = build(name, module, MEMBER_TYPES, num_members, noise_std, generator)
+        elif isinstance(module, _BatchNorm):
+            replacements[id(module)] = build(name, module, SHARED_TYPES, num_members)
+    check_ties(model, targeted)
+    moved = _tie(targeted, replacements)
+    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    check_optimizers(optimizers, moved, member_state, member_options or {})
+
+    routing = Routing(model, num_members)
+    for replacement in replacements.values():
+        replacement.routing = routing
+    _replace(model, replacements)
+    for optimizer in optimizers:
+        move_parameters(optimizer, moved, member_state, member_options or {})
+    return model
+
+
+def _tie(targeted: dict[int, nn.Module], replacements: dict[int, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
+    """Tie the parameters of the replacements as those of the targets are; return plain parameter → replicated."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for key, module in targeted.items():
+        parameters = replacements[key]._parameters
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters[name] = moved.setdefault(parameter, parameters[name])
+    return moved
+
+
+def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Put the replacements, by id of the module replaced, wherever that module is registered."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+@torch.no_grad()
+def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
+    """Average the members of an expanded model into the plain model it came from, in place.
+
+    Keys and shapes of the state dict are the original ones. Optimizers still hold the members: make new ones.
+
+    Args:
+        model: expanded; it is changed.
+        mode: "exact" (a batch norm answers, in eval mode, with the average of the members' outputs: for inference) or
+            "weights" (every tensor is averaged: for further training). Identical members give back their bits in both.
+
+    Returns:
+        model.
+
+    Raises:
+        TypeError: model is wrapped or no module.
+        ValueError: an unknown mode, or model itself is a member module.
+        RuntimeError: model is not expanded.
+    """
+    check_not_wrapped("collapse", model)
+    check_mode(mode)
+    if isinstance(model, Routed):
+        raise ValueError(f"collapse: the model itself is a {type(model).__name__}; call its own collapse()")
+    expanded = [(name, module) for name, module in model.named_modules() if isinstance(module, Routed)]
+    if not expanded:
+        raise RuntimeError("collapse: model is not expanded; call expand first")
+    replacements = {id(module): module.collapse(mode) for _, module in expanded}
+    _tie_plain(expanded, replacements)
+    _replace(model, replacements)
+    return model
+
+
+def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: dict[int, nn.Module]) -> None:
+    """Tie what was tied, where the averages are equal: exact collapse folds each layer's own statistics into them."""
+    first: dict[nn.Parameter, nn.Parameter] = {}
+    for module_name, module in expanded:
+        if not isinstance(module, MemberModule):
+            continue
+        parameters = replacements[id(module)]._parameters
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            tied = first.setdefault(parameter, parameters[name])
+            if torch.equal(tied, parameters[name]):
+                parameters[name] = tied
+            else:
+                warnings.warn(
+                    f'collapse: {module_name}.{name} was tied to another layer and no longer is; mode="weights" keeps it',
+                    stacklevel=3,
+                )

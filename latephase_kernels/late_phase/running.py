@@ -1,0 +1,177 @@
+"""Using an expanded model: routing, prediction, the members' loss, recomputed statistics.
+
+Shapes: K members, B rows a member, N rows of an ordinary batch.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..nn.member_module import check_num_members
+from ..nn.routing import Routed, Routing
+from .batches import StackedBatches, concatenate
+
+
+def _routings(where: str, model: nn.Module) -> list[Routing]:
+    """Return the routings that model's modules follow, each once."""
+    found = {id(m.routing): m.routing for m in model.modules() if isinstance(m, Routed) and m.routing is not None}
+    if not found:
+        raise RuntimeError(f"{where}: model is not expanded; call expand first")
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def members(model: nn.Module, which: str | int | range) -> Iterator[nn.Module]:
+    """Inside the with block, run an expanded model as these members, whatever its training flag.
+
+    Args:
+        model: expanded; a wrapper around it is fine.
+        which: "stacked" (batches [K·B, …]), "average" (ordinary batches), one member, or a range of n members
+            (batches [n·B, …]: a chunk of the stacked batch).
+
+    Raises:
+        RuntimeError: model is not expanded.
+        TypeError, ValueError: which is none of these.
+    """
+    routings = _routings("members", model)
+    chosen = [routing.choice(which) for routing in routings]
+    before = [routing.override for routing in routings]
+    for routing, choice in zip(routings, chosen):
+        routing.override = choice
+    try:
+        yield model
+    finally:
+        for routing, override in zip(routings, before):
+            routing.override = override
+
+
+@contextlib.contextmanager
+def _training_flags_kept(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
+    """Return an expanded model's answer to an ordinary batch, in eval mode and without gradients.
+
+    Args:
+        model: expanded; its training flags are the same afterwards.
+        x: [N, …], or a tuple, list or dict of such tensors, given to the model as its one argument.
+        members: "average" (what the collapsed model answers), "all", or one member.
+
+    Returns:
+        The model's output [N, …]; for "all" each tensor in it is [K, N, …].
+
+    Raises:
+        RuntimeError: model is not expanded.
+        TypeError, ValueError: members is none of these.
+    """
+    num_members = _routings("predict", model)[0].num_members
+    if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
+        raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
+    with _training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
+        model.eval()
+        if members != "all":
+            return model(x)
+        output = model(_repeat(x, num_members))
+    return tree_map(lambda y: y.unflatten(0, (num_members, -1)) if isinstance(y, Tensor) and y.dim() else y, output)
+
+
+_members = members  # predict's argument has the same name
+
+
+def _repeat(batch: Any, num_members: int) -> Any:
+    return tree_map(lambda x: concatenate([x] * num_members) if isinstance(x, Tensor) and x.dim() else x, batch)
+
+
+def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, *, num_members: int) -> Tensor:
+    """Return Σ_k loss_fn(output_k, target_k): with a mean in loss_fn, the sum over members of their means.
+
+    Args:
+        loss_fn: (output [B, …], target [B, …]) -> the mean over the batch; called once a member.
+        output, target: [K·B, …] member-major, or tuples, lists and dicts of such tensors.
+        num_members: K, or the number of members of a chunk.
+
+    Returns:
+        The sum, of loss_fn's shape.
+
+    Raises:
+        ValueError: a tensor's first dimension is not divisible by num_members.
+    """
+    check_num_members("member_loss", num_members)
+    outputs, targets = _chunks("output", output, num_members), _chunks("target", target, num_members)
+    total = loss_fn(outputs[0], targets[0])
+    for member_output, member_target in zip(outputs[1:], targets[1:]):
+        total = total + loss_fn(member_output, member_target)
+    return total
+
+
+def _chunks(name: str, stacked: Any, num_members: int) -> list:
+    """Return the members' parts of every tensor in stacked, as num_members structures."""
+    leaves, spec = tree_flatten(stacked)
+    columns = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            columns.append([leaf] * num_members)
+            continue
+        if leaf.size(0) % num_members:
+            raise ValueError(
+                f"member_loss: {name}.size(0)={leaf.size(0)} is not divisible by num_members={num_members}; "
+                f"stack {num_members} equal minibatches along dim 0"
+            )
+        columns.append(leaf.unflatten(0, (num_members, leaf.size(0) // num_members)).unbind(0))
+    return [tree_unflatten([column[k] for column in columns], spec) for k in range(num_members)]
+
+
+@torch.no_grad()
+def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> None:
+    """Recompute every running statistic of an expanded model as the average over a loader, in one stacked pass.
+
+    Args:
+        loader: yields input batches [N, …], or tuples and lists whose first entry is one.
+        model: expanded; flags and momenta are the same afterwards.
+        share: False: every member sees all the data (each batch is replicated K times). True: each sees 1/K of it, an
+            approximation at 1/K of the cost; leftover and short batches are not used.
+
+    Raises:
+        RuntimeError: model is not expanded.
+        ValueError: there was no batch (with share=True, not num_members full ones); statistics are as before then.
+    """
+    num_members = _routings("update_bn", model)[0].num_members
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    momenta = [layer.momentum for layer in layers]
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer._buffers.values() if buffer is not None]
+    device = next((buffer.device for buffer, _ in before), None)
+    batches = StackedBatches(loader, num_members) if share else loader
+    passes = 0
+    with _training_flags_kept(model), members(model, "stacked"):
+        try:
+            model.train()
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None
+            for batch in batches:
+                x = batch[0] if isinstance(batch, (list, tuple)) else batch
+                x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+                model(x if share else _repeat(x, num_members))
+                passes += 1
+            if not passes:
+                needed = f"{num_members} batches of equal size" if share else "one batch"
+                raise ValueError(f"update_bn: loader must yield at least {needed}")
+        except BaseException:
+            for buffer, value in before:
+                buffer.copy_(value)
+            raise
+        finally:
+            for layer, momentum in zip(layers, momenta):
+                layer.momentum = momentum

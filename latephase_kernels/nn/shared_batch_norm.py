@@ -1,0 +1,111 @@
+"""Batch norm with one set of weights for all members, that still normalizes each member by itself.
+
+Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *], member-major.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops.ensemble_batch_norm import normalize, update_running
+from ..ops.ensemble_batch_norm_checks import check_arguments
+from .batch_norm import check_plain_batch_norm
+from .member_module import check_mode, check_num_members
+from .routing import Routed
+
+_OWN_ATTRIBUTES = ("num_members", "routing", "plain_type")
+
+
+def _twin(module: nn.Module, cls: type) -> nn.Module:
+    """Return a module of another class that shares module's parameters, buffers, hooks and attributes."""
+    new = cls.__new__(cls)
+    vars(new).update({k: v for k, v in vars(module).items() if k not in ("_compiled_call_impl", *_OWN_ATTRIBUTES)})
+    for name in ("_parameters", "_buffers"):
+        vars(new)[name] = vars(module)[name].copy()
+    return new
+
+
+class _SharedBatchNorm(Routed, _BatchNorm):
+    """Batch norm with one [C] weight, bias and running statistics, that normalizes each member by itself.
+
+    For the batch norms of an expanded model that are not late-phase weights: in a stacked pass members must not mix.
+    The running statistics move as in a loop over the members. All else is the plain batch norm.
+    """
+
+    _plain: type
+
+    @classmethod
+    def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":
+        """Return the module's twin: the same Parameter and buffer objects.
+
+        Raises:
+            TypeError: module is no such batch norm.
+            NotImplementedError: it computes more than its class does.
+        """
+        check_num_members(f"{cls.__name__}.from_module", num_members)
+        check_plain_batch_norm(f"{cls.__name__}.from_module", module, cls._plain)
+        new = _twin(module, cls)
+        new.num_members, new.routing, new.plain_type = num_members, None, type(module)
+        return new
+
+    def collapse(self, mode: str = "exact") -> _BatchNorm:
+        """Return the plain batch norm: the same Parameter and buffer objects, in every mode."""
+        check_mode(mode)
+        return _twin(self, self.plain_type)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the normalized input: [K·B, C, *], or [N, C, *] where the model averages.
+
+        Raises:
+            ValueError: a shape does not fit, or one value a channel and member in training.
+        """
+        members = self.active_members()
+        training = self.training or self.running_mean is None or self.running_var is None
+        if isinstance(members, str) or not training or len(members) == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        arguments = (input, None, None, self.weight, self.bias)
+        num_members = len(members)
+        check_arguments(*arguments, True, 0.1, self.eps, num_members, None, "none")
+        y, mean, var = normalize(*arguments, None, True, self.eps, num_members, "none")
+        if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
+            n = input.numel() // mean.numel()
+            self._update(mean.detach(), var.detach() * (n / (n - 1)))
+        return y
+
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics by the members' [K, C], as K steps one after the other would."""
+        num_members = mean.size(0)
+        if self.momentum is None:
+            momentum = num_members / (self.num_batches_tracked + num_members).to(mean.dtype)
+            update_running(self.running_mean, mean.mean(0), momentum)
+            update_running(self.running_var, var.mean(0), momentum)
+        else:
+            keep = 1.0 - self.momentum
+            steps_left = torch.arange(num_members - 1, -1, -1, dtype=mean.dtype, device=mean.device).unsqueeze(1)
+            shares = self.momentum * keep**steps_left  # [K, 1], of Σ_k m (1 − m)^(K−1−k) x_k
+            for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                running.copy_(running.to(mean.dtype) * keep**num_members + (shares * new).sum(0))
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(num_members)
+
+
+class SharedBatchNorm1d(_SharedBatchNorm):
+    """Batch norm over [K·B, C] or [K·B, C, L] with one set of weights that normalizes each member by itself."""
+
+    _plain = nn.BatchNorm1d
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class SharedBatchNorm2d(_SharedBatchNorm):
+    """Batch norm over [K·B, C, H, W] with one set of weights that normalizes each member by itself."""
+
+    _plain = nn.BatchNorm2d
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class SharedBatchNorm3d(_SharedBatchNorm):
+    """Batch norm over [K·B, C, D, H, W] with one set of weights that normalizes each member by itself."""
+
+    _plain = nn.BatchNorm3d
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

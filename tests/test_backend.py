@@ -1,0 +1,66 @@
+"""Which backend runs, and what a missing one says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import latephase_kernels as lp
+from latephase_kernels import backend
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    yield
+    lp.set_backend("auto")
+
+
+def test_backend_for():
+    assert lp.backend_for(torch.zeros(1)) == "native"
+    assert lp.backend_for(torch.zeros(1, device="meta")) == "reference"
+    lp.set_backend("reference")
+    assert lp.backend_for(torch.zeros(1)) == "reference"
+    lp.set_backend("native")
+    with pytest.raises(RuntimeError, match=r'no kernels for meta tensors; call set_backend\("auto"\)'):
+        lp.backend_for(torch.zeros(1, device="meta"))
+
+
+def test_the_cuda_library_loads_exactly_where_torch_has_cuda():
+    built = (Path(lp.__file__).parent / "lib" / "liblatephase_cuda.so").exists()
+    if torch.version.cuda is None:
+        assert "without CUDA" in backend._load_failures["cuda"]
+    else:
+        assert ("cuda" not in backend._load_failures) == built
+
+
+def test_without_libraries_the_reference_runs_and_says_so_once():
+    code = """
+import pathlib, warnings
+from unittest import mock
+with mock.patch.object(pathlib.Path, "exists", lambda self: False):
+    import latephase_kernels as lp
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        y = lp.functional.ensemble_batch_norm(torch.randn(6, 4, 3), None, None, training=True, num_members=2)
+assert lp.backend_for(y) == "reference"
+messages = [str(w.message) for w in caught]
+assert len(messages) == 1 and "reference path" in messages[0] and "C++ compiler" in messages[0], messages
+try:
+    lp.set_backend("native")
+except RuntimeError as error:
+    assert "was not built" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_damaged_library_names_its_likely_causes(tmp_path, monkeypatch):
+    (tmp_path / "liblatephase_cpu.so").write_bytes(b"not a library")
+    monkeypatch.setattr(backend, "_LIBRARY_FOLDER", tmp_path)
+    failure = backend._load("cpu")
+    assert failure is not None and "(1)" in failure and "(3) the file is damaged" in failure
