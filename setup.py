@@ -82,7 +82,9 @@ def ninja_file(torch: Path, lib: Path, cxx: str, cuda: str | None) -> str:
         if not (torch_cuda / "libtorch_cuda.so").exists():
             # A torch without CUDA: an empty library of that name leaves the right entry for the torch that loads it.
             torch_cuda = lib.parent / "stub"
-            lines.append("rule stub\n command = $cxx_compiler -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out")
+            lines.append(
+                "rule stub\n command = $cxx_compiler -shared -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out"
+            )
             lines.append(f"build {torch_cuda / 'libtorch_cuda.so'}: stub")
         stub = "" if torch_cuda == torch / "lib" else f" | {torch_cuda / 'libtorch_cuda.so'}"
         cudart = f"-L{cuda}/lib64 -lcudart_static -ldl -lrt -lpthread"
@@ -99,7 +101,10 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if cxx is None:
-            print("latephase_kernels: no C++ compiler: installing without kernels (slower, plain PyTorch)", file=sys.stderr)
+            print(
+                "latephase_kernels: no C++ compiler: installing without kernels (slower, plain PyTorch)",
+                file=sys.stderr,
+            )
             return
         import ninja
 

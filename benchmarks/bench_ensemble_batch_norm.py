@@ -76,7 +76,8 @@ def main():
             layout = "channels_last" if channels_last else "contiguous"
             print(f"\n{shape} K={num_members} {layout} {arguments.dtype}")
             for name, row in rows.items():
-                print(f"  {name:18} {row['median_ms']:9.2f} ms  × {row['ratio']:.2f}  ({row['low_ms']:.2f} … {row['high_ms']:.2f})")  # fmt: skip
+                spread = f"({row['low_ms']:.2f} … {row['high_ms']:.2f})"
+                print(f"  {name:18} {row['median_ms']:9.2f} ms  × {row['ratio']:.2f}  {spread}")
             report["tables"].append({"shape": shape, "members": num_members, "layout": layout, "rows": rows})
     if arguments.output:
         with open(arguments.output, "w") as file:

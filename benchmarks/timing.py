@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable
 
 
-def interleaved(functions: dict[str, Callable[[], object]], *, seconds: float = 5.0, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    functions: dict[str, Callable[[], object]], *, seconds: float = 5.0, warmup: int = 2
+) -> dict[str, list[float]]:
     """Time each function in turn until `seconds` are over; return every time in seconds, by name."""
     for function in functions.values():
         for _ in range(warmup):

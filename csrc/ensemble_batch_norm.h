@@ -42,8 +42,8 @@ inline bool is_channels_last(const Tensor& t) {
 inline Sizes sizes_of(const Tensor& input, int64_t num_members) {
   STD_TORCH_CHECK(input.dim() >= 2, "ensemble_batch_norm: input must be [K·B, C, *]");
   STD_TORCH_CHECK(num_members >= 1 && input.size(0) % num_members == 0,
-                  "ensemble_batch_norm: input.size(0)=", input.size(0), " is not divisible by num_members=",
-                  num_members);
+                  "ensemble_batch_norm: input.size(0)=", input.size(0),
+                  " is not divisible by num_members=", num_members);
   Sizes s{num_members, input.size(0) / num_members, input.size(1), 1, false};
   for (int64_t d = 2; d < input.dim(); ++d) s.S *= input.size(d);
   const bool contiguous = input.is_contiguous();
@@ -206,10 +206,12 @@ struct Ops {
     return {dx, dresidual};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(
-      const Tensor& dy, const Tensor& input, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
-      const OptionalTensor& bias, const Tensor& mask, bool training, int64_t num_members,
-      const std::string& activation, bool residual_grad) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(const Tensor& dy, const Tensor& input,
+                                                                   const Tensor& mean, const Tensor& rstd,
+                                                                   const OptionalTensor& weight,
+                                                                   const OptionalTensor& bias, const Tensor& mask,
+                                                                   bool training, int64_t num_members,
+                                                                   const std::string& activation, bool residual_grad) {
     const Sizes s = sizes_of(input, num_members);
     Tensor sum_dz = statistic(input, s), sum_dz_xhat = statistic(input, s);
     Backward b =
@@ -221,8 +223,8 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor> backward_reduce(const Tensor& dy, const Tensor& input, const Tensor& mean,
                                                     const Tensor& rstd, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, const Tensor& mask,
-                                                    int64_t num_members, const std::string& activation) {
+                                                    const OptionalTensor& bias, const Tensor& mask, int64_t num_members,
+                                                    const std::string& activation) {
     const Sizes s = sizes_of(input, num_members);
     Tensor sum_dz = statistic(input, s), sum_dz_xhat = statistic(input, s);
     Backward b =
@@ -233,10 +235,9 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor> backward_apply(const Tensor& dy, const Tensor& input, const Tensor& mean,
                                                    const Tensor& rstd, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, const Tensor& mask,
-                                                   const Tensor& sum_dz, const Tensor& sum_dz_xhat, double count,
-                                                   int64_t num_members, const std::string& activation,
-                                                   bool residual_grad) {
+                                                   const OptionalTensor& bias, const Tensor& mask, const Tensor& sum_dz,
+                                                   const Tensor& sum_dz_xhat, double count, int64_t num_members,
+                                                   const std::string& activation, bool residual_grad) {
     Backward b =
         backward_of(dy, input, mean, rstd, weight, bias, mask, num_members, activation, sum_dz, sum_dz_xhat, false);
     return input_gradients(b, input, count, residual_grad);

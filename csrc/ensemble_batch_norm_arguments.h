@@ -63,8 +63,8 @@ struct Backward {
   bool compute_sums;  // else sum_dz and sum_dz_xhat are given
   void* sum_dz;
   void* sum_dz_xhat;
-  double count;          // values a statistic was taken over; infinity: the statistics were constants
-  void* dx = nullptr;    // null: sums only
+  double count;        // values a statistic was taken over; infinity: the statistics were constants
+  void* dx = nullptr;  // null: sums only
   void* dresidual = nullptr;
   const torch::stable::Tensor* like;
 };

@@ -27,7 +27,7 @@ def _load(device: str) -> str | None:
         return f"this torch ({torch.__version__}) is built without CUDA"
     if not path.exists():
         compiler = "nvcc" if device == "cuda" else "a C++ compiler"
-        return f"{path.name} was not built: {compiler} was not found when the package was installed; install it and reinstall"
+        return f"{path.name} was not built: {compiler} was missing at installation; install it and reinstall"
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

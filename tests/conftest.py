@@ -1,4 +1,4 @@
-"""Where LATEPHASE_REQUIRE_BACKENDS lists backends ("native triton"), a missing one fails the run instead of skipping."""
+"""Where LATEPHASE_REQUIRE_BACKENDS lists backends ("native triton"), a missing one fails the run."""
 
 import importlib.util
 import os

@@ -51,17 +51,13 @@ def _compile(kernels, kernel_name, without, sizes, capability):
     from triton.compiler import ASTSource
 
     kernel = getattr(kernels, kernel_name)
-    if "reduce" in kernel_name or kernel_name == "_statistics_kernel":
-        plan = kernels._reduction(sizes)
-        block_r, block_c = plan.block_r, plan.block_c
-        num_warps = kernels._num_warps(block_r, block_c)
-    else:
-        block_r, block_c, _ = kernels._apply_blocks(sizes)
-        num_warps = 4 if "merge" in kernel_name else kernels._apply_warps(sizes, block_r, block_c)
+    reduction = kernel_name in ("_statistics_kernel", "_backward_reduce_kernel")
+    plan = kernels._reduction(sizes) if reduction else kernels._apply(sizes)
     element = "*fp32" if sizes.dtype == torch.float32 else "*bf16"
     values = dict(
-        FLAGS, **BLOCKS, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=block_r, BLOCK_C=block_c
-    )
+        FLAGS, **BLOCKS, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
+        BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
+    )  # fmt: skip
     extents = dict(num_channels=sizes.channels, spatial=sizes.spatial)
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -78,7 +74,7 @@ def _compile(kernels, kernel_name, without, sizes, capability):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=num_warps),
+        options=dict(num_warps=4 if "merge" in kernel_name else plan.num_warps),
     )
 
 

@@ -37,7 +37,7 @@ LAYOUTS = [  # K, shape, memory format
     (3, (6, 3, 2, 5, 3), CONTIGUOUS),
     (2, (4, 6, 2, 4, 3), LAST_3D),
 ]
-SEVERAL_SPLITS = [(2, (4, 2, 110, 101), CONTIGUOUS), (2, (4, 3, 110, 101), LAST)]
+SEVERAL_SPLITS = [(2, (4, 2, 110, 101), CONTIGUOUS), (2, (4, 3, 50, 51), LAST)]
 FUSIONS = [(False, "none"), (False, "relu"), (True, "none"), (True, "relu")]
 
 

@@ -1,14 +1,15 @@
 // Ensemble batch norm on the CPU: picks the kernels of the best instruction set this processor has, and registers them.
 #include "../ensemble_batch_norm.h"
+
 #include "instruction_set.h"
 
 namespace latephase {
 
-#define LATEPHASE_DECLARE(isa)                                                        \
-  namespace isa {                                                                     \
-  int64_t items(const ensemble_batch_norm::Sizes&, ensemble_batch_norm::DataType);    \
-  void forward(const ensemble_batch_norm::Forward&, int64_t begin, int64_t end);      \
-  void backward(const ensemble_batch_norm::Backward&, int64_t begin, int64_t end);    \
+#define LATEPHASE_DECLARE(isa)                                                     \
+  namespace isa {                                                                  \
+  int64_t items(const ensemble_batch_norm::Sizes&, ensemble_batch_norm::DataType); \
+  void forward(const ensemble_batch_norm::Forward&, int64_t begin, int64_t end);   \
+  void backward(const ensemble_batch_norm::Backward&, int64_t begin, int64_t end); \
   }
 LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
 
@@ -64,8 +65,7 @@ struct Cpu {
   static void inverse(const Tensor& var, double eps, const Tensor& rstd) {
     const A* from = static_cast<const A*>(var.const_data_ptr());
     A* to = static_cast<A*>(rstd.mutable_data_ptr());
-    for (int64_t i = 0; i < var.numel(); ++i)
-      to[i] = static_cast<A>(1 / std::sqrt(static_cast<double>(from[i]) + eps));
+    for (int64_t i = 0; i < var.numel(); ++i) to[i] = static_cast<A>(1 / std::sqrt(static_cast<double>(from[i]) + eps));
   }
   static void inverse_deviation(const Sizes&, const Tensor& input, const Tensor& var, double eps, const Tensor& rstd) {
     input.scalar_type() == ScalarType::Double ? inverse<double>(var, eps, rstd) : inverse<float>(var, eps, rstd);

@@ -18,7 +18,7 @@ namespace {
 using namespace latephase::ensemble_batch_norm;
 
 constexpr int64_t kTile = 256 * kLanes<float>;  // values summed in the accumulation type before a merge in double
-constexpr int kBlock = 4;        // registers of channels an item of the channels-are-columns kernels holds
+constexpr int kBlock = 4;  // registers of channels an item of the channels-are-columns kernels holds
 
 template <class T>
 constexpr typename Accumulation<T>::type kRoundsToZero = 0;
@@ -75,7 +75,8 @@ void set_lane(Coefficients<A>& out, int lane, A mean, A scale, A bias, A slope, 
   out.slope[lane] = slope, out.offset[lane] = offset;
 }
 
-// The coefficients of channels c0 … c0 + count, a lane each; lanes past `count` stay zero. `broadcast` copies lane 0 to all.
+// The coefficients of channels c0 … c0 + count, a lane each; lanes past `count` stay zero. `broadcast` copies lane 0 to
+// all.
 template <class T, class Arguments, class A = typename Accumulation<T>::type>
 Coefficients<A> coefficients(const Arguments& f, int64_t k, int64_t c0, int count, bool broadcast) {
   Coefficients<A> out{};
@@ -141,7 +142,8 @@ inline Vec<A> gradient_step(const Backward& b, int64_t at, const uint8_t* mask, 
   const Vec<A> dz = whole ? load(dy) : load(dy, count);
   centred = value - c.mean;
   if (!b.relu) return dz;
-  const Mask<A> passed = mask ? read_mask<A>(mask, column, count) : ~(normalize<A>(value, c) <= splat<A>(kRoundsToZero<T>));
+  const Mask<A> passed =
+      mask ? read_mask<A>(mask, column, count) : ~(normalize<A>(value, c) <= splat<A>(kRoundsToZero<T>));
   return keep<A>(dz, passed);
 }
 
@@ -177,8 +179,7 @@ struct Spatial {
   static void for_tiles(const Sizes& s, const Tile& tile) {
     const int64_t rows = std::max<int64_t>(1, kTile / s.S), columns = rows > 1 ? s.S : kTile;
     for (int64_t b = 0; b < s.B; b += rows)
-      for (int64_t j = 0; j < s.S; j += columns)
-        tile(b, std::min(b + rows, s.B), j, std::min(j + columns, s.S));
+      for (int64_t j = 0; j < s.S; j += columns) tile(b, std::min(b + rows, s.B), j, std::min(j + columns, s.S));
   }
 
   static Moments statistics(const Forward& f, int64_t first) {
@@ -309,7 +310,8 @@ struct Channels {
         for (int c = 0; c < R * W; ++c) shift[c / W][c % W] = static_cast<A>(moments[c].mean);
       }
       sums();
-      for (int c = 0; c < R * W; ++c) moments[c].merge(m, shift[c / W][c % W], total[c / W][c % W], square[c / W][c % W]);
+      for (int c = 0; c < R * W; ++c)
+        moments[c].merge(m, shift[c / W][c % W], total[c / W][c % W], square[c / W][c % W]);
     }
     for (int c = 0; c < (R == 1 ? count : R * W); ++c) write_statistics<A>(f, k * s.C + c0 + c, moments[c]);
   }
@@ -330,8 +332,7 @@ struct Channels {
         fill(at, f, k, c0, count);
         for (int64_t i = k * s.n(); i < (k + 1) * s.n(); ++i) {
           uint8_t* mask = f.mask ? f.mask + i * s.mask_row_bytes() : nullptr;
-          for (int r = 0; r < R; ++r)
-            forward_step<T, A>(f, i * s.C + c0 + r * W, mask, c0 + r * W, count, at[r]);
+          for (int r = 0; r < R; ++r) forward_step<T, A>(f, i * s.C + c0 + r * W, mask, c0 + r * W, count, at[r]);
         }
       });
   }
@@ -350,8 +351,7 @@ struct Channels {
         fill(at, b, k, c0, count);
         for (int64_t i = k * s.n(); i < (k + 1) * s.n(); ++i) {
           const uint8_t* mask = b.mask ? b.mask + i * s.mask_row_bytes() : nullptr;
-          for (int r = 0; r < R; ++r)
-            backward_step<T, A>(b, i * s.C + c0 + r * W, mask, c0 + r * W, count, at[r]);
+          for (int r = 0; r < R; ++r) backward_step<T, A>(b, i * s.C + c0 + r * W, mask, c0 + r * W, count, at[r]);
         }
       });
   }
@@ -366,8 +366,7 @@ struct Channels {
         const uint8_t* mask = b.mask ? b.mask + i * s.mask_row_bytes() : nullptr;
         for (int r = 0; r < R; ++r) {
           Vec<A> centred;
-          const Vec<A> dz =
-              gradient_step<T, A>(b, i * s.C + c0 + r * W, mask, c0 + r * W, count, at[r], centred);
+          const Vec<A> dz = gradient_step<T, A>(b, i * s.C + c0 + r * W, mask, c0 + r * W, count, at[r], centred);
           total[r] += dz;
           product[r] = fma(dz, centred, product[r]);
         }

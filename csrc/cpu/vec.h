@@ -58,7 +58,8 @@ inline Vec<A> splat(A value) {
   return Vec<A>{} + value;
 }
 
-// a · b + c, rounded once where the instruction set can: the same in every kernel, so that a mask is recomputed exactly.
+// a · b + c, rounded once where the instruction set can: the same in every kernel, so that a mask is recomputed
+// exactly.
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

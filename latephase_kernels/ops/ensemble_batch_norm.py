@@ -38,6 +38,11 @@ def dense_like(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
+def _rows_of_channels(input: Tensor) -> bool:
+    """Whether a run of memory holds the channels of one position, rather than the positions of one channel."""
+    return input.shape[2:].numel() == 1 or not input.is_contiguous()
+
+
 def mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[int]:
     """Shape of the packed ReLU mask, [rows, ⌈columns / 8⌉]: a row is the run of memory that shares its first byte.
 
@@ -46,8 +51,7 @@ def mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[
     """
     if residual is None or activation == "none":
         return [0]
-    rows_of_channels = input.dim() == 2 or not input.is_contiguous() or input[0, 0].numel() == 1
-    columns = input.size(1) if rows_of_channels else input[0, 0].numel()
+    columns = input.size(1) if _rows_of_channels(input) else input.shape[2:].numel()
     return [input.numel() // columns if columns else 0, (columns + 7) // 8]
 
 
@@ -83,8 +87,8 @@ def _fake_backward_apply(
 
 
 def _fake_backward(dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, residual_grad):
-    dx, dresidual = _fake_backward_apply(*[dy, input] + [None] * 10, residual_grad)
-    return dx, *_fake_statistics(input, num_members), dresidual
+    dresidual = torch.empty_like(input) if residual_grad else input.new_empty([0])
+    return torch.empty_like(input), *_fake_statistics(input, num_members), dresidual
 
 
 _SAVED = "Tensor dy, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor mask"
@@ -103,7 +107,11 @@ for _name, _schema, _fake in (
         "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
         _fake_backward,
     ),
-    ("ensemble_batch_norm_statistics", "(Tensor input, int num_members) -> (Tensor mean, Tensor var)", _fake_statistics),
+    (
+        "ensemble_batch_norm_statistics",
+        "(Tensor input, int num_members) -> (Tensor mean, Tensor var)",
+        _fake_statistics,
+    ),
     (
         "ensemble_batch_norm_apply",
         "(Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? residual, int num_members, "
@@ -166,21 +174,20 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
         passed = ~(y.detach() <= 0) if ctx.activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
     dz = dy * passed
     inputs = [t if t is not None and needed else None for t, needed in zip((input, weight, bias), ctx.needs[:3])]
-    found = iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True)) if any(
-        t is not None for t in inputs
-    ) else iter(())
+    found = (
+        iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True))
+        if any(t is not None for t in inputs)
+        else iter(())
+    )
     return (*(None if t is None else next(found) for t in inputs), dz if ctx.needs[3] else None)
 
 
 def _unpack_mask(mask: Tensor, input: Tensor) -> Tensor:
     """Return the packed ReLU mask as booleans in input's shape."""
     bits = (mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
-    spatial_rows = input.movedim(1, -1)  # [K·B, *, C]
-    if mask.shape[0] == spatial_rows.numel() // max(input.size(1), 1) and not (
-        input.is_contiguous() and input[0, 0].numel() > 1
-    ):
-        return bits.flatten(1)[:, : input.size(1)].reshape(spatial_rows.shape).movedim(-1, 1).bool()
-    return bits.flatten(1)[:, : input[0, 0].numel()].reshape(input.shape).bool()
+    if _rows_of_channels(input):
+        return bits.flatten(1)[:, : input.size(1)].reshape(input.movedim(1, -1).shape).movedim(-1, 1).bool()
+    return bits.flatten(1)[:, : input.shape[2:].numel()].reshape(input.shape).bool()
 
 
 def _save(ctx, input, weight, bias, mean, rstd, mask, residual, training, eps, num_members, activation):
@@ -280,7 +287,7 @@ def ensemble_batch_norm(
         y = activation( (x − mean_k) / √(var_k + eps) · weight_k + bias_k + residual )
 
     Args:
-        input: [K·B, C] or [K·B, C, *] with up to 3 spatial dimensions, member-major (rows k·B … (k+1)·B are member k's);
+        input: [K·B, C] or [K·B, C, *] with up to 3 spatial dimensions, member-major (row i is member i // B's);
             float32, bfloat16, float16, or float64 (CPU); any strides, contiguous and channels_last without a copy.
         running_mean, running_var: [K, C] or None; updated in place in training (with the unbiased variance), used
             instead of the batch's statistics otherwise.

@@ -398,6 +398,16 @@ class _Sizes(NamedTuple):
         return self.members * (self.n if self.rows_of_channels else self.batch * self.channels)
 
     @property
+    def columns(self) -> int:
+        """Columns of memory."""
+        return self.channels if self.rows_of_channels else self.spatial
+
+    @property
+    def vectors(self) -> bool:
+        """Whether rows can be read in vectors; else each value takes an address, and a thread gets fewer values."""
+        return self.columns % 16 == 0
+
+    @property
     def acc(self) -> tl.dtype:
         """The type of statistics and sums."""
         return tl.float64 if self.dtype == torch.float64 else tl.float32
@@ -408,10 +418,20 @@ class _Reduction(NamedTuple):
 
     block_r: int
     block_c: int
+    num_warps: int
     tiles: int
     tiles_per_split: int
     splits: int
     channel_blocks: int
+
+
+class _Apply(NamedTuple):
+    """Tiles of the kernels that write a tensor."""
+
+    block_r: int
+    block_c: int
+    num_warps: int
+    programs: int
 
 
 def _sizes(input: Tensor, num_members: int) -> _Sizes:
@@ -423,45 +443,41 @@ def _sizes(input: Tensor, num_members: int) -> _Sizes:
 
 
 def _reduction(sizes: _Sizes) -> _Reduction:
+    tile = REDUCTION_TILE if sizes.vectors else REDUCTION_TILE // 2
     if sizes.rows_of_channels:
         block_c = min(triton.next_power_of_2(sizes.channels), CHANNEL_BYTES // sizes.dtype.itemsize)
-        block_r = min(triton.next_power_of_2(sizes.n), REDUCTION_TILE // block_c)
+        block_r = min(triton.next_power_of_2(sizes.n), tile // block_c)
         tiles = triton.cdiv(sizes.n, block_r)
         channel_blocks = triton.cdiv(sizes.channels, block_c)
     else:
         block_c = min(triton.next_power_of_2(sizes.spatial), MAX_COLUMNS)
-        block_r = min(triton.next_power_of_2(sizes.batch), REDUCTION_TILE // block_c)
+        block_r = min(triton.next_power_of_2(sizes.batch), tile // block_c)
         tiles = triton.cdiv(sizes.batch, block_r) * triton.cdiv(sizes.spatial, block_c)
         channel_blocks = sizes.channels
     splits = max(1, min(tiles // 4, triton.cdiv(PROGRAMS, channel_blocks), MAX_SPLITS))
     tiles_per_split = triton.cdiv(tiles, splits)
-    return _Reduction(
-        block_r, block_c, tiles, tiles_per_split, triton.cdiv(tiles, tiles_per_split), channel_blocks
-    )
+    splits = triton.cdiv(tiles, tiles_per_split)
+    num_warps = _num_warps(block_r, block_c, 16 if sizes.vectors else 8)
+    return _Reduction(block_r, block_c, num_warps, tiles, tiles_per_split, splits, channel_blocks)
 
 
-def _apply_blocks(sizes: _Sizes) -> tuple[int, int, int]:
-    """Return (block_r, block_c, programs); block_c is whole bytes of the ReLU's bits."""
+def _apply(sizes: _Sizes) -> _Apply:
+    tile = APPLY_TILE if sizes.vectors else APPLY_TILE // 2
     if sizes.rows_of_channels:
-        block_c = max(8, min(triton.next_power_of_2(sizes.channels), CHANNEL_BYTES))
-        block_r = min(triton.next_power_of_2(sizes.n), APPLY_TILE // block_c)
+        block_c = max(8, min(triton.next_power_of_2(sizes.channels), CHANNEL_BYTES))  # whole bytes of the ReLU's bits
+        block_r = min(triton.next_power_of_2(sizes.n), tile // block_c)
         tiles_down = sizes.members * triton.cdiv(sizes.n, block_r)
-        return block_r, block_c, tiles_down * triton.cdiv(sizes.channels, block_c)
-    block_c = max(8, min(triton.next_power_of_2(sizes.spatial), MAX_COLUMNS))
-    block_r = APPLY_TILE // block_c
-    tiles_down = triton.cdiv(sizes.members * sizes.batch * sizes.channels, block_r)
-    return block_r, block_c, tiles_down * triton.cdiv(sizes.spatial, block_c)
+    else:
+        block_c = max(8, min(triton.next_power_of_2(sizes.spatial), MAX_COLUMNS))
+        block_r = tile // block_c
+        tiles_down = triton.cdiv(sizes.rows, block_r)
+    num_warps = _num_warps(block_r, block_c, 16 if sizes.vectors else 4)
+    return _Apply(block_r, block_c, num_warps, tiles_down * triton.cdiv(sizes.columns, block_c))
 
 
-def _num_warps(block_r: int, block_c: int) -> int:
-    """16 values a thread."""
-    return max(1, min(8, block_r * block_c // 512))
-
-
-def _apply_warps(sizes: _Sizes, block_r: int, block_c: int) -> int:
-    """16 values a thread, or 8 where each value needs an address of its own: the registers go to those."""
-    vectors = (sizes.channels if sizes.rows_of_channels else sizes.spatial) % 16 == 0
-    return _num_warps(block_r, block_c) * (1 if vectors else 2)
+def _num_warps(block_r: int, block_c: int, values: int) -> int:
+    """Warps of a tile, at so many values a thread."""
+    return max(1, min(8, block_r * block_c // (32 * values)))
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -510,7 +526,7 @@ def _launch_statistics(input: Tensor, num_members: int, eps: float | None) -> tu
         input = _aligned(input)
         _statistics_kernel[(num_members * plan.splits * plan.channel_blocks,)](
             input, mean, var, rstd, partials, *extents, plan.tiles, plan.tiles_per_split, plan.splits,
-            **settings, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, num_warps=_num_warps(plan.block_r, plan.block_c),
+            **settings, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, num_warps=plan.num_warps,
         )  # fmt: skip
         if partials is not None:
             _merge_statistics_kernel[(triton.cdiv(groups, MERGE_GROUPS),)](
@@ -551,15 +567,15 @@ def ensemble_batch_norm_apply(
     if input.numel() == 0:
         return y, mask
     sizes = _sizes(input, num_members)
-    block_r, block_c, programs = _apply_blocks(sizes)
+    plan = _apply(sizes)
     with _on_device(input):
-        _apply_kernel[(programs,)](
+        _apply_kernel[(plan.programs,)](
             _aligned(input), mean.contiguous(), rstd.contiguous(), _contiguous(weight), _contiguous(bias),
             _aligned(residual), y, mask if mask.numel() else None,
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows,
             WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
-            ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=block_r, BLOCK_C=block_c,
-            num_warps=_apply_warps(sizes, block_r, block_c),
+            ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
+            num_warps=plan.num_warps,
         )  # fmt: skip
     return y, mask
 
@@ -591,7 +607,7 @@ def ensemble_batch_norm_backward_reduce(
             plan.tiles, plan.tiles_per_split, plan.splits,
             WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
             ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
-            num_warps=_num_warps(plan.block_r, plan.block_c),
+            num_warps=plan.num_warps,
         )  # fmt: skip
         if partials is not None:
             _merge_sums_kernel[(triton.cdiv(groups, MERGE_GROUPS),)](
@@ -622,17 +638,17 @@ def ensemble_batch_norm_backward_apply(
     if input.numel() == 0:
         return dx, dresidual
     sizes = _sizes(input, num_members)
-    block_r, block_c, programs = _apply_blocks(sizes)
+    plan = _apply(sizes)
     batch_statistics = count != float("inf")
     with _on_device(input):
-        _backward_apply_kernel[(programs,)](
+        _backward_apply_kernel[(plan.programs,)](
             _aligned(dy), _aligned(input), mean.contiguous(), rstd.contiguous(), _contiguous(weight), _contiguous(bias),
             mask if mask.numel() else None, sum_dz.contiguous(), sum_dz_xhat.contiguous(),
             dx, dresidual if residual_grad else None,
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows, int(count) if batch_statistics else 0,
             BATCH_STATISTICS=batch_statistics, WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias),
             RELU=activation == "relu", ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=_apply_warps(sizes, block_r, block_c),
+            BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, num_warps=plan.num_warps,
         )  # fmt: skip
     return dx, dresidual
 

@@ -1,0 +1,207 @@
+"""Stacked training equals the paper's loop over members; shapes: K members, B samples each."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latephase_kernels import late_phase as lp
+
+K, B, STEPS = 3, 4, 50
+
+
+class ResidualNet(nn.Module):
+    """Two batch norms, a skip connection and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.stem(x)))
+        y = F.relu(y + self.bn2(self.conv(y)))
+        return self.fc(y.mean((2, 3)))
+
+
+def late_names(targets):
+    """Prefixes of the replicated tensors."""
+    return {"batch_norm": ("bn1.", "bn2."), "head": ("fc.",), "bn2": ("bn2.",)}[targets]
+
+
+def select(targets):
+    return (lambda name, module: name == "bn2") if targets == "bn2" else targets
+
+
+def optimizer_for(kind, parameters):
+    if kind == "sgd":
+        return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-3)
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.05)
+
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        x = torch.randn(K * B, 2, 5, 4, generator=generator, dtype=torch.float64)
+        yield x, torch.randint(3, (K * B,), generator=generator)
+
+
+def sequential(model, late, kind, scale):
+    """The paper's loop over K plain models that share every tensor but the late-phase ones; return them, losses."""
+    is_late = {name: name.startswith(late) for name, _ in model.named_parameters()}
+    plains = [model] + [copy.deepcopy(model) for _ in range(K - 1)]
+    for plain in plains[1:]:
+        for module_name, module in plain.named_modules():
+            for tensors in (module._parameters, module._buffers):
+                for name in tensors:
+                    path = f"{module_name}.{name}"
+                    if not path.startswith(late):
+                        tensors[name] = getattr(model.get_submodule(module_name), name)
+    base = [p for name, p in model.named_parameters() if not is_late[name]]
+    base_optimizer = optimizer_for(kind, base)
+    optimizers = [optimizer_for(kind, [p for n, p in plain.named_parameters() if is_late[n]]) for plain in plains]
+    losses = []
+    for x, target in batches():
+        total = 0.0
+        base_optimizer.zero_grad()
+        for plain, optimizer, xk, tk in zip(plains, optimizers, x.chunk(K), target.chunk(K)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(plain(xk), tk)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        for parameter in base:
+            parameter.grad *= scale
+        base_optimizer.step()
+        losses.append(total)
+    return plains, losses
+
+
+def assert_members_equal(model, plains, late, tolerance=1e-9):
+    state = model.state_dict()
+    assert state.keys() == plains[0].state_dict().keys()
+    for k, plain in enumerate(plains):
+        for name, expected in plain.state_dict().items():
+            value = state[name][k] if name.startswith(late) else state[name]
+            torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+@pytest.mark.parametrize("targets", ["batch_norm", "head", "bn2"])
+@pytest.mark.parametrize("chunk", [K, 2])
+def test_stacked_training_equals_the_loop(kind, scale, targets, chunk):
+    if chunk != K and kind == "adamw":
+        pytest.skip("chunks are independent of the optimizer's rule")
+    torch.manual_seed(0)
+    plain = ResidualNet().double()
+    model = lp.expand(copy.deepcopy(plain), K, targets=select(targets))
+    late = late_names(targets)
+    plains, expected_losses = sequential(plain, late, kind, 1.0 if scale == "sum" else 1.0 / K)
+    optimizer = optimizer_for(kind, model.parameters())
+    lp.set_base_grad_scale(optimizer, model, 0.123)  # replaced by the next call
+    lp.set_base_grad_scale(optimizer, model, scale)
+    for (x, target), expected in zip(batches(), expected_losses, strict=True):
+        optimizer.zero_grad()
+        total = 0.0
+        for first in range(0, K, chunk):
+            chosen = range(first, min(first + chunk, K))
+            rows = slice(chosen.start * B, chosen.stop * B)
+            with lp.members(model, chosen):
+                loss = lp.member_loss(F.cross_entropy, model(x[rows]), target[rows], num_members=len(chosen))
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        assert total == pytest.approx(expected, abs=1e-9, rel=1e-9)
+    assert_members_equal(model, plains, late)
+
+
+def test_frozen_layers_use_each_members_statistics_in_a_stacked_pass():
+    torch.manual_seed(0)
+    model = lp.expand(ResidualNet().double(), K, targets="batch_norm")
+    model(torch.randn(K * B, 2, 5, 4, dtype=torch.float64))  # members' statistics differ from now on
+    model.bn1.eval()
+    before = model.bn1.running_mean.clone()
+    plains = []
+    for k in range(K):
+        plain = ResidualNet().double()
+        plain.load_state_dict({n: v[k] if n.startswith("bn") else v for n, v in model.state_dict().items()})
+        plain.bn1.eval()
+        plains.append(plain)
+    x = torch.randn(K * B, 2, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(model(x), torch.cat([plain(part) for plain, part in zip(plains, x.chunk(K))]))
+    assert torch.equal(model.bn1.running_mean, before)
+    assert_members_equal(model, plains, ("bn1.", "bn2."))
+
+
+def test_base_gradients_are_scaled_with_a_closure_too():
+    torch.manual_seed(0)
+    model = lp.expand(ResidualNet(), K, targets="batch_norm")
+    x = torch.randn(K * B, 2, 5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    lp.set_base_grad_scale(optimizer, model, 0.25)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    closure()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step(closure)
+    for name, parameter in model.named_parameters():
+        scale = 1.0 if name.startswith("bn") else 0.25
+        torch.testing.assert_close(parameter, before[name] - scale * gradients[name])
+    for wrong, error in (("max", ValueError), (None, TypeError), (float("nan"), ValueError)):
+        with pytest.raises(error, match="set_base_grad_scale: scale must be"):
+            lp.set_base_grad_scale(optimizer, model, wrong)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("member_state", ["fresh", "copy"])
+def test_expand_with_a_live_optimizer_continues_the_loop(kind, member_state):
+    """Compare with K plain models that keep (copy) or lose (fresh) the late parameters' state; base keeps its own."""
+    torch.manual_seed(0)
+    model = ResidualNet().double()
+    optimizer = optimizer_for(kind, model.parameters())
+    data = list(batches())
+    for x, target in data[:5]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    plain = copy.deepcopy(model)
+    plain_optimizer = optimizer_for(kind, plain.parameters())
+    plain_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if member_state == "fresh":
+        for name, parameter in plain.named_parameters():
+            if name.startswith("bn"):
+                del plain_optimizer.state[parameter]
+    lp.expand(model, K, optimizers=optimizer, member_state=member_state, member_options={"lr": 0.02})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 4]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05 if kind == "sgd" else 0.01, 0.02]
+    base = [p for n, p in plain.named_parameters() if not n.startswith("bn")]
+    late = [p for n, p in plain.named_parameters() if n.startswith("bn")]
+    group = plain_optimizer.param_groups[0]
+    group["params"] = base
+    plain_optimizer.add_param_group({**group, "params": late, "lr": 0.02})
+    # Every member gets the same minibatch, so one plain model is each member's truth.
+    lp.set_base_grad_scale(optimizer, model, "mean")
+    for x, target in data[5:15]:
+        x, target = x[:B], target[:B]
+        plain_optimizer.zero_grad()
+        F.cross_entropy(plain(x), target).backward()
+        plain_optimizer.step()
+        optimizer.zero_grad()
+        output = model(x.repeat(K, 1, 1, 1))
+        lp.member_loss(F.cross_entropy, output, target.repeat(K), num_members=K).backward()
+        optimizer.step()
+    assert_members_equal(model, [plain] * K, ("bn1.", "bn2."))
+    lp.collapse(model, mode="weights")
+    assert_members_equal(model, [plain], ())
