@@ -116,7 +116,9 @@ class BuildKernels(build_ext):
         target = (ROOT if self.editable_mode or self.inplace else Path(self.build_lib)) / "latephase_kernels" / "lib"
         target.mkdir(parents=True, exist_ok=True)
         for library in lib.glob("*.so"):
-            shutil.copy2(library, target)
+            copy = target / f"{library.name}.new"
+            shutil.copy2(library, copy)
+            copy.replace(target / library.name)  # a process that has the old one loaded keeps it
 
     def get_outputs(self) -> list[str]:
         return []

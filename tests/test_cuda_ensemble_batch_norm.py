@@ -189,7 +189,9 @@ def test_a_member_depends_on_itself_alone(shape, layout):
         def rows(t, k):
             return t[k : k + 1] if t.shape[0] == K else t[k * B : (k + 1) * B]
 
-        alone = _run({name: rows(t, 2).clone(memory_format=torch.preserve_format) for name, t in case.items()}, 1, True, "relu")
+        alone = _run(
+            {name: rows(t, 2).clone(memory_format=torch.preserve_format) for name, t in case.items()}, 1, True, "relu"
+        )
         order = [2, 0, 3, 1]
         permuted = _run({name: torch.cat([rows(t, k) for k in order]) for name, t in case.items()}, K, True, "relu")
         poisoned = {name: t.clone() for name, t in case.items()}

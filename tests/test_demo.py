@@ -22,8 +22,7 @@ from latephase_kernels.train.demo_report import METHODS, mean_and_error
 def quick_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "latephase_kernels", "demo", "--quick", "--members", "4", "--output", "out/run"]
-    # One thread: OpenMP's threads wait for each other badly on a machine that is busy with other tests.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     finished = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120

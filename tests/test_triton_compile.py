@@ -112,8 +112,11 @@ def tables():
     processes = {
         capability: subprocess.Popen(
             [sys.executable, __file__, str(capability)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for capability in CAPABILITIES
     }
     yield processes

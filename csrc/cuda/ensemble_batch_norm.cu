@@ -1,25 +1,25 @@
 // Ensemble batch norm on CUDA, streaming: each pass reads its operands from memory once.
 //
 // Work is cut into blocks by (member, channels, split): a thread owns one channel (contiguous data) or the eight of a
-// unit (channels_last) and walks over units of its split, kTile at a time. Splits depend on one member's sizes only, and
-// partial results are merged in the order of the splits: a member's result is the same bits alone and in any ensemble.
-#include "../ensemble_batch_norm.h"
-
+// unit (channels_last) and walks over units of its split, kTile at a time. Splits depend on one member's sizes only,
+// and partial results are merged in the order of the splits: a member's result is the same bits alone and in any
+// ensemble.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
 #include <cmath>
 
+#include "../ensemble_batch_norm.h"
 #include "reduce.cuh"
 #include "unit.cuh"
 
 namespace latephase::ensemble_batch_norm {
 namespace {
 
-constexpr int kMaxLanes = 8;         // units of channels a block spans in channels_last: 64 channels
-constexpr int kTargetBlocks = 512;   // blocks a member is split into if there are too few channels
-constexpr int kTileBytes = 64;       // that a thread has in flight, of one operand or two halves
+constexpr int kMaxLanes = 8;        // units of channels a block spans in channels_last: 64 channels
+constexpr int kTargetBlocks = 512;  // blocks a member is split into if there are too few channels
+constexpr int kTileBytes = 64;      // that a thread has in flight, of one operand or two halves
 constexpr int kMinTilesPerSplit = 2;
 
 template <class scalar_t>
@@ -146,7 +146,7 @@ struct Cursor {
   }
 
   __device__ __forceinline__ void advance(const Geometry& g) {
-    position += g.threads / g.lanes;
+    position += g.workers;
     offset += g.step_rows * g.row_stride;
     mask_offset += g.step_rows * g.mask_row_stride;
     if constexpr (!channels_last) {
@@ -227,9 +227,7 @@ struct Normalizer {
   }
 
   // j counts the values of a unit.
-  __device__ __forceinline__ float centred(float x, int j) const {
-    return __fsub_rn(x, mean[channels_last ? j : 0]);
-  }
+  __device__ __forceinline__ float centred(float x, int j) const { return __fsub_rn(x, mean[channels_last ? j : 0]); }
   __device__ __forceinline__ float normalized(float x, int j) const {
     return __fmaf_rn(centred(x, j), scale[channels_last ? j : 0], bias[channels_last ? j : 0]);
   }
@@ -284,7 +282,8 @@ __device__ void conclude(const Partial<Channels<channels_last>::kCount>& mine, c
 
 // A warp a group.
 template <class Partial, class Finish>
-__global__ void __launch_bounds__(kMaxThreads, 2) finalize_kernel(const Partial* partials, int64_t groups, int splits, Finish finish) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    finalize_kernel(const Partial* partials, int64_t groups, int splits, Finish finish) {
   const int64_t group = int64_t{blockIdx.x} * (kMaxThreads / kWarp) + threadIdx.x / kWarp;
   if (group >= groups) return;
   Partial total = Partial::zero();
@@ -336,7 +335,8 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(c
 }
 
 template <class scalar_t, bool channels_last>
-__global__ void __launch_bounds__(kMaxThreads, 2) statistics_kernel(const scalar_t* x, Geometry g, Moments<1>* partials, FinishStatistics finish) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    statistics_kernel(const scalar_t* x, Geometry g, Moments<1>* partials, FinishStatistics finish) {
   const Part part(g, blockIdx.x);
   const Channels<channels_last> channels(g, part);
   Cursor<channels_last> cursor(g, part, channels);
@@ -353,7 +353,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) statistics_kernel(const scalar
       full &= channels_last ? valid[i] > 0 : valid[i] == kUnit;
       cursor.advance(g);
     }
-    moments.merge(full ? moments_of<true, channels_last>(units, valid) : moments_of<false, channels_last>(units, valid));
+    moments.merge(full ? moments_of<true, channels_last>(units, valid)
+                       : moments_of<false, channels_last>(units, valid));
   }
   conclude<channels_last>(moments, g, part, channels, partials, finish);
 }
@@ -418,7 +419,7 @@ struct BackwardArguments {
   Gate gate;
 };
 
-// dz of a tile: dy where the activation let the value through, else 0. Moves the cursor behind the tile.
+// Loads a tile of dy and x, and which of its values the activation let through, a bit each.
 template <class scalar_t, bool channels_last, int tile>
 __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dy)[tile], Unit<scalar_t> (&x)[tile],
                                            uint32_t (&passed)[tile], const BackwardArguments<scalar_t>& a,
@@ -448,7 +449,8 @@ __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dy)[tile], Unit<scal
 }
 
 template <class scalar_t, bool channels_last>
-__global__ void __launch_bounds__(kMaxThreads, 2) backward_reduce_kernel(BackwardArguments<scalar_t> a, Geometry g, Sums<1>* partials, FinishSums finish) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    backward_reduce_kernel(BackwardArguments<scalar_t> a, Geometry g, Sums<1>* partials, FinishSums finish) {
   const Part part(g, blockIdx.x);
   const Channels<channels_last> channels(g, part);
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
@@ -517,7 +519,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(Backward
   }
 }
 
-__global__ void __launch_bounds__(kMaxThreads, 2) inverse_deviation_kernel(const float* var, float eps, int64_t groups, float* rstd) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    inverse_deviation_kernel(const float* var, float eps, int64_t groups, float* rstd) {
   const int64_t i = int64_t{blockIdx.x} * kMaxThreads + threadIdx.x;
   if (i < groups) rstd[i] = __frsqrt_rn(var[i] + eps);
 }
@@ -558,8 +561,8 @@ void reduce(const Launcher& launch, const Sizes& s, const Geometry& g, const Ten
     launch(finalize_kernel<Partial, Finish>, finalize_blocks, kMaxThreads, partials, groups, 0, finish);
     return;
   }
-  Tensor workspace = empty(like, {g.splits > 1 ? groups * g.splits * int64_t{sizeof(Partial) / sizeof(float)} : 0},
-                           ScalarType::Float);
+  Tensor workspace =
+      empty(like, {g.splits > 1 ? groups * g.splits * int64_t{sizeof(Partial) / sizeof(float)} : 0}, ScalarType::Float);
   if (g.splits > 1) partials = static_cast<Partial*>(workspace.mutable_data_ptr());
   kernel(partials);
   if (g.splits > 1) {
@@ -609,7 +612,9 @@ void run_backward(const Backward& b) {
       sum_dz,
       sum_dz_xhat,
       b.count,
-      !b.relu ? Gate::kOpen : b.mask != nullptr ? Gate::kMask : Gate::kRecompute};
+      !b.relu             ? Gate::kOpen
+      : b.mask != nullptr ? Gate::kMask
+                          : Gate::kRecompute};
   if (b.compute_sums) {
     const Geometry g = geometry_of(s, sizeof(scalar_t), access_bytes(s, sizeof(scalar_t), {b.dy, b.x}));
     const FinishSums finish{sum_dz, sum_dz_xhat, rstd};

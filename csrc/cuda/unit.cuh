@@ -32,8 +32,8 @@ struct Packing<__nv_bfloat16> {
   static __device__ float low(uint32_t word) { return __uint_as_float(word << 16); }
   static __device__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   static __device__ uint32_t pack(float low, float high) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
-           uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(high))} << 16;
+    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) | uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(high))}
+                                                                << 16;
   }
 };
 

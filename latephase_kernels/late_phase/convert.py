@@ -51,7 +51,7 @@ def expand(
         noise_std: σ0.
         generator: of ε.
         optimizers: live ones. Replicated parameters leave their group for a new one at the end.
-        member_state: "fresh" (they start without optimizer state, as in the paper) or "copy" (each has the plain one's).
+        member_state: "fresh" (they start without optimizer state, as in the paper) or "copy" (with the plain one's).
         member_options: of the new groups, over those of the group they left: lr, weight_decay, ….
 
     Returns:
@@ -59,8 +59,9 @@ def expand(
 
     Raises:
         TypeError: model is wrapped (DataParallel, DistributedDataParallel, compiled), or an argument has a wrong type.
-        ValueError: an argument's value, the model itself is a target, or a target's parameter is tied to another module.
-        NotImplementedError: a batch norm or target whose class computes more than torch.nn's, SyncBatchNorm, a lazy one.
+        ValueError: an argument's value, the model itself is a target, or a target's parameter is tied elsewhere.
+        NotImplementedError: a batch norm or target whose class computes more than torch.nn's, or is lazy; an optimizer
+            that cannot hold members.
         RuntimeError: model is already expanded.
         Nothing is changed then.
 
@@ -164,6 +165,7 @@ def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: dict[int, nn
                 parameters[name] = tied
             else:
                 warnings.warn(
-                    f'collapse: {module_name}.{name} was tied to another layer and no longer is; mode="weights" keeps it',
+                    f"collapse: {module_name}.{name} was tied to another layer and no longer is; "
+                    'mode="weights" keeps it',
                     stacklevel=3,
                 )

@@ -14,7 +14,9 @@ from ..nn.routing import Routed
 # ---------------------------------------------------------------------------------------------- live optimizers
 
 
-def check_optimizers(optimizers: list, moved: dict[nn.Parameter, nn.Parameter], member_state: str, options: dict) -> None:
+def check_optimizers(
+    optimizers: list, moved: dict[nn.Parameter, nn.Parameter], member_state: str, options: dict
+) -> None:
     """Raise unless move_parameters can work on each optimizer.
 
     Raises:

@@ -150,8 +150,9 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
     num_members = _routings("update_bn", model)[0].num_members
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
     momenta = [layer.momentum for layer in layers]
-    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer._buffers.values() if buffer is not None]
-    device = next((buffer.device for buffer, _ in before), None)
+    buffers = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
+    before = [(buffer, buffer.clone()) for buffer in buffers]
+    device = next((buffer.device for buffer in buffers), None)
     batches = StackedBatches(loader, num_members) if share else loader
     passes = 0
     with _training_flags_kept(model), members(model, "stacked"):

@@ -102,9 +102,11 @@ def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> 
     Raises:
         NotImplementedError: there is none, or it would not compute the same.
     """
+    cls = f"{type(module).__module__}.{type(module).__qualname__}"
+    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+        raise NotImplementedError(f"expand: {name} ({cls}) is not initialized; run one batch through the model first")
     plain = next((plain for plain in types if isinstance(module, plain)), None)
     if plain is None:
-        cls = f"{type(module).__module__}.{type(module).__qualname__}"
         hint = "; convert it back to a BatchNorm first" if isinstance(module, nn.SyncBatchNorm) else ""
         raise NotImplementedError(
             f"expand: {name} is a {cls}, which cannot be expanded, only "
@@ -120,7 +122,8 @@ def check_not_expanded(model: nn.Module) -> None:
     """Raise RuntimeError if model holds a module of an expanded model."""
     for name, module in model.named_modules():
         if isinstance(module, Routed):
-            raise RuntimeError(f"expand: model is already expanded ({name or type(module).__name__}); collapse it first")
+            at = name or type(module).__name__
+            raise RuntimeError(f"expand: model is already expanded ({at}); collapse it first")
 
 
 def check_ties(model: nn.Module, targets: dict[int, nn.Module]) -> None:

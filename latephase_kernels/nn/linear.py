@@ -43,7 +43,8 @@ class MemberLinear(MemberModule):
         self.plain_type, self.routing = nn.Linear, None
         options = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_members, out_features, in_features, **options))
-        self.register_parameter("bias", nn.Parameter(torch.empty(num_members, out_features, **options)) if bias else None)
+        own_bias = nn.Parameter(torch.empty(num_members, out_features, **options)) if bias else None
+        self.register_parameter("bias", own_bias)
         self.reset_parameters()
         self._mark()
 
@@ -121,8 +122,8 @@ class MemberLinear(MemberModule):
         check_standard_forward(module, nn.Linear)
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise NotImplementedError(
-                "MemberLinear.from_module: module is the projection of an nn.MultiheadAttention, which reads its weight "
-                "without calling it; choose another target"
+                "MemberLinear.from_module: module is the projection of an nn.MultiheadAttention, which reads its "
+                "weight without calling it; choose another target"
             )
         new = cls(module.in_features, module.out_features, num_members, module.bias is not None, device="meta")
         for name, parameter in module._parameters.items():

@@ -27,8 +27,9 @@ from .progress import Progress
 CHECKPOINT = "late_phase_collapsed.pt"
 # The collapsed network computes what the expanded one did by other additions and multiplications: rounding, no more.
 LOGIT_TOLERANCE = 1e-3
-# More threads than this slow so small a network down.
-MAX_THREADS = 4
+# So small a network gains little from a second thread, and waits for it badly where the machine is busy; with one, the
+# figures do not depend on the number of cores either.
+NUM_THREADS = 1
 
 
 def prepare_output(output: Path) -> None:
@@ -104,7 +105,7 @@ def run_demo(
 
     progress = Progress(num_seeds * (hp.base_epochs * hp.num_train + 3 * late))
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(min(num_threads, MAX_THREADS))
+    torch.set_num_threads(NUM_THREADS)
     results: dict[str, list[MethodResult]] = {method: [] for method in METHODS}
     retest = {}
     try:
@@ -127,7 +128,7 @@ def run_demo(
         "torch": torch.__version__,
         "backend": backend_for(digits[0]),
         "device": "cpu",
-        "threads": min(num_threads, MAX_THREADS),
+        "threads": NUM_THREADS,
         "quick": quick,
         "num_members": num_members,
         "parameters": sum(parameter.numel() for parameter in collapsed.parameters()),

@@ -43,8 +43,8 @@ class Hyperparameters:
     swa_start_share: float = 0.5  # the share of the late epochs after which averaging starts
     base_gradient_scale: str = "sum"  # γ_θ = 1, as in the paper's CIFAR runs
     noise_std: float = 0.0  # σ0: members start equal
-    num_base_evaluations: int = 4  # points of the curves before T0
-    num_late_evaluations: int = 8  # and after
+    num_base_evaluations: int = 3  # points of the curves before T0
+    num_late_evaluations: int = 6  # and after
 
 
 QUICK = Hyperparameters(base_epochs=2, late_epochs=2, num_base_evaluations=1, num_late_evaluations=2)

@@ -89,10 +89,12 @@ def _footer(num_seeds: int, facts: dict) -> list[str]:
         f"{retest['nll_before_collapse']:.4f}) before collapsing; saved, loaded into the plain network and tested "
         f"again: {retest['accuracy']:.2f} % (NLL {retest['nll']:.4f}).",
         f"latephase_kernels {facts['latephase_kernels']}, backend {facts['backend']}, torch {facts['torch']}, "
-        f"{facts['device']}, {facts['threads']} threads, {facts['seconds_total']:.0f} s in all.",
+        f"{facts['device']}, {facts['threads']} thread, {facts['seconds_total']:.0f} s in all.",
     ]
     if facts["quick"]:
         lines.append("--quick takes a few steps only: these figures mean nothing.")
+    else:
+        lines.append("So small a task shows that all of this works, not how the methods rank on large ones.")
     return lines
 
 

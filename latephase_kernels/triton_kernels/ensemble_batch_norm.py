@@ -232,9 +232,7 @@ def _merge_statistics_kernel(
     delta = tl.where(valid, center - merged, 0.0)
     squares = tl.sum(squares + delta * (delta * count), 0, keep_dims=True)
     member = group // num_channels
-    pivot = _pivot(
-        x, member, group % num_channels, batch, num_channels, spatial, n, in_range, ROWS_OF_CHANNELS, ACC
-    )
+    pivot = _pivot(x, member, group % num_channels, batch, num_channels, spatial, n, in_range, ROWS_OF_CHANNELS, ACC)
     _store_statistics(mean, var, rstd, group, in_range, pivot + merged, squares, total, EPS)
 
 
@@ -437,9 +435,7 @@ class _Apply(NamedTuple):
 def _sizes(input: Tensor, num_members: int) -> _Sizes:
     spatial = input[0, 0].numel()
     rows_of_channels = spatial == 1 or not input.is_contiguous()
-    return _Sizes(
-        num_members, input.size(0) // num_members, input.size(1), spatial, rows_of_channels, input.dtype
-    )
+    return _Sizes(num_members, input.size(0) // num_members, input.size(1), spatial, rows_of_channels, input.dtype)
 
 
 def _reduction(sizes: _Sizes) -> _Reduction:

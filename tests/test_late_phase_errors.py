@@ -1,0 +1,127 @@
+"""What expand and collapse refuse, by name, before they change anything."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latephase_kernels import late_phase as lp
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(5, 3)
+        self.fc = nn.Linear(3, 5, bias=False)
+        self.fc.weight = self.words.weight
+
+
+def net(*modules):
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), *modules)
+
+
+class Holder(nn.Module):
+    """Stands for a model inside a wrapper, which expand knows by the wrapper's name."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.DataParallel(net())
+
+
+REFUSED = {
+    "data parallel": (lambda: nn.DataParallel(net()), {}, TypeError, "got DataParallel; expand model.module"),
+    "inner wrapper": (Holder, {}, TypeError, r"got DataParallel \(inside\)"),
+    "compiled": (lambda: torch.compile(net()), {}, TypeError, "got OptimizedModule; expand model._orig_mod"),
+    "no module": (lambda: [1], {}, TypeError, "model must be an nn.Module, got list"),
+    "subclass": (lambda: net(NormAndActivation(4)), {}, NotImplementedError, "2: .*NormAndActivation overrides"),
+    "untargeted subclass": (
+        lambda: net(NormAndActivation(4), nn.Flatten(), nn.Linear(4, 2)),
+        {"targets": "head"},
+        NotImplementedError,
+        "expand: 2: .*NormAndActivation overrides forward",
+    ),
+    "sync": (lambda: net(nn.SyncBatchNorm(4)), {}, NotImplementedError, "2 is a .*SyncBatchNorm"),
+    "lazy": (lambda: net(nn.LazyBatchNorm2d()), {}, NotImplementedError, r"2 \(.*LazyBatchNorm2d\) is not initialized"),
+    "root": (lambda: nn.BatchNorm2d(4), {}, ValueError, "wrap it in nn.Sequential"),
+    "expanded": (lambda: lp.expand(net(), 2), {}, RuntimeError, "already expanded"),
+    "unknown target": (net, {"targets": ("layers",)}, ValueError, "targets must be .* got 'layers'"),
+    "not convertible": (net, {"targets": lambda name, m: name == "0"}, NotImplementedError, "0 is a .*Conv2d"),
+    "tied": (Tied, {"targets": "head"}, ValueError, "fc.weight is tied to words.weight"),
+    "attention": (
+        lambda: nn.Sequential(nn.MultiheadAttention(4, 2)),
+        {"targets": "head"},
+        NotImplementedError,
+        "0.out_proj: .*MultiheadAttention",
+    ),
+    "members": (net, {"num_members": 0}, ValueError, "num_members must be at least 1"),
+    "noise": (net, {"noise_std": float("inf")}, ValueError, "noise_std must be finite"),
+    "state": (net, {"member_state": "keep"}, ValueError, 'member_state must be "fresh" or "copy"'),
+    "no optimizer": (net, {"optimizers": [1]}, TypeError, "optimizers must be torch optimizers, got int"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_and_left_as_it_was(case):
+    make, options, error, message = REFUSED[case]
+    model = make()
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    with pytest.raises(error, match=message):
+        lp.expand(model, **{"num_members": 2, **options})
+    assert modules == (list(model.modules()) if isinstance(model, nn.Module) else [])
+
+
+@pytest.mark.parametrize(
+    "make, options, error, message",
+    [
+        (lambda p: torch.optim.LBFGS(p), {}, NotImplementedError, "LBFGS cannot hold"),
+        (lambda p: torch.optim.SGD(p, lr=1), {"member_options": {"beta": 1}}, ValueError, "member_options has 'beta'"),
+        (lambda p: torch.optim.Adafactor(p), {"member_state": "copy"}, ValueError, "cannot broadcast the state"),
+    ],
+)
+def test_optimizers_that_do_not_fit(make, options, error, message):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    optimizer = make(model.parameters())
+    model(torch.randn(2, 4)).sum().backward()
+    if not isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.step()
+    before = copy.copy(optimizer.param_groups)
+    with pytest.raises(error, match=message):
+        lp.expand(model, 2, targets="head", optimizers=optimizer, **options)
+    assert optimizer.param_groups == before and type(model[1]) is nn.Linear
+
+
+def test_nothing_to_replace_is_a_warning():
+    model = net()
+    with pytest.warns(UserWarning, match="targets match no module"):
+        assert lp.expand(model, 2, targets="head") is model
+    assert type(model[1]) is nn.BatchNorm2d
+    with pytest.warns(UserWarning, match="'head' matches no module"):
+        lp.expand(model, 2, targets=("batch_norm", "head"))
+    assert lp.collapse(model) is model
+
+
+def test_what_needs_an_expanded_model_says_so():
+    model = net()
+    for name, call in {
+        "collapse": lambda: lp.collapse(model),
+        "predict": lambda: lp.predict(model, torch.randn(1, 2, 4, 4)),
+        "update_bn": lambda: lp.update_bn([], model),
+        "set_base_grad_scale": lambda: lp.set_base_grad_scale(torch.optim.SGD(model.parameters()), model, "mean"),
+        "members": lambda: lp.members(model, 0).__enter__(),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"{name}: model is not expanded"):
+            call()
+    lp.expand(model, 2)
+    with pytest.raises(TypeError, match="collapse: .* collapse model.module"):
+        lp.collapse(nn.DataParallel(model))
+    with pytest.raises(ValueError, match="call its own collapse"):
+        lp.collapse(model[1])
+    with pytest.raises(ValueError, match="collapse: mode must be"):
+        lp.collapse(model, mode="best")
