@@ -281,7 +281,7 @@ def test_member_loss_is_the_sum_of_the_members_means():
     assert torch.equal(lp.member_loss(F.cross_entropy, output, target, num_members=K), expected)
     both = lp.member_loss(lambda o, t: F.cross_entropy(o["a"], t), {"a": output}, target, num_members=K)
     assert torch.equal(both, expected)
-    with pytest.raises(ValueError, match="output.size\\(0\\)=12 is not divisible by num_members=5"):
+    with pytest.raises(ValueError, match=r"output.size\(0\)=12 is not divisible by num_members=5"):
         lp.member_loss(F.cross_entropy, output, target, num_members=5)
 
 

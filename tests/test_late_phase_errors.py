@@ -119,7 +119,7 @@ def test_what_needs_an_expanded_model_says_so():
         with pytest.raises(RuntimeError, match=f"{name}: model is not expanded"):
             call()
     lp.expand(model, 2)
-    with pytest.raises(TypeError, match="collapse: .* collapse model.module"):
+    with pytest.raises(TypeError, match=r"collapse: .* collapse model.module"):
         lp.collapse(nn.DataParallel(model))
     with pytest.raises(ValueError, match="call its own collapse"):
         lp.collapse(model[1])

@@ -12,6 +12,15 @@ from latephase_kernels import late_phase as lp
 K, B, STEPS = 3, 4, 50
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class ResidualNet(nn.Module):
     """Two batch norms, a skip connection and a head."""
 
@@ -88,7 +97,7 @@ def assert_members_equal(model, plains, late, tolerance=1e-9):
     for k, plain in enumerate(plains):
         for name, expected in plain.state_dict().items():
             value = state[name][k] if name.startswith(late) else state[name]
-            torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

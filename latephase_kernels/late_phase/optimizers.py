@@ -111,7 +111,7 @@ def param_groups(
     member_lr: float | Tensor | None = None,
     weight_decay: float = 0.0,
     member_weight_decay: float | None = None,
-    no_decay: int | bool | None | Callable[[str, nn.Parameter], bool] = None,
+    no_decay: int | bool | Callable[[str, nn.Parameter], bool] | None = None,
 ) -> list[dict]:
     """Return parameter groups for any torch.optim optimizer: base and member weights, with and without decay.
 

@@ -140,15 +140,17 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
     Args:
         loader: yields input batches [N, …], or tuples and lists whose first entry is one.
         model: expanded; flags and momenta are the same afterwards.
-        share: False: every member sees all the data (each batch is replicated K times). True: each sees 1/K of it, an
-            approximation at 1/K of the cost; leftover and short batches are not used.
+        share: False: every member sees all the data (each batch is replicated K times). True: each sees 1/K of it,
+            an approximation at 1/K of the cost; leftover and short batches are not used.
 
     Raises:
         RuntimeError: model is not expanded.
         ValueError: there was no batch (with share=True, not num_members full ones); statistics are as before then.
     """
     num_members = _routings("update_bn", model)[0].num_members
-    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    layers = [
+        module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
     momenta = [layer.momentum for layer in layers]
     buffers = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
     before = [(buffer, buffer.clone()) for buffer in buffers]

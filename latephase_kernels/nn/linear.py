@@ -68,9 +68,7 @@ class MemberLinear(MemberModule):
             ValueError: the last dimension is not in_features, or the rows are not the same number for each member.
         """
         if input.dim() < 2 or input.size(-1) != self.in_features:
-            raise ValueError(
-                f"MemberLinear: input must be [K·B, …, {self.in_features}], got shape {list(input.shape)}"
-            )
+            raise ValueError(f"MemberLinear: input must be [K·B, …, {self.in_features}], got shape {list(input.shape)}")
         members = self.active_members()
         if isinstance(members, str):
             return F.linear(input, *self.averaged())
