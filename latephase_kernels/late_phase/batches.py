@@ -39,7 +39,8 @@ def concatenate(batches: list) -> Any:
     if isinstance(first, np.ndarray):
         return np.concatenate(batches) if first.ndim else np.stack(batches)
     if isinstance(first, Mapping):
-        return type(first)({key: concatenate([batch[key] for batch in batches]) for key in first})
+        rebuild: Any = type(first)
+        return rebuild({key: concatenate([batch[key] for batch in batches]) for key in first})
     if isinstance(first, (list, tuple)):
         parts = (Tensor, np.ndarray, Mapping, list, tuple)
         if first and not any(isinstance(part, parts) for part in first):

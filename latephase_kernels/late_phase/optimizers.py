@@ -138,7 +138,7 @@ def param_groups(
         ),
     }
     members = set(member_parameters(model))
-    groups = {}
+    groups: dict[str, dict] = {}
     for kind, (kind_lr, decay) in settings.items():
         groups[kind] = {"name": kind, "params": [], "lr": kind_lr, "weight_decay": decay}
         groups[kind + "_no_decay"] = {"name": kind + "_no_decay", "params": [], "lr": kind_lr, "weight_decay": 0.0}

@@ -102,7 +102,7 @@ def write_results(results: dict[str, list[MethodResult]], facts: dict, path: Pat
     """Write everything as JSON; lists under a method have one entry a seed. Returns what was written."""
     methods = {}
     for method, runs in results.items():
-        entry = {"label": METHODS[method], "runs": [asdict(run) for run in runs]}
+        entry: dict[str, object] = {"label": METHODS[method], "runs": [asdict(run) for run in runs]}
         for quantity in ("accuracy", "nll", "seconds", "images_per_second"):
             mean, error = mean_and_error([getattr(run, quantity) for run in runs])
             entry[quantity] = {"mean": mean, "standard_error": error}

@@ -664,6 +664,7 @@ def ensemble_batch_norm(
     """Return (y, mean, rstd, biased variance, mask)."""
     if training:
         mean, var, rstd = _launch_statistics(input, num_members, eps)
+        assert rstd is not None
     else:
         assert running_mean is not None and running_var is not None
         mean, var = (t.to(_accumulation_dtype(input), copy=True).contiguous() for t in (running_mean, running_var))
