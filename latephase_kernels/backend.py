@@ -33,7 +33,8 @@ def _load(device: str) -> str | None:
     except (OSError, RuntimeError) as error:
         return (
             f"{path} did not load: {error.__cause__ or error}\n"
-            f"Likely causes: (1) this torch ({torch.__version__}) is older than 2.10; (2) the library was built for another processor or C library; (3) the file is damaged. "
+            f"Likely causes: (1) this torch ({torch.__version__}) is older than 2.10; (2) the library was built for "
+            "another processor or C library; (3) the file is damaged. "
             "Reinstalling latephase_kernels beside this torch mends all three"
         )
     return None
