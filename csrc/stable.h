@@ -1,10 +1,14 @@
 // Everything this project knows of the LibTorch stable ABI: the target version, aliases, and nothing else.
 #pragma once
 
+#ifdef TORCH_FEATURE_VERSION
+#error "a torch header came before stable.h: the library would ask for symbols of the torch it is built with"
+#endif
 #ifndef TORCH_TARGET_VERSION
 #define TORCH_TARGET_VERSION 0x020a000000000000ULL  // 2.10
 #endif
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,6 @@
 """Which backend runs, and what a missing one says."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,18 @@ def test_the_cuda_library_loads_exactly_where_torch_has_cuda():
         assert "without CUDA" in backend._load_failures["cuda"]
     else:
         assert ("cuda" not in backend._load_failures) == built
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_libraries_ask_for_nothing_newer_than_their_target(device):
+    library = Path(lp.__file__).parent / "lib" / f"liblatephase_{device}.so"
+    nm = shutil.which("nm")
+    if not library.exists() or nm is None:
+        pytest.skip("needs the library and nm")
+    symbols = subprocess.run([nm, "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    newer_than_2_10 = ("torch_exception_get_what", "torch_new_stable_ivalue", "torch_dtype_float8_e8m0fnu")
+    assert "torch_call_dispatcher" in symbols
+    assert not [name for name in newer_than_2_10 if name in symbols]
 
 
 def test_without_libraries_the_reference_runs_and_says_so_once():

@@ -239,6 +239,17 @@ def test_threads_do_not_change_results(backend):
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_nan_stays_in_its_place_in_eval(channels_last):
+    inputs = make_inputs(2, 2, 5, (3, 3), torch.float32, channels_last=channels_last)
+    inputs["x"][0, 1, 0, 0] = float("inf")
+    inputs["dy"][3, 2, 1, 1] = float("nan")
+    dx = run(ensemble_batch_norm, inputs, num_members=2, training=False)["dx"]
+    expected = run(by_slices, inputs, num_members=2, training=False, activation="none")["dx"]
+    assert expected.isnan().sum() == 1
+    torch.testing.assert_close(dx, expected, equal_nan=True)
+
+
 # ---- any strides, empty batches
 
 

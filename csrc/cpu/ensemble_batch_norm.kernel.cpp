@@ -152,7 +152,9 @@ inline void backward_step(const Backward& b, int64_t at, const uint8_t* mask, in
                           const Coefficients<A>& c) {
   Vec<A> centred;
   const Vec<A> dz = gradient_step<T, A>(b, at, mask, column, count, c, centred);
-  const Vec<A> dx = fma(dz, c.scale, -fma(centred, c.slope, c.offset));
+  // Constant statistics pass no gradient on, so that a NaN elsewhere does not come in through 0 · NaN.
+  const bool constant = std::isinf(b.count);
+  const Vec<A> dx = constant ? dz * c.scale : fma(dz, c.scale, -fma(centred, c.slope, c.offset));
   T* out = static_cast<T*>(b.dx) + at;
   T* dresidual = b.dresidual ? static_cast<T*>(b.dresidual) + at : nullptr;
   const bool whole = count == kLanes<A>;

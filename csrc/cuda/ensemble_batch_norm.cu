@@ -5,7 +5,6 @@
 // and partial results are merged in the order of the splits: a member's result is the same bits alone and in any
 // ensemble.
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
 #include <cmath>
