@@ -13,6 +13,14 @@ from latephase_kernels.reference import ensemble_batch_norm as reference
 ensemble_batch_norm = lp.functional.ensemble_batch_norm
 
 
+@pytest.fixture(autouse=True)
+def poison_unwritten_memory():
+    """In deterministic mode torch fills every new tensor with NaN: what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["native", "reference"], autouse=True)
 def backend(request):
     lp.set_backend(request.param)
@@ -174,6 +182,11 @@ def test_tensor_and_cumulative_momentum():
     as_tensor = run(ensemble_batch_norm, inputs, num_members=2, training=True, momentum=torch.full((2, 1), 0.25))
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(as_float[name], as_tensor[name])
+
+
+def test_new_tensors_are_poisoned():
+    """Without this the tests above would not see unwritten memory."""
+    assert torch.empty(5).isnan().all() and torch.zeros(1).new_empty(5).isnan().all()
 
 
 # ---- members are alone
