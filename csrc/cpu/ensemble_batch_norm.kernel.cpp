@@ -104,7 +104,7 @@ Coefficients<A> coefficients(const Arguments& f, int64_t k, int64_t c0, int coun
 
 template <class A>
 void write_statistics(const Forward& f, int64_t i, const Moments& moments) {
-  const double var = std::max(moments.m2 / moments.count, moments.m2 != moments.m2 ? moments.m2 : 0.0);
+  const double var = moments.m2 < 0 ? 0 : moments.m2 / moments.count;  // NaN stays NaN
   static_cast<A*>(f.mean)[i] = static_cast<A>(moments.mean);
   if (f.var) static_cast<A*>(f.var)[i] = static_cast<A>(var);
   if (f.rstd) static_cast<A*>(f.rstd)[i] = static_cast<A>(1 / std::sqrt(var + f.eps));
