@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.ensemble_batch_norm import accumulation_dtype
+
 REDUCTION_TILE = 4096  # values
 APPLY_TILE = 2048
 CHANNEL_BYTES = 128  # width of a reduction's tile in rows of channels
@@ -494,16 +496,12 @@ def _on_device(tensor: Tensor):
 
 
 def _statistic(input: Tensor, num_members: int) -> Tensor:
-    return input.new_empty((num_members, input.size(1)), dtype=_accumulation_dtype(input))
-
-
-def _accumulation_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty((num_members, input.size(1)), dtype=accumulation_dtype(input.dtype))
 
 
 def _partials(input: Tensor, planes: int, splits: int, groups: int) -> Tensor | None:
     """Room for what each split of a reduction found; None where there is one split."""
-    return input.new_empty((planes, splits, groups), dtype=_accumulation_dtype(input)) if splits > 1 else None
+    return input.new_empty((planes, splits, groups), dtype=accumulation_dtype(input.dtype)) if splits > 1 else None
 
 
 def _launch_statistics(input: Tensor, num_members: int, eps: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -667,7 +665,7 @@ def ensemble_batch_norm(
         assert rstd is not None
     else:
         assert running_mean is not None and running_var is not None
-        mean, var = (t.to(_accumulation_dtype(input), copy=True).contiguous() for t in (running_mean, running_var))
+        mean, var = (t.to(accumulation_dtype(input.dtype), copy=True).contiguous() for t in (running_mean, running_var))
         rstd = (var + eps).rsqrt()
     y, mask = ensemble_batch_norm_apply(input, mean, rstd, weight, bias, residual, num_members, activation)
     return y, mean, rstd, var, mask
