@@ -3,12 +3,18 @@
 from . import functional, nn
 from .backend import backend_for, set_backend
 from .late_phase import (
+    SequentialTrainer,
+    clip_grad_norm_,
     collapse,
+    ensemble_probabilities,
     expand,
+    map_members,
+    member_disagreement,
     member_loss,
     members,
     param_groups,
     predict,
+    predictive_entropy,
     set_base_grad_scale,
     stack_batches,
     update_bn,
@@ -16,15 +22,21 @@ from .late_phase import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "SequentialTrainer",
     "backend_for",
+    "clip_grad_norm_",
     "collapse",
+    "ensemble_probabilities",
     "expand",
     "functional",
+    "map_members",
+    "member_disagreement",
     "member_loss",
     "members",
     "nn",
     "param_groups",
     "predict",
+    "predictive_entropy",
     "set_backend",
     "set_base_grad_scale",
     "stack_batches",

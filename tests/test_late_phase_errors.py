@@ -77,12 +77,28 @@ def test_refused_and_left_as_it_was(case):
     assert modules == (list(model.modules()) if isinstance(model, nn.Module) else [])
 
 
+class RowState(torch.optim.SGD):
+    """Keeps a state for each row of a matrix."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["rows"] = torch.zeros(len(parameter), 1)
+
+
+class LAMB(torch.optim.SGD):
+    """Stands for the optimizers of that name, which scale a tensor's step by its norm."""
+
+
 @pytest.mark.parametrize(
     "make, options, error, message",
     [
-        (lambda p: torch.optim.LBFGS(p), {}, NotImplementedError, "LBFGS cannot hold"),
+        (lambda p: torch.optim.LBFGS(p), {}, NotImplementedError, "LBFGS mixes the elements of a tensor"),
+        (lambda p: torch.optim.Adafactor(p), {}, NotImplementedError, "Adafactor mixes .* optimizer of their own"),
+        (lambda p: LAMB(p), {}, NotImplementedError, "LAMB mixes"),
+        (lambda p: torch.optim.SGD(net().parameters()), {}, ValueError, "none of the SGD's 4 is one; make it from"),
         (lambda p: torch.optim.SGD(p, lr=1), {"member_options": {"beta": 1}}, ValueError, "member_options has 'beta'"),
-        (lambda p: torch.optim.Adafactor(p), {"member_state": "copy"}, ValueError, "cannot broadcast the state"),
+        (lambda p: RowState(p), {"member_state": "copy"}, ValueError, "cannot broadcast the state 'rows'"),
     ],
 )
 def test_optimizers_that_do_not_fit(make, options, error, message):
@@ -95,6 +111,18 @@ def test_optimizers_that_do_not_fit(make, options, error, message):
     with pytest.raises(error, match=message):
         lp.expand(model, 2, targets="head", optimizers=optimizer, **options)
     assert optimizer.param_groups == before and type(model[1]) is nn.Linear
+
+
+def test_a_scheduler_must_be_made_again():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step(), scheduler.step()
+    with pytest.warns(UserWarning, match="SGD has a learning rate scheduler, which may not know the members'"):
+        lp.expand(model, 2, optimizers=optimizer, member_options={"lr": 0.1})
+    assert [(g["lr"], g["initial_lr"]) for g in optimizer.param_groups] == [(0.25, 0.5), (0.1, 0.1)]
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step, last_epoch=scheduler.last_epoch)
+    torch.testing.assert_close([g["lr"] for g in optimizer.param_groups], [0.125, 0.025])
 
 
 def test_nothing_to_replace_is_a_warning():
@@ -115,10 +143,13 @@ def test_what_needs_an_expanded_model_says_so():
         "update_bn": lambda: lp.update_bn([], model),
         "set_base_grad_scale": lambda: lp.set_base_grad_scale(torch.optim.SGD(model.parameters()), model, "mean"),
         "members": lambda: lp.members(model, 0).__enter__(),
+        "clip_grad_norm_": lambda: lp.clip_grad_norm_(model, 1.0),
     }.items():
         with pytest.raises(RuntimeError, match=f"{name}: model is not expanded"):
             call()
     lp.expand(model, 2)
+    with pytest.raises(ValueError, match="set_base_grad_scale: optimizer holds no base weight of the model"):
+        lp.set_base_grad_scale(torch.optim.SGD(net().parameters()), model, "mean")
     with pytest.raises(TypeError, match=r"collapse: .* collapse model.module"):
         lp.collapse(nn.DataParallel(model))
     with pytest.raises(ValueError, match="call its own collapse"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from latephase_kernels import late_phase as lp
 
-K, B, STEPS = 3, 4, 50
+K, B, STEPS = 4, 3, 50
 
 
 @pytest.fixture(autouse=True)
@@ -53,42 +53,26 @@ def optimizer_for(kind, parameters):
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.05)
 
 
-def batches():
+def batches(dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
-        x = torch.randn(K * B, 2, 5, 4, generator=generator, dtype=torch.float64)
+        x = torch.randn(K * B, 2, 5, 4, generator=generator, dtype=torch.float64).to(dtype)
         yield x, torch.randint(3, (K * B,), generator=generator)
 
 
-def sequential(model, late, kind, scale):
-    """The paper's loop over K plain models that share every tensor but the late-phase ones; return them, losses."""
-    is_late = {name: name.startswith(late) for name, _ in model.named_parameters()}
-    plains = [model] + [copy.deepcopy(model) for _ in range(K - 1)]
-    for plain in plains[1:]:
-        for module_name, module in plain.named_modules():
-            for tensors in (module._parameters, module._buffers):
-                for name in tensors:
-                    path = f"{module_name}.{name}"
-                    if not path.startswith(late):
-                        tensors[name] = getattr(model.get_submodule(module_name), name)
-    base = [p for name, p in model.named_parameters() if not is_late[name]]
-    base_optimizer = optimizer_for(kind, base)
-    optimizers = [optimizer_for(kind, [p for n, p in plain.named_parameters() if is_late[n]]) for plain in plains]
-    losses = []
-    for x, target in batches():
-        total = 0.0
-        base_optimizer.zero_grad()
-        for plain, optimizer, xk, tk in zip(plains, optimizers, x.chunk(K), target.chunk(K)):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(plain(xk), tk)
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-        for parameter in base:
-            parameter.grad *= scale
-        base_optimizer.step()
-        losses.append(total)
-    return plains, losses
+def stacked_step(model, optimizer, x, target, chunk=K):
+    """One step of an expanded model, its members in chunks; return the sum of their losses."""
+    optimizer.zero_grad()
+    total = 0.0
+    for first in range(0, K, chunk):
+        chosen = range(first, min(first + chunk, K))
+        rows = slice(chosen.start * B, chosen.stop * B)
+        with lp.members(model, chosen):
+            loss = lp.member_loss(F.cross_entropy, model(x[rows]), target[rows], num_members=len(chosen))
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    return total
 
 
 def assert_members_equal(model, plains, late, tolerance=1e-9):
@@ -105,34 +89,64 @@ def assert_members_equal(model, plains, late, tolerance=1e-9):
     [
         ("sgd", "sum", "batch_norm", K),
         ("adamw", "mean", "batch_norm", K),
+        ("adamw", 0.3, "batch_norm", K),
         ("sgd", "mean", "head", K),  # both batch norms shared
         ("adamw", "sum", "bn2", K),  # one batch norm shared
-        ("sgd", "mean", "bn2", 2),  # a chunk of two members and one of one
+        ("sgd", "mean", "bn2", 3),  # a chunk of three members and one of one
+        ("adamw", "sum", "head", 2),
         ("sgd", "sum", "batch_norm", 1),
     ],
 )
 def test_stacked_training_equals_the_loop(kind, scale, targets, chunk):
     torch.manual_seed(0)
     plain = ResidualNet().double()
-    model = lp.expand(copy.deepcopy(plain), K, targets=select(targets))
+    options = {"targets": select(targets), "noise_std": 0.1}
+    model = lp.expand(copy.deepcopy(plain), K, **options, generator=torch.Generator().manual_seed(2))
+    trainer = lp.SequentialTrainer(
+        plain,
+        K,
+        optimizer=lambda parameters: optimizer_for(kind, parameters),
+        base_grad_scale=scale,
+        **options,
+        generator=torch.Generator().manual_seed(2),
+    )
     late = late_names(targets)
-    plains, expected_losses = sequential(plain, late, kind, 1.0 if scale == "sum" else 1.0 / K)
+    assert_members_equal(model, trainer.members, late, 0)
+    assert not torch.equal(model.state_dict()[late[-1] + "weight"][0], model.state_dict()[late[-1] + "weight"][1])
     optimizer = optimizer_for(kind, model.parameters())
     lp.set_base_grad_scale(optimizer, model, 0.123)  # replaced by the next call
     lp.set_base_grad_scale(optimizer, model, scale)
-    for (x, target), expected in zip(batches(), expected_losses, strict=True):
-        optimizer.zero_grad()
-        total = 0.0
-        for first in range(0, K, chunk):
-            chosen = range(first, min(first + chunk, K))
-            rows = slice(chosen.start * B, chosen.stop * B)
-            with lp.members(model, chosen):
-                loss = lp.member_loss(F.cross_entropy, model(x[rows]), target[rows], num_members=len(chosen))
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        assert total == pytest.approx(expected, abs=1e-9, rel=1e-9)
-    assert_members_equal(model, plains, late)
+    for x, target in batches():
+        losses = trainer.step(F.cross_entropy, list(zip(x.chunk(K), target.chunk(K))))
+        assert stacked_step(model, optimizer, x, target, chunk) == pytest.approx(sum(losses), abs=1e-9, rel=1e-9)
+    assert_members_equal(model, trainer.members, late)
+    for mode in ("exact", "weights"):
+        collapsed = lp.collapse(trainer.expanded().eval(), mode=mode).state_dict()
+        for name, value in lp.collapse(copy.deepcopy(model).eval(), mode=mode).state_dict().items():
+            torch.testing.assert_close(value, collapsed[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_float32_training_grows_its_rounding_as_the_loop_does(kind):
+    """After all steps the distance to float64 training is at most twice the float32 loop's own."""
+    torch.manual_seed(0)
+    plain = ResidualNet()
+    trainers = [
+        lp.SequentialTrainer(copy.deepcopy(plain).to(dtype), K, optimizer=lambda p: optimizer_for(kind, p))
+        for dtype in (torch.float64, torch.float32)
+    ]
+    model = lp.expand(copy.deepcopy(plain), K)
+    optimizer = optimizer_for(kind, model.parameters())
+    for x, target in batches():
+        for trainer, dtype in zip(trainers, (torch.float64, torch.float32)):
+            trainer.step(F.cross_entropy, list(zip(x.to(dtype).chunk(K), target.chunk(K))))
+        stacked_step(model, optimizer, x.float(), target)
+    truth, loop, stacked = (
+        torch.cat([tensor.double().flatten() for tensor in expanded.state_dict().values()])
+        for expanded in (trainers[0].expanded(), trainers[1].expanded(), model)
+    )
+    assert (stacked - truth).norm() <= 2 * (loop - truth).norm()
+    assert 0 < (loop - truth).norm() / truth.norm() < 1e-4  # the trainings did not part
 
 
 def test_frozen_layers_use_each_members_statistics_in_a_stacked_pass():

@@ -2,17 +2,26 @@
 
 from .batches import StackedBatches, stack_batches
 from .convert import collapse, expand
-from .optimizers import param_groups, set_base_grad_scale
-from .running import member_loss, members, predict, update_bn
+from .gradients import clip_grad_norm_, set_base_grad_scale
+from .optimizers import param_groups
+from .prediction import ensemble_probabilities, member_disagreement, predict, predictive_entropy
+from .running import map_members, member_loss, members, update_bn
+from .sequential import SequentialTrainer
 
 __all__ = [
+    "SequentialTrainer",
     "StackedBatches",
+    "clip_grad_norm_",
     "collapse",
+    "ensemble_probabilities",
     "expand",
+    "map_members",
+    "member_disagreement",
     "member_loss",
     "members",
     "param_groups",
     "predict",
+    "predictive_entropy",
     "set_base_grad_scale",
     "stack_batches",
     "update_bn",

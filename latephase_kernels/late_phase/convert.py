@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members
 from ..nn.routing import Routed, Routing
+from .mixing import check_not_mixing
 from .optimizers import check_optimizers, move_parameters
 from .targets import (
     MEMBER_TYPES,
@@ -60,8 +61,8 @@ def expand(
     Raises:
         TypeError: model is wrapped (DataParallel, DistributedDataParallel, compiled), or an argument has a wrong type.
         ValueError: an argument's value, the model itself is a target, or a target's parameter is tied elsewhere.
-        NotImplementedError: a batch norm or target whose class computes more than torch.nn's, or is lazy; an optimizer
-            that cannot hold members.
+        NotImplementedError: a batch norm or target whose class computes more than torch.nn's or timm's, or is lazy;
+            another module that mixes the samples of a batch; an optimizer that cannot hold members.
         RuntimeError: model is already expanded.
         Nothing is changed then.
 
@@ -79,6 +80,7 @@ def expand(
         return model
     if isinstance(model, _BatchNorm):
         raise ValueError("expand: the model itself is a batch norm; wrap it in nn.Sequential")
+    check_not_mixing(model)
     replacements = {}
     for name, module in model.named_modules():
         if id(module) in targeted:
@@ -88,7 +90,7 @@ def expand(
     check_ties(model, targeted)
     moved = _tie(targeted, replacements)
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-    check_optimizers(optimizers, moved, member_state, member_options or {})
+    check_optimizers(model, optimizers, moved, member_state, member_options or {})
 
     routing = Routing(model, num_members)
     for replacement in replacements.values():

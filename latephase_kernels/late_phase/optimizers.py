@@ -1,21 +1,27 @@
-"""Optimizers of an expanded model: parameters that move, groups, and the scale of base gradients."""
+"""Optimizers of an expanded model: parameters that move, and groups."""
 
 import copy
-import math
-import weakref
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.member_module import MemberModule
-from ..nn.routing import Routed
 
 # ---------------------------------------------------------------------------------------------- live optimizers
 
 
+# Rules that mix the elements of a tensor (a norm, a factorization, a matrix sign): [K, …] is not K tensors to them.
+_MIXING = ("Adafactor", "Lamb", "LAMB", "FusedLAMB", "Lars", "LARS", "LBFGS", "Muon", "NovoGrad", "NvNovoGrad", "SOAP")
+
+
 def check_optimizers(
-    optimizers: list, moved: dict[nn.Parameter, nn.Parameter], member_state: str, options: dict
+    model: nn.Module,
+    optimizers: list,
+    moved: dict[nn.Parameter, nn.Parameter],
+    member_state: str,
+    options: dict,
 ) -> None:
     """Raise unless move_parameters can work on each optimizer.
 
@@ -26,10 +32,17 @@ def check_optimizers(
         raise ValueError(f'expand: member_state must be "fresh" or "copy", got {member_state!r}')
     if not isinstance(options, dict):
         raise TypeError(f"expand: member_options must be a dict, got {type(options).__name__}")
+    own = set(model.parameters())
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expand: optimizers must be torch optimizers, got {type(optimizer).__name__}")
-        held = [p for group in optimizer.param_groups for p in group["params"] if p in moved]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not own.intersection(parameters):
+            raise ValueError(
+                f"expand: optimizers must hold parameters of the model, but none of the {type(optimizer).__name__}'s "
+                f"{len(parameters)} is one; make it from this model's parameters"
+            )
+        held = [p for p in parameters if p in moved]
         if not held:
             continue
         known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
@@ -39,10 +52,16 @@ def check_optimizers(
                 f"expand: member_options has {unknown[0]!r}, which {type(optimizer).__name__} does not know; "
                 f"it knows {', '.join(sorted(known))}"
             )
-        if type(optimizer).__name__ in ("LBFGS", "Muon"):
+        if type(optimizer).__name__ in _MIXING:
             raise NotImplementedError(
-                f"expand: {type(optimizer).__name__} cannot hold replicated parameters [K, …]; give the targets' "
-                "parameters an optimizer of their own, such as SGD"
+                f"expand: {type(optimizer).__name__} mixes the elements of a tensor and cannot hold replicated "
+                "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
+            )
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            warnings.warn(
+                f"expand: the {type(optimizer).__name__} has a learning rate scheduler, which may not know the "
+                "members' new groups; make it again after expand (with last_epoch=scheduler.last_epoch to go on)",
+                stacklevel=3,
             )
         for parameter in held if member_state == "copy" else ():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -69,6 +88,8 @@ def move_parameters(
             continue
         new = {key: _copied(value) for key, value in group.items() if key not in ("params", "param_names")}
         new.update({key: _copied(value) for key, value in options.items()})
+        if "lr" in options and "initial_lr" in new:  # a scheduler's mark
+            new["initial_lr"] = _copied(options["lr"])
         leaving = [group["params"][i] for i in positions]
         new["params"] = [moved[parameter] for parameter in leaving]
         if "param_names" in group:
@@ -150,80 +171,3 @@ def param_groups(
             exempt = no_decay is not None and no_decay is not False and parameter.dim() - (kind == "member") <= no_decay
         groups[kind + "_no_decay" if exempt else kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
-
-
-# ---------------------------------------------------------------------------------------------- base gradient scale
-
-_handles: "weakref.WeakKeyDictionary[torch.optim.Optimizer, object]" = weakref.WeakKeyDictionary()
-
-
-def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scale: str | float) -> None:
-    """Scale the gradients of base weights by γ_θ before every step of optimizer, whatever its rule.
-
-    The gradients are scaled in place, so zero them after the step. A closure's gradients are scaled after each call.
-    Calling again replaces the scale, 1 removes it.
-
-    Args:
-        optimizer: any torch.optim optimizer that holds base weights of the model.
-        model: expanded.
-        scale: "sum" (1), "mean" (1/K) or a number.
-
-    Raises:
-        TypeError, ValueError: scale is none of these.
-        RuntimeError: model is not expanded.
-
-    Source: von Oswald et al., ICLR 2021, section 2 (γ_θ).
-    """
-    num_members = next((module.num_members for module in model.modules() if isinstance(module, Routed)), None)
-    if num_members is None:
-        raise RuntimeError("set_base_grad_scale: model is not expanded; call expand first")
-    if isinstance(scale, str):
-        if scale not in ("sum", "mean"):
-            raise ValueError(f'set_base_grad_scale: scale must be "sum", "mean" or a float, got {scale!r}')
-        factor = 1.0 if scale == "sum" else 1.0 / num_members
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"set_base_grad_scale: scale must be a str or a float, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"set_base_grad_scale: scale must be finite, got {scale}")
-    else:
-        factor = float(scale)
-    handle = _handles.pop(optimizer, None)
-    if handle is not None:
-        handle.remove()
-    if factor == 1.0:
-        return
-    members = set(member_parameters(model))
-    base = {parameter for parameter in model.parameters() if parameter not in members}
-
-    def hook(stepping, args, kwargs):
-        # args[0] is the optimizer itself
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            _scale_gradients(stepping, base, factor)
-            return None
-
-        def scaled_closure():
-            loss = closure()
-            _scale_gradients(stepping, base, factor)
-            return loss
-
-        rest = {key: value for key, value in kwargs.items() if key != "closure"}
-        return (args[0], scaled_closure, *args[2:]), rest
-
-    _handles[optimizer] = optimizer.register_step_pre_hook(hook)
-
-
-@torch.no_grad()
-def _scale_gradients(optimizer: torch.optim.Optimizer, parameters: set[nn.Parameter], factor: float) -> None:
-    gradients = [
-        parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None and parameter in parameters
-    ]
-    dense = [gradient for gradient in gradients if not gradient.is_sparse]
-    if dense:
-        torch._foreach_mul_(dense, factor)
-    for gradient in gradients:
-        if gradient.is_sparse:
-            gradient.mul_(factor)

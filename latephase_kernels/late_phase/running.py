@@ -1,4 +1,4 @@
-"""Using an expanded model: routing, prediction, the members' loss, recomputed statistics.
+"""Running an expanded model: routing, the members' loss and transforms, recomputed statistics.
 
 Shapes: K members, B rows a member, N rows of an ordinary batch.
 """
@@ -13,16 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..nn.member_module import check_num_members
-from ..nn.routing import Routed, Routing
+from ..nn.routing import routings_of
 from .batches import StackedBatches, concatenate
-
-
-def _routings(where: str, model: nn.Module) -> list[Routing]:
-    """Return the routings that model's modules follow, each once."""
-    found = {id(m.routing): m.routing for m in model.modules() if isinstance(m, Routed) and m.routing is not None}
-    if not found:
-        raise RuntimeError(f"{where}: model is not expanded; call expand first")
-    return list(found.values())
 
 
 @contextlib.contextmanager
@@ -38,7 +30,7 @@ def members(model: nn.Module, which: str | int | range) -> Iterator[nn.Module]:
         RuntimeError: model is not expanded.
         TypeError, ValueError: which is none of these.
     """
-    routings = _routings("members", model)
+    routings = routings_of("members", model)
     chosen = [routing.choice(which) for routing in routings]
     before = [routing.override for routing in routings]
     for routing, choice in zip(routings, chosen):
@@ -51,7 +43,7 @@ def members(model: nn.Module, which: str | int | range) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _training_flags_kept(model: nn.Module) -> Iterator[None]:
+def training_flags_kept(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -60,37 +52,8 @@ def _training_flags_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@torch.no_grad()
-def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
-    """Return an expanded model's answer to an ordinary batch, in eval mode and without gradients.
-
-    Args:
-        model: expanded; its training flags are the same afterwards.
-        x: [N, …], or a tuple, list or dict of such tensors, given to the model as its one argument.
-        members: "average" (what the collapsed model answers), "all", or one member.
-
-    Returns:
-        The model's output [N, …]; for "all" each tensor in it is [K, N, …].
-
-    Raises:
-        RuntimeError: model is not expanded.
-        TypeError, ValueError: members is none of these.
-    """
-    num_members = _routings("predict", model)[0].num_members
-    if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
-        raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
-    with _training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
-        model.eval()
-        if members != "all":
-            return model(x)
-        output = model(_repeat(x, num_members))
-    return tree_map(lambda y: y.unflatten(0, (num_members, -1)) if isinstance(y, Tensor) and y.dim() else y, output)
-
-
-_members = members  # predict's argument has the same name
-
-
-def _repeat(batch: Any, num_members: int) -> Any:
+def repeat(batch: Any, num_members: int) -> Any:
+    """Return the stacked batch in which every member gets the same samples."""
     return tree_map(lambda x: concatenate([x] * num_members) if isinstance(x, Tensor) and x.dim() else x, batch)
 
 
@@ -109,14 +72,35 @@ def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any,
         ValueError: a tensor's first dimension is not divisible by num_members.
     """
     check_num_members("member_loss", num_members)
-    outputs, targets = _chunks("output", output, num_members), _chunks("target", target, num_members)
+    outputs, targets = (
+        _chunks("member_loss", "output", output, num_members),
+        _chunks("member_loss", "target", target, num_members),
+    )
     total = loss_fn(outputs[0], targets[0])
     for member_output, member_target in zip(outputs[1:], targets[1:]):
         total = total + loss_fn(member_output, member_target)
     return total
 
 
-def _chunks(name: str, stacked: Any, num_members: int) -> list:
+def map_members(transform: Callable, *batch: Any, num_members: int) -> Any:
+    """Apply what mixes the samples of a batch (mixup, CutMix) to each member's samples by themselves.
+
+    Args:
+        transform: called once a member with its parts of batch, [B, …] each; returns a tensor or structure of tensors.
+        batch: stacked tensors [K·B, …], or tuples, lists and dicts of them.
+        num_members: K.
+
+    Returns:
+        What transform returns, stacked again.
+
+    Raises:
+        ValueError: a tensor's first dimension is not divisible by num_members.
+    """
+    check_num_members("map_members", num_members)
+    return concatenate([transform(*parts) for parts in _chunks("map_members", "batch", batch, num_members)])
+
+
+def _chunks(where: str, name: str, stacked: Any, num_members: int) -> list:
     """Return the members' parts of every tensor in stacked, as num_members structures."""
     leaves, spec = tree_flatten(stacked)
     columns = []
@@ -126,7 +110,7 @@ def _chunks(name: str, stacked: Any, num_members: int) -> list:
             continue
         if leaf.size(0) % num_members:
             raise ValueError(
-                f"member_loss: {name}.size(0)={leaf.size(0)} is not divisible by num_members={num_members}; "
+                f"{where}: {name}.size(0)={leaf.size(0)} is not divisible by num_members={num_members}; "
                 f"stack {num_members} equal minibatches along dim 0"
             )
         columns.append(leaf.unflatten(0, (num_members, leaf.size(0) // num_members)).unbind(0))
@@ -147,7 +131,7 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
         RuntimeError: model is not expanded.
         ValueError: there was no batch (with share=True, not num_members full ones); statistics are as before then.
     """
-    num_members = _routings("update_bn", model)[0].num_members
+    num_members = routings_of("update_bn", model)[0].num_members
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
@@ -157,7 +141,7 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
     device = next((buffer.device for buffer in buffers), None)
     batches = StackedBatches(loader, num_members) if share else loader
     passes = 0
-    with _training_flags_kept(model), members(model, "stacked"):
+    with training_flags_kept(model), members(model, "stacked"):
         try:
             model.train()
             for layer in layers:
@@ -166,7 +150,7 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
             for batch in batches:
                 x = batch[0] if isinstance(batch, (list, tuple)) else batch
                 x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
-                model(x if share else _repeat(x, num_members))
+                model(x if share else repeat(x, num_members))
                 passes += 1
             if not passes:
                 needed = f"{num_members} batches of equal size" if share else "one batch"

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Routing:
-    """What all modules of one expanded model share: its root, and an explicit choice of members.
+    """What all modules of one expanded model share: its root, an explicit choice of members, γ_θ for clipping.
 
     A plain object, so the root model does not become a submodule of its own layers.
     """
@@ -16,6 +16,7 @@ class Routing:
         self.model = model
         self.num_members = num_members
         self.override: str | range | None = None
+        self.base_grad_scale = 1.0
 
     def resolve(self) -> str | range:
         """Return "average" or the range of members: the explicit choice, else by the root model's training flag."""
@@ -57,3 +58,15 @@ class Routed(nn.Module):
     def active_members(self) -> str | range:
         """Return "average" or the range of members to run as."""
         return range(self.num_members) if self.routing is None else self.routing.resolve()
+
+
+def routings_of(where: str, model: nn.Module) -> list[Routing]:
+    """Return the routings that model's modules follow, each once.
+
+    Raises:
+        RuntimeError: there is none; the message begins with `where`.
+    """
+    found = {id(m.routing): m.routing for m in model.modules() if isinstance(m, Routed) and m.routing is not None}
+    if not found:
+        raise RuntimeError(f"{where}: model is not expanded; call expand first")
+    return list(found.values())

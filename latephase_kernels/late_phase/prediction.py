@@ -1,0 +1,118 @@
+"""Prediction with an expanded model, and what the members' spread says of its uncertainty.
+
+Shapes: K members, N rows of an ordinary batch.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..nn.routing import routings_of
+from .running import members as _members  # predict's argument has the same name
+from .running import repeat, training_flags_kept
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
+    """Return an expanded model's answer to an ordinary batch, in eval mode and without gradients.
+
+    Args:
+        model: expanded; its training flags are the same afterwards.
+        x: [N, …], or a tuple, list or dict of such tensors, given to the model as its one argument.
+        members: "average" (what the collapsed model answers), "all", or one member.
+
+    Returns:
+        The model's output [N, …]; for "all" each tensor in it is [K, N, …].
+
+    Raises:
+        RuntimeError: model is not expanded.
+        TypeError, ValueError: members is none of these.
+    """
+    num_members = routings_of("predict", model)[0].num_members
+    if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
+        raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
+    with training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
+        model.eval()
+        if members != "all":
+            return model(x)
+        output = model(repeat(x, num_members))
+    return tree_map(lambda y: y.unflatten(0, (num_members, -1)) if isinstance(y, Tensor) and y.dim() else y, output)
+
+
+def ensemble_probabilities(logits: Tensor, *, dim: int = -1) -> Tensor:
+    """Return the ensemble's class probabilities: the mean over members of softmax(logits_k).
+
+    Args:
+        logits: [K, N, …], as predict(model, x, members="all") gives them; any floating type.
+        dim: of the classes; not 0.
+
+    Returns:
+        [N, …], float32 or float64.
+
+    Raises:
+        TypeError, ValueError: logits or dim does not fit.
+
+    Source: von Oswald et al., ICLR 2021, section 3 (ensembles of late-phase weights).
+    """
+    return _log_probabilities("ensemble_probabilities", logits, dim).exp()
+
+
+def predictive_entropy(logits: Tensor, *, dim: int = -1) -> Tensor:
+    """Return the entropy of the ensemble's class probabilities p, −Σ_c p_c log p_c, in nats: high where in doubt.
+
+    Args:
+        logits: [K, N, …]; for one model's [N, …], give logits.unsqueeze(0).
+        dim: of the classes; not 0.
+
+    Returns:
+        [N] (logits' shape without the members and the classes), from 0 to log(number of classes).
+
+    Raises:
+        TypeError, ValueError: logits or dim does not fit.
+    """
+    log_p = _log_probabilities("predictive_entropy", logits, dim)
+    class_dim = dim if dim < 0 else dim - 1
+    return -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(class_dim)
+
+
+def member_disagreement(logits: Tensor, *, dim: int = -1) -> Tensor:
+    """Return the share of pairs of members that predict different classes: 0 where all agree, at most 1.
+
+    Args:
+        logits: [K, N, …].
+        dim: of the classes; not 0.
+
+    Returns:
+        [N] (logits' shape without the members and the classes); zeros for one member.
+
+    Raises:
+        TypeError, ValueError: logits or dim does not fit.
+    """
+    _check_logits("member_disagreement", logits, dim)
+    num_members = logits.size(0)
+    votes = torch.nn.functional.one_hot(logits.argmax(dim), logits.size(dim)).sum(0)  # [N, …, classes]
+    agreeing = (votes * (votes - 1)).sum(-1)
+    return 1.0 - agreeing / max(num_members * (num_members - 1), 1) if num_members > 1 else agreeing.float()
+
+
+def _check_logits(where: str, logits: Tensor, dim: int) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"{where}: logits must be a floating-point tensor, got {got}")
+    if logits.dim() < 2 or logits.size(0) < 1:
+        raise ValueError(
+            f"{where}: logits must be [K, N, …] with K >= 1, got shape {list(logits.shape)}; "
+            'take predict(model, x, members="all")'
+        )
+    if not -logits.dim() < dim < logits.dim() or dim == 0:
+        raise ValueError(f"{where}: dim must be a dimension of logits other than 0, got {dim}")
+
+
+def _log_probabilities(where: str, logits: Tensor, dim: int) -> Tensor:
+    """log mean_k softmax(logits_k), [N, …]."""
+    _check_logits(where, logits, dim)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return torch.logsumexp(torch.log_softmax(logits.to(dtype), dim), 0) - math.log(logits.size(0))
