@@ -1,5 +1,6 @@
-"""Networks that no library has in this form."""
+"""Networks that no model library has in this form."""
 
 from .small_resnet import SmallResNet
+from .wide_resnet import WideResNet
 
-__all__ = ["SmallResNet"]
+__all__ = ["SmallResNet", "WideResNet"]

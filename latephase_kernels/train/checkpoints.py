@@ -1,0 +1,157 @@
+"""Checkpoints that are whole or not there: written beside, synced, renamed; the digest is part of the name.
+
+    step-000001200-3f2a9c….pt      the first 32 hexadecimal digits of the SHA-256 of its content
+
+torch.load does not notice flipped bits; the digest does. A damaged newest checkpoint costs the steps since the one
+before it.
+"""
+
+import hashlib
+import io
+import os
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{32})\.pt")
+_UNFINISHED = "unfinished.pt"
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made where it is missing.
+        keep: how many of the newest stay; older ones are removed after a new one is complete.
+
+    Raises:
+        ValueError: keep is less than 1.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"CheckpointFolder: keep must be at least 1, got {keep}")
+        self.folder, self.keep = Path(folder), keep
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def steps(self) -> list[tuple[int, Path]]:
+        """Return (step, path) of every checkpoint, the newest first; contents unchecked."""
+        found = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        """Write a checkpoint; when this returns it is on the disk and whole.
+
+        Args:
+            state: tensors, numbers, strings, and dicts, lists and tuples of them: what weights_only loading admits.
+            step: orders the checkpoints; saving the same step again replaces it.
+
+        Raises:
+            OSError: with path and errno; nothing of the earlier checkpoints is lost.
+            TypeError: state holds an object that could not be loaded again.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
+        buffer.seek(0)
+        try:
+            torch.load(buffer, weights_only=True, map_location="meta")
+        except Exception as error:
+            raise TypeError(f"CheckpointFolder.save: state must be loadable with weights_only=True: {error}") from None
+        path = self.folder / f"step-{step:09d}-{_digest(content)}.pt"
+        unfinished = self.folder / _UNFINISHED
+        try:
+            with open(unfinished, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+            _sync_folder(self.folder)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            steps = self.steps()
+            kept = f"the last good one is {steps[0][1].name}" if steps else "there is no earlier one"
+            raise OSError(
+                error.errno, f"checkpoint of step {step} not written: {error.strerror}; {kept}", str(path)
+            ) from None
+        for position, (other_step, other) in enumerate(self.steps()):
+            if other != path and (position >= self.keep or other_step == step):
+                other.unlink(missing_ok=True)
+        return path
+
+    def load(self, device: str | torch.device = "cpu") -> tuple[dict[str, Any], int] | None:
+        """Return the state and step of the newest whole checkpoint, or None where there never was one.
+
+        A damaged one is left in place and named in a warning, together with the one used instead.
+
+        Raises:
+            RuntimeError: there are checkpoints, and every one is damaged.
+            OSError: the folder cannot be read.
+        """
+        damaged: list[str] = []
+        checkpoints = self.steps()
+        for step, path in checkpoints:
+            content = path.read_bytes()
+            match = _NAME.fullmatch(path.name)
+            if match is None or _digest(content) != match[2]:
+                damaged.append(path.name)
+                continue
+            if damaged:
+                warnings.warn(
+                    f"checkpoint {', '.join(damaged)} in {self.folder} is damaged (its content does not have "
+                    f"the digest in its name); going on from {path.name}",
+                    stacklevel=2,
+                )
+            return torch.load(io.BytesIO(content), weights_only=True, map_location=device), step
+        if damaged:
+            raise RuntimeError(
+                f"every checkpoint in {self.folder} is damaged: {', '.join(damaged)}; remove them to start again"
+            )
+        return None
+
+
+def _digest(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; not every system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------- random state
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every global generator (torch, each CUDA device, numpy, Python), fit for a checkpoint."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put every global generator into a state that random_state returned, on as many CUDA devices as before."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
