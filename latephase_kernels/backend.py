@@ -16,6 +16,7 @@ _SUPPORTED_DTYPES = {
 }
 
 _load_failures: dict[str, str] = {}  # device type → why its compiled kernels are missing
+_missing_ops: dict[tuple[str, str], str] = {}  # (op, device type) → why a library that did load cannot run it
 _choice = "auto"
 _warned: set[str] = set()
 
@@ -55,8 +56,20 @@ def _triton_failure(tensor: Tensor) -> str | None:
     return None
 
 
-def _failure(backend: str, tensor: Tensor) -> str | None:
-    """Why `backend` cannot run an op on this tensor; None if it can."""
+def note_op(op: str) -> None:
+    """Remember on which devices the loaded libraries lack a registered op, as libraries older than the package may."""
+    for device in ("cpu", "cuda"):
+        implemented = torch._C._dispatch_has_kernel_for_dispatch_key(f"latephase_kernels::{op}", device.upper())
+        if device not in _load_failures and not implemented:
+            _missing_ops[op, device] = f"the compiled {device} library is older than {op}; reinstall latephase_kernels"
+
+
+def _native_failure(device: str, op: str | None) -> str | None:
+    return _load_failures.get(device) or (_missing_ops.get((op, device)) if op is not None else None)
+
+
+def _failure(backend: str, tensor: Tensor, op: str | None) -> str | None:
+    """Why `backend` cannot run `op` (None: ops in general) on this tensor; None if it can."""
     if backend == "reference":
         return None
     device = tensor.device.type
@@ -64,17 +77,21 @@ def _failure(backend: str, tensor: Tensor) -> str | None:
         return f"there are no kernels for {device} tensors"
     if tensor.dtype not in _SUPPORTED_DTYPES[device]:
         return f"there are no {device} kernels for {tensor.dtype}"
-    return _triton_failure(tensor) if backend == "triton" else _load_failures.get(device)
+    return _triton_failure(tensor) if backend == "triton" else _native_failure(device, op)
 
 
-def backend_for(tensor: Tensor) -> str:
+def backend_for(tensor: Tensor, op: str | None = None) -> str:
     """Return "native", "triton" or "reference": the backend that an op on `tensor` runs on now.
+
+    Args:
+        tensor: its device and type decide.
+        op: the registered name of the op; None: any op that every library has.
 
     Raises:
         RuntimeError: set_backend chose one that cannot run this tensor.
     """
     if _choice != "auto":
-        failure = _failure(_choice, tensor)
+        failure = _failure(_choice, tensor, op)
         if failure is not None:
             raise RuntimeError(
                 f'backend_for: set_backend("{_choice}") is in force, but {failure}; call set_backend("auto")'
@@ -82,19 +99,18 @@ def backend_for(tensor: Tensor) -> str:
         return _choice
     candidates = ("native", "triton") if tensor.device.type == "cuda" else ("native",)
     for candidate in candidates:
-        if _failure(candidate, tensor) is None:
+        if _failure(candidate, tensor, op) is None:
             return candidate
-    _warn_once(tensor)
+    _warn_once(tensor.device.type, op)
     return "reference"
 
 
-def _warn_once(tensor: Tensor) -> None:
-    device = tensor.device.type
-    if device in _load_failures and device not in _warned:
-        _warned.add(device)
+def _warn_once(device: str, op: str | None) -> None:
+    failure = _native_failure(device, op)
+    if failure is not None and failure not in _warned and not torch.compiler.is_compiling():  # no warning in a graph
+        _warned.add(failure)
         warnings.warn(
-            f"latephase_kernels runs on the reference path (plain PyTorch, slower) for {device} tensors: "
-            f"{_load_failures[device]}",
+            f"latephase_kernels runs on the reference path (plain PyTorch, slower) for {device} tensors: {failure}",
             stacklevel=5,
         )
 

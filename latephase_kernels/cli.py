@@ -29,11 +29,38 @@ def _whole_number_from(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def _list_of(parse: Callable[[str], float]) -> Callable[[str], list]:
+    def parse_all(text: str) -> list:
+        try:
+            return [parse(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be numbers with commas between them, got {text!r}") from None
+
+    return parse_all
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     # Imported here: --help and --version answer at once.
     from .train.demo import run_demo
 
     run_demo(num_seeds=arguments.seeds, num_members=arguments.members, output=arguments.output, quick=arguments.quick)
+
+
+def _nqp(arguments: argparse.Namespace) -> int:
+    from .train.nqp_command import run_nqp
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    return 1 if run_nqp(**given)["checks"]["failed"] else 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from .train.checkpoints import RunError
+    from .train.train_command import run_train
+
+    try:
+        return run_train(arguments)
+    except (RunError, FloatingPointError, ImportError) as error:
+        raise ValueError(str(error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,21 +84,68 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", default="demo_run", metavar="DIR", help="folder to write to (default ./demo_run)")
     demo.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
     demo.set_defaults(run=_demo)
+    _add_nqp(commands)
+    commands.add_parser("train", help="train by a recipe: CIFAR-10, CIFAR-100, digits, or a YAML file (latephase train)")
     return parser
 
 
+def _add_nqp(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    nqp = commands.add_parser(
+        "nqp",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # run_nqp has the defaults
+        help="simulate late-phase weights on the noisy quadratic problem, beside the closed form (less than a minute)",
+        description="Simulate SGD and late-phase weights on the noisy quadratic problem and compare their steady-state "
+        "loss with the closed form; print the tables, write results.json, nqp.md and nqp.png. The exit code is 1 if a "
+        "simulation is more than 4 standard errors from the closed form.",
+    )
+    counts, numbers = _list_of(_whole_number_from(1)), _list_of(float)
+    nqp.add_argument("--members", type=counts, metavar="K,K,...", help="members to try (default 1,2,5,10)")
+    nqp.add_argument("--step-sizes", type=numbers, metavar="A,A,...", help="step sizes (default 0.05,0.1,0.15)")
+    nqp.add_argument(
+        "--shares", type=numbers, metavar="P,P,...", help="shares of late coordinates, 0 to 1 (default 0,0.25,0.5,1)"
+    )
+    nqp.add_argument(
+        "--base-grad-scale",
+        choices=("mean", "sum", "both"),
+        help="what base coordinates get of the members' gradients (default both, one after the other)",
+    )
+    nqp.add_argument(
+        "--late-coordinates",
+        choices=("spread", "sharpest"),
+        help="which ones are late: spread evenly (the default), or the first, of largest curvature",
+    )
+    nqp.add_argument(
+        "--seeds", dest="num_seeds", type=_whole_number_from(2), metavar="N", help="runs (default 200; 50 with --quick)"
+    )
+    nqp.add_argument(
+        "--steps",
+        dest="num_steps",
+        type=_whole_number_from(1),
+        metavar="N",
+        help="minibatches a run, K to an outer iteration (default 800; 100 with --quick)",
+    )
+    nqp.add_argument("--dimension", type=_whole_number_from(1), metavar="D", help="coordinates (default 100)")
+    nqp.add_argument("--batch-size", type=_whole_number_from(1), metavar="B", help="samples a minibatch (default 16)")
+    nqp.add_argument("--output", metavar="DIR", help="folder to write to (default ./nqp_run)")
+    nqp.add_argument("--quick", action="store_true", help="few seeds and few steps")
+    nqp.set_defaults(run=_nqp)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command line; return the exit code: 0, 1 (a failed check), 2 for what the user can mend, 130 (Ctrl-C)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without "±" shall not end a finished training
-    parsed = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parsed.run(parsed)
+        if arguments and arguments[0] == "train":  # its options are a recipe's, parsed there
+            return _train(arguments[1:])
+        parsed = build_parser().parse_args(arguments)
+        return parsed.run(parsed) or 0
     except (OSError, ValueError) as error:
         print(f"latephase: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("latephase: interrupted", file=sys.stderr)
         return 130
-    return 0

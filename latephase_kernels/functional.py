@@ -1,5 +1,6 @@
 """The ops as functions: every argument checked, gradients by autograd."""
 
 from .ops.ensemble_batch_norm import ensemble_batch_norm
+from .ops.member_gain import member_gain
 
-__all__ = ["ensemble_batch_norm"]
+__all__ = ["ensemble_batch_norm", "member_gain"]

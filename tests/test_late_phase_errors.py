@@ -1,6 +1,7 @@
 """What expand and collapse refuse, by name, before they change anything."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -35,7 +36,39 @@ class Holder(nn.Module):
         self.inside = nn.DataParallel(net())
 
 
+def foreign(class_name, module_name, **attributes):
+    """A module of a library that need not be installed: expand knows it by its names."""
+    module = type(class_name, (nn.Module,), {"__module__": module_name})()
+    vars(module).update(attributes)
+    return module
+
+
+def real(home, class_name, *arguments, **attributes):
+    module = getattr(pytest.importorskip(home), class_name)(*arguments)
+    vars(module).update(attributes)
+    return module
+
+
+MIXING = {  # module that mixes samples → what is said of it
+    "stochastic depth": (lambda: real("torchvision.ops", "StochasticDepth", 0.1, "batch"), 'use mode="row"'),
+    "drop block": (lambda: real("timm.layers", "DropBlock2d", 0.1, batchwise=True), "use batchwise=False"),
+    "evo norm": (lambda: real("timm.layers", "EvoNorm2dB0", 4), "by the statistics of the whole batch; use nn.Batch"),
+    "in-place": (lambda: foreign("InplaceAbn", "timm.layers.inplace_abn"), "statistics of the whole batch"),
+    "in-place sync": (lambda: foreign("InPlaceABNSync", "inplace_abn.abn"), "statistics of the whole batch"),
+    "volo": (lambda: foreign("VOLO", "timm.models.volo", mix_token=True), "set its mix_token to False"),
+}
 REFUSED = {
+    **{
+        name: (lambda make=make: net(make()), {}, NotImplementedError, f"expand: 2 .*{message}")
+        for name, (make, message) in MIXING.items()
+    },
+    "split": (
+        lambda: net(real("timm.layers", "SplitBatchNorm2d", 4)),
+        {},
+        NotImplementedError,
+        "2: .*SplitBatchNorm2d overrides forward",
+    ),
+    "lazy buffers": (lambda: net(nn.LazyBatchNorm2d(affine=False)), {}, NotImplementedError, "2 .* not initialized"),
     "data parallel": (lambda: nn.DataParallel(net()), {}, TypeError, "got DataParallel; expand model.module"),
     "inner wrapper": (Holder, {}, TypeError, r"got DataParallel \(inside\)"),
     "compiled": (lambda: torch.compile(net()), {}, TypeError, "got OptimizedModule; expand model._orig_mod"),
@@ -47,7 +80,6 @@ REFUSED = {
         NotImplementedError,
         "expand: 2: .*NormAndActivation overrides forward",
     ),
-    "sync": (lambda: net(nn.SyncBatchNorm(4)), {}, NotImplementedError, "2 is a .*SyncBatchNorm"),
     "lazy": (lambda: net(nn.LazyBatchNorm2d()), {}, NotImplementedError, r"2 \(.*LazyBatchNorm2d\) is not initialized"),
     "root": (lambda: nn.BatchNorm2d(4), {}, ValueError, "wrap it in nn.Sequential"),
     "expanded": (lambda: lp.expand(net(), 2), {}, RuntimeError, "already expanded"),
@@ -123,6 +155,27 @@ def test_a_scheduler_must_be_made_again():
     assert [(g["lr"], g["initial_lr"]) for g in optimizer.param_groups] == [(0.25, 0.5), (0.1, 0.1)]
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step, last_epoch=scheduler.last_epoch)
     torch.testing.assert_close([g["lr"] for g in optimizer.param_groups], [0.125, 0.025])
+
+
+def test_what_mixes_nothing_is_accepted():
+    ops = pytest.importorskip("torchvision.ops")
+    frozen = ops.FrozenBatchNorm2d(4)
+    quiet = [
+        foreign("DropBlock2d", "timm.layers.drop", drop_prob=0.1),  # newer timm has no batchwise
+        foreign("VOLO", "timm.models.volo", mix_token=False),
+        foreign("DropBlock2d", "torchvision.ops.drop_block", drop_prob=0.1),
+    ]
+    model = net(frozen, ops.StochasticDepth(0.5, "row"), ops.StochasticDepth(0.0, "batch"), *quiet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lp.expand(model, 2)
+    assert model[2] is frozen
+
+
+def test_unknown_running_statistics_are_a_warning():
+    model = net(nn.InstanceNorm2d(4, track_running_stats=True), nn.InstanceNorm2d(4, track_running_stats=True))
+    with pytest.warns(UserWarning, match=r"2 \(.*InstanceNorm2d\) and 1 more with running statistics"):
+        lp.expand(model, 2)
 
 
 def test_nothing_to_replace_is_a_warning():

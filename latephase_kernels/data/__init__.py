@@ -1,6 +1,45 @@
-"""Data: the bundled digits, and minibatches that live in memory."""
+"""Data: loaders that read published files without executing them, and minibatches that live on the device."""
 
+from .cifar import load_cifar10, load_cifar100
+from .cifar_corrupted import CORRUPTIONS, EXTRA_CORRUPTIONS, NUM_SEVERITIES, load_cifar10_c, load_cifar100_c
+from .device_batches import DeviceBatches
+from .device_images import DeviceImages
 from .digits import load_digits, split_digits
+from .downloads import DOWNLOADS, Download, download
+from .files import ArchiveError
 from .minibatches import Minibatches, random_shift
+from .resized_images import load_lsun_resized, load_tiny_imagenet_resized
+from .sets import ImageSet, TextSet
+from .svhn import load_svhn
+from .text import load_enwik8, load_python_topics, load_text, split_text
+from .text_batches import TextBatches
 
-__all__ = ["Minibatches", "load_digits", "random_shift", "split_digits"]
+__all__ = [
+    "CORRUPTIONS",
+    "DOWNLOADS",
+    "EXTRA_CORRUPTIONS",
+    "NUM_SEVERITIES",
+    "ArchiveError",
+    "DeviceBatches",
+    "DeviceImages",
+    "Download",
+    "ImageSet",
+    "Minibatches",
+    "TextBatches",
+    "TextSet",
+    "download",
+    "load_cifar10",
+    "load_cifar10_c",
+    "load_cifar100",
+    "load_cifar100_c",
+    "load_digits",
+    "load_enwik8",
+    "load_lsun_resized",
+    "load_python_topics",
+    "load_svhn",
+    "load_text",
+    "load_tiny_imagenet_resized",
+    "random_shift",
+    "split_digits",
+    "split_text",
+]

@@ -2,6 +2,7 @@
 
 from .batches import StackedBatches, stack_batches
 from .convert import collapse, expand
+from .fuse import Fusion, fuse, fusions
 from .gradients import clip_grad_norm_, set_base_grad_scale
 from .optimizers import param_groups
 from .prediction import ensemble_probabilities, member_disagreement, predict, predictive_entropy
@@ -9,12 +10,15 @@ from .running import map_members, member_loss, members, update_bn
 from .sequential import SequentialTrainer
 
 __all__ = [
+    "Fusion",
     "SequentialTrainer",
     "StackedBatches",
     "clip_grad_norm_",
     "collapse",
     "ensemble_probabilities",
     "expand",
+    "fuse",
+    "fusions",
     "map_members",
     "member_disagreement",
     "member_loss",

@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members
 from ..nn.routing import Routed, Routing
 from .mixing import check_not_mixing
-from .optimizers import check_optimizers, move_parameters
+from .fuse import unfuse
+from .optimizers import Gains, check_optimizers, move_parameters
 from .targets import (
     MEMBER_TYPES,
+    RANK1_TYPES,
     SHARED_TYPES,
     build,
     check_not_expanded,
@@ -23,6 +25,7 @@ from .targets import (
     check_ties,
     find_targets,
 )
+from .transformers import check_batch_first, close_fast_paths, open_fast_paths
 
 
 def expand(
@@ -48,10 +51,19 @@ def expand(
     Args:
         model: any model; it is changed.
         num_members: K.
-        targets: "batch_norm", "head" (the last linear layer), callables (name, module) -> bool, or several of these.
+        targets: one or several of
+            "batch_norm";
+            "head": the last linear layer;
+            "layer_norm", "group_norm", "rms_norm": those with weights; a subclass's own forward runs once a member;
+            "rank1": a pair of gains around every nn.Linear and nn.Conv2d of exactly these types, but where attention
+                reads a weight without calling its layer; input_gain and output_gain join the state dict; a layer that
+                another target names too is the other's;
+            callables (name, module) -> bool, or "rank1" to give that layer gains.
+            All but batch norms take dim 0 of what reaches them for the batch.
         noise_std: σ0.
         generator: of ε.
-        optimizers: live ones. Replicated parameters leave their group for a new one at the end.
+        optimizers: live ones. Replicated parameters leave their group for a new one at the end; gains join that of
+            their weight's group.
         member_state: "fresh" (they start without optimizer state, as in the paper) or "copy" (with the plain one's).
         member_options: of the new groups, over those of the group they left: lr, weight_decay, ….
 
@@ -61,8 +73,9 @@ def expand(
     Raises:
         TypeError: model is wrapped (DataParallel, DistributedDataParallel, compiled), or an argument has a wrong type.
         ValueError: an argument's value, the model itself is a target, or a target's parameter is tied elsewhere.
-        NotImplementedError: a batch norm or target whose class computes more than torch.nn's or timm's, or is lazy;
-            another module that mixes the samples of a batch; an optimizer that cannot hold members.
+        NotImplementedError: a batch norm or target whose class computes more than torch.nn's or timm's, or is lazy, or
+            stands beside attention with batch_first=False; another module that mixes the samples of a batch; an
+            optimizer that cannot hold members.
         RuntimeError: model is already expanded.
         Nothing is changed then.
 
@@ -72,7 +85,7 @@ def expand(
     check_num_members("expand", num_members)
     check_noise_std("expand", noise_std)
     check_not_expanded(model)
-    targeted, empty = find_targets(model, targets)
+    targeted, rank1, empty = find_targets(model, targets)
     for target in empty if targeted else ():
         warnings.warn(f"expand: target {target!r} matches no module of the model", stacklevel=2)
     if not targeted:
@@ -84,20 +97,29 @@ def expand(
     replacements = {}
     for name, module in model.named_modules():
         if id(module) in targeted:
-            replacements[id(module)] = build(name, module, MEMBER_TYPES, num_members, noise_std, generator)
+            types = RANK1_TYPES if id(module) in rank1 else MEMBER_TYPES
+            replacements[id(module)] = build(name, module, types, num_members, noise_std, generator)
         elif isinstance(module, _BatchNorm):
             replacements[id(module)] = build(name, module, SHARED_TYPES, num_members)
-    check_ties(model, targeted)
-    moved = _tie(targeted, replacements)
+    check_batch_first(model, {key: replacements[key] for key in targeted})
+    check_ties(model, targeted, rank1)
+    moved, added = _tie(targeted, replacements), _gains(model, rank1, replacements)
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-    check_optimizers(model, optimizers, moved, member_state, member_options or {})
+    check_optimizers(model, optimizers, moved, added, member_state, member_options or {})
 
     routing = Routing(model, num_members)
     for replacement in replacements.values():
         replacement.routing = routing
     _replace(model, replacements)
+    close_fast_paths(model)
     for optimizer in optimizers:
-        move_parameters(optimizer, moved, member_state, member_options or {})
+        move_parameters(optimizer, moved, added, member_state, member_options or {})
+    if optimizers and added:
+        warnings.warn(
+            f"expand: no optimizer trains {next(iter(added.values()))[0][0]} and other rank-1 gains, because none that "
+            "could hold them has the weight that they multiply; give them to one",
+            stacklevel=2,
+        )
     return model
 
 
@@ -105,11 +127,20 @@ def _tie(targeted: dict[int, nn.Module], replacements: dict[int, nn.Module]) -> 
     """Tie the parameters of the replacements as those of the targets are; return plain parameter → replicated."""
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for key, module in targeted.items():
-        parameters = replacements[key]._parameters
+        new = replacements[key]
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                parameters[name] = moved.setdefault(parameter, parameters[name])
+            if parameter is not None and name not in new.shared_names:
+                new._parameters[name] = moved.setdefault(parameter, new._parameters[name])
     return moved
+
+
+def _gains(model: nn.Module, rank1: set[int], replacements: dict[int, nn.Module]) -> Gains:
+    """Return the rank-1 gains with their names, by the weight that they multiply."""
+    return {
+        module.weight: [(f"{name}.{own}", p) for own, p in replacements[id(module)].replicated_parameters().items()]
+        for name, module in model.named_modules()
+        if id(module) in rank1
+    }
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
@@ -128,7 +159,7 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
 
     Args:
         model: expanded; it is changed.
-        mode: "exact" (a batch norm answers, in eval mode, with the average of the members' outputs: for inference) or
+        mode: "exact" (each layer answers, in eval mode, with the average of its members' outputs: for inference) or
             "weights" (every tensor is averaged: for further training). Identical members give back their bits in both.
 
     Returns:
@@ -148,7 +179,9 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
         raise RuntimeError("collapse: model is not expanded; call expand first")
     replacements = {id(module): module.collapse(mode) for _, module in expanded}
     _tie_plain(expanded, replacements)
+    unfuse(model)
     _replace(model, replacements)
+    open_fast_paths(model)
     return model
 
 
@@ -159,8 +192,8 @@ def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: dict[int, nn
         if not isinstance(module, MemberModule):
             continue
         parameters = replacements[id(module)]._parameters
-        for name, parameter in module._parameters.items():
-            if parameter is None:
+        for name, parameter in module.replicated_parameters().items():
+            if name not in parameters:  # rank-1 gains, multiplied into the weight
                 continue
             tied = first.setdefault(parameter, parameters[name])
             if torch.equal(tied, parameters[name]):

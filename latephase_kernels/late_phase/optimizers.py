@@ -12,6 +12,9 @@ from ..nn.member_module import MemberModule
 # ---------------------------------------------------------------------------------------------- live optimizers
 
 
+# Rank-1 gains with their names, by the weight that they multiply.
+Gains = dict[nn.Parameter, list[tuple[str, nn.Parameter]]]
+
 # Rules that mix the elements of a tensor (a norm, a factorization, a matrix sign): [K, …] is not K tensors to them.
 _MIXING = ("Adafactor", "Lamb", "LAMB", "FusedLAMB", "Lars", "LARS", "LBFGS", "Muon", "NovoGrad", "NvNovoGrad", "SOAP")
 
@@ -20,6 +23,7 @@ def check_optimizers(
     model: nn.Module,
     optimizers: list,
     moved: dict[nn.Parameter, nn.Parameter],
+    added: Gains,
     member_state: str,
     options: dict,
 ) -> None:
@@ -43,7 +47,7 @@ def check_optimizers(
                 f"{len(parameters)} is one; make it from this model's parameters"
             )
         held = [p for p in parameters if p in moved]
-        if not held:
+        if not held and not any(p in added for p in parameters):
             continue
         known = {key for group in optimizer.param_groups for key in group} - {"params", "param_names"}
         unknown = sorted(set(options) - known)
@@ -52,7 +56,7 @@ def check_optimizers(
                 f"expand: member_options has {unknown[0]!r}, which {type(optimizer).__name__} does not know; "
                 f"it knows {', '.join(sorted(known))}"
             )
-        if type(optimizer).__name__ in _MIXING:
+        if held and type(optimizer).__name__ in _MIXING:
             raise NotImplementedError(
                 f"expand: {type(optimizer).__name__} mixes the elements of a tensor and cannot hold replicated "
                 "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
@@ -78,13 +82,22 @@ def _copied(value):
 
 
 def move_parameters(
-    optimizer: torch.optim.Optimizer, moved: dict[nn.Parameter, nn.Parameter], member_state: str, options: dict
+    optimizer: torch.optim.Optimizer,
+    moved: dict[nn.Parameter, nn.Parameter],
+    added: Gains,
+    member_state: str,
+    options: dict,
 ) -> None:
-    """Replace each plain parameter by its replicated one, in a new group behind the others for each group it left."""
+    """Replace each plain parameter by its replicated one, in a new group behind the others for each group it left.
+
+    The gains of the weights in a group join that new group, and leave `added`.
+    """
     new_groups = []
+    takes_gains = type(optimizer).__name__ not in _MIXING
     for group in optimizer.param_groups:
         positions = [i for i, parameter in enumerate(group["params"]) if parameter in moved]
-        if not positions:
+        gains = [gain for parameter in group["params"] if takes_gains for gain in added.pop(parameter, ())]
+        if not positions and not gains:
             continue
         new = {key: _copied(value) for key, value in group.items() if key not in ("params", "param_names")}
         new.update({key: _copied(value) for key, value in options.items()})
@@ -95,6 +108,7 @@ def move_parameters(
         if "param_names" in group:
             new["params"] = [(group["param_names"][i], p) for i, p in zip(positions, new["params"])]
             group["param_names"] = [n for i, n in enumerate(group["param_names"]) if i not in set(positions)]
+        new["params"] += gains if "param_names" in group else [gain for _, gain in gains]
         group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
         for parameter in leaving:
             _move_state(optimizer, parameter, moved[parameter], member_state)
@@ -122,7 +136,7 @@ def member_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Yield the replicated parameters [K, …], by the type of the module that owns them."""
     for module in model.modules():
         if isinstance(module, MemberModule):
-            yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+            yield from module.replicated_parameters().values()
 
 
 def param_groups(

@@ -1,5 +1,8 @@
 """Which modules of a model become late-phase weights, and whether the model can be expanded at all."""
 
+import functools
+import inspect
+import re
 from collections.abc import Callable
 
 from torch import nn
@@ -9,23 +12,48 @@ from ..nn import (
     EnsembleBatchNorm1d,
     EnsembleBatchNorm2d,
     EnsembleBatchNorm3d,
+    EnsembleBatchNormAct2d,
+    EnsembleGroupNorm,
+    EnsembleLayerNorm,
+    EnsembleRMSNorm,
+    EnsembleSyncBatchNorm,
+    EnsembleSyncBatchNormAct,
     MemberLinear,
+    Rank1Conv2d,
+    Rank1Linear,
     SharedBatchNorm1d,
     SharedBatchNorm2d,
     SharedBatchNorm3d,
+    SharedBatchNormAct2d,
+    SharedSyncBatchNorm,
+    SharedSyncBatchNormAct,
 )
+from ..nn.norm_act import norm_act_class
+from ..nn.norms import is_rms_norm
 from ..nn.routing import Routed
 
 MEMBER_TYPES: dict[type, type] = {
     nn.BatchNorm1d: EnsembleBatchNorm1d,
     nn.BatchNorm2d: EnsembleBatchNorm2d,
     nn.BatchNorm3d: EnsembleBatchNorm3d,
+    nn.SyncBatchNorm: EnsembleSyncBatchNorm,
     nn.Linear: MemberLinear,
+    nn.LayerNorm: EnsembleLayerNorm,
+    nn.GroupNorm: EnsembleGroupNorm,
+    nn.RMSNorm: EnsembleRMSNorm,
 }
+RANK1_TYPES: dict[type, type] = {nn.Linear: Rank1Linear, nn.Conv2d: Rank1Conv2d}
 SHARED_TYPES: dict[type, type] = {
     nn.BatchNorm1d: SharedBatchNorm1d,
     nn.BatchNorm2d: SharedBatchNorm2d,
     nn.BatchNorm3d: SharedBatchNorm3d,
+    nn.SyncBatchNorm: SharedSyncBatchNorm,
+}
+_WITH_ACTIVATION: dict[type, type] = {  # for timm's subclasses
+    EnsembleBatchNorm2d: EnsembleBatchNormAct2d,
+    EnsembleSyncBatchNorm: EnsembleSyncBatchNormAct,
+    SharedBatchNorm2d: SharedBatchNormAct2d,
+    SharedSyncBatchNorm: SharedSyncBatchNormAct,
 }
 _WRAPPERS = {
     "DataParallel": "expand model.module and wrap it afterwards",
@@ -60,40 +88,99 @@ def _head(model: nn.Module) -> list[nn.Module]:
     return [named] if any(named is module for module in linear) else linear[-1:]
 
 
-def _select(model: nn.Module, target: str | Callable) -> list[nn.Module]:
+@functools.cache
+def _reads_weight(parent: type, name: str) -> bool:
+    """Return whether parent's forward takes self.<name>.weight without calling self.<name>, as some attentions do."""
+    if issubclass(parent, nn.TransformerEncoderLayer):  # its fast path does; expand closes it
+        return False
+    try:
+        source = inspect.getsource(parent.forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{re.escape(name)}\.weight(?!\.(dtype|device|shape))\b", source) is not None
+
+
+def _uncalled(model: nn.Module) -> dict[int, str]:
+    """Return the names, by id, of the layers whose parents take their weights without calling them."""
+    return {
+        id(child): f"{at}.{name}".lstrip(".")
+        for at, parent in model.named_modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, tuple(RANK1_TYPES)) and _reads_weight(type(parent), name)
+    }
+
+
+def _rank1(model: nn.Module) -> list[nn.Module]:
+    """Return the linear layers and convolutions, exactly of these types, whose parents call them."""
+    uncalled = _uncalled(model)
+    return [module for module in model.modules() if type(module) in RANK1_TYPES and id(module) not in uncalled]
+
+
+def _norms(model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Return the norms that have weights to replicate."""
+    return [module for module in model.modules() if is_norm(module) and getattr(module, "weight", None) is not None]
+
+
+_NAMED: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
+    "batch_norm": lambda model: [module for module in model.modules() if isinstance(module, _BatchNorm)],
+    "head": _head,
+    "layer_norm": lambda model: _norms(model, lambda module: isinstance(module, nn.LayerNorm)),
+    "group_norm": lambda model: _norms(model, lambda module: isinstance(module, nn.GroupNorm)),
+    "rms_norm": lambda model: _norms(model, is_rms_norm),
+    "rank1": _rank1,
+}
+
+
+def _select(model: nn.Module, target: str | Callable) -> tuple[set[int], set[int]]:
+    """Return the ids of the modules that the target replicates, and of those to which it gives rank-1 gains."""
     if callable(target):
-        return [module for name, module in model.named_modules() if target(name, module)]
-    if target == "batch_norm":
-        return [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if target == "head":
-        return _head(model)
-    raise ValueError(
-        f'expand: targets must be "batch_norm", "head" or a callable (name, module) -> bool, got {target!r}'
-    )
+        answers = {id(module): target(name, module) for name, module in model.named_modules()}
+        strange = next((answer for answer in answers.values() if isinstance(answer, str) and answer != "rank1"), None)
+        if strange is not None:
+            raise ValueError(f'expand: a callable target must return a bool or "rank1", got {strange!r}')
+        rank1 = {key for key, answer in answers.items() if isinstance(answer, str)}
+        uncalled = next((name for key, name in _uncalled(model).items() if key in rank1), None) if rank1 else None
+        if uncalled is not None:
+            raise NotImplementedError(
+                f"expand: {uncalled} cannot have rank-1 gains: the module it is in reads its weight without calling it"
+            )
+        return {key for key, answer in answers.items() if answer} - rank1, rank1
+    if target not in _NAMED:
+        names = ", ".join(f'"{name}"' for name in _NAMED)
+        raise ValueError(f"expand: targets must be {names} or a callable (name, module) -> bool, got {target!r}")
+    selected = {id(module) for module in _NAMED[target](model)}
+    return (set(), selected) if target == "rank1" else (selected, set())
 
 
-def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], list]:
-    """Return the targeted modules by id, in the model's order, and the targets that found none.
+def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[int], list]:
+    """Return the targeted modules by id, in the model's order; the ids that get rank-1 gains; targets that found none.
+
+    A layer that "rank1" and another target name ("head", say) is the other's.
 
     Raises:
         TypeError, ValueError: an unknown target, or the root itself is one.
+        NotImplementedError: rank-1 gains for a layer whose parent does not call it.
     """
     targets = (targets,) if isinstance(targets, str) or callable(targets) else tuple(targets)
     found: set[int] = set()
+    rank1: set[int] = set()
     empty = []
     for target in targets:
         if not isinstance(target, str) and not callable(target):
             raise TypeError(f"expand: targets must be names or callables, got {type(target).__name__}")
-        selected = {id(module) for module in _select(model, target)}
-        if not selected:
+        replicated, multiplied = _select(model, target)
+        if not replicated and not multiplied:
             empty.append(target)
-        found |= selected
+        found |= replicated
+        rank1 |= multiplied
+    rank1 -= found
+    found |= rank1
     if id(model) in found:
         raise ValueError(
             f"expand: the model itself ({type(model).__name__}) is a target and cannot be replaced in place; "
             "wrap it in nn.Sequential"
         )
-    return {id(module): module for module in model.modules() if id(module) in found}, empty
+    return {id(module): module for module in model.modules() if id(module) in found}, rank1, empty
 
 
 def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> nn.Module:
@@ -103,17 +190,21 @@ def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> 
         NotImplementedError: there is none, or it would not compute the same.
     """
     cls = f"{type(module).__module__}.{type(module).__qualname__}"
-    if any(nn.parameter.is_lazy(parameter) for parameter in module.parameters()):
+    if any(nn.parameter.is_lazy(tensor) for tensor in [*module.parameters(), *module.buffers()]):
         raise NotImplementedError(f"expand: {name} ({cls}) is not initialized; run one batch through the model first")
     plain = next((plain for plain in types if isinstance(module, plain)), None)
+    if plain is None and nn.RMSNorm in types and is_rms_norm(module):  # other libraries' classes have other parents
+        plain = nn.RMSNorm
     if plain is None:
-        hint = "; convert it back to a BatchNorm first" if isinstance(module, nn.SyncBatchNorm) else ""
         raise NotImplementedError(
             f"expand: {name} is a {cls}, which cannot be expanded, only "
-            f"{', '.join(accepted.__name__ for accepted in types)} can{hint}"
+            f"{', '.join(accepted.__name__ for accepted in types)} can"
         )
+    replacement = types[plain]
+    if norm_act_class(module) is not None:
+        replacement = _WITH_ACTIVATION.get(replacement, replacement)
     try:
-        return types[plain].from_module(module, *arguments)
+        return replacement.from_module(module, *arguments)
     except (NotImplementedError, TypeError) as error:
         raise NotImplementedError(f"expand: {name}: {error}") from None
 
@@ -126,17 +217,22 @@ def check_not_expanded(model: nn.Module) -> None:
             raise RuntimeError(f"expand: model is already expanded ({at}); collapse it first")
 
 
-def check_ties(model: nn.Module, targets: dict[int, nn.Module]) -> None:
-    """Raise ValueError if a parameter of a target also belongs to a module that stays as it is."""
-    owned = {id(p): (name, t) for t in targets.values() for name, p in t._parameters.items() if p is not None}
-    names = {id(module): name for name, module in model.named_modules()}
+def check_ties(model: nn.Module, targets: dict[int, nn.Module], rank1: set[int]) -> None:
+    """Raise ValueError if a parameter of a target also belongs to a module that stays as it is, or keeps it shared."""
+    tied: dict[int, list[tuple[str, int]]] = {}
     for module_name, module in model.named_modules():
-        if id(module) in targets:
-            continue
         for name, parameter in module._parameters.items():
-            if id(parameter) in owned:
-                own_name, target = owned[id(parameter)]
-                raise ValueError(
-                    f"expand: {names[id(target)]}.{own_name} is tied to {module_name}.{name}, which is no target; "
-                    "target both or untie them"
-                )
+            if parameter is not None:
+                tied.setdefault(id(parameter), []).append((f"{module_name}.{name}", id(module)))
+    for owners in tied.values():
+        multiplied = next((name for name, owner in owners if owner in rank1), None)
+        if multiplied is not None and len(owners) > 1:
+            other = next(name for name, _ in owners if name != multiplied)
+            raise ValueError(
+                f"expand: {multiplied} is tied to {other}, but collapse multiplies rank-1 gains into it alone; "
+                "untie them or choose other targets"
+            )
+        late = next((name for name, owner in owners if owner in targets), None)
+        staying = next((name for name, owner in owners if owner not in targets), None)
+        if late is not None and staying is not None:
+            raise ValueError(f"expand: {late} is tied to {staying}, which is no target; target both or untie them")

@@ -2,14 +2,31 @@
 
 from .batch_norm import EnsembleBatchNorm1d, EnsembleBatchNorm2d, EnsembleBatchNorm3d
 from .linear import MemberLinear
+from .norm_act import EnsembleBatchNormAct2d, EnsembleSyncBatchNormAct, SharedBatchNormAct2d, SharedSyncBatchNormAct
+from .norms import EnsembleGroupNorm, EnsembleLayerNorm, EnsembleLayerNorm2d, EnsembleRMSNorm, MemberwiseNorm
+from .rank1 import Rank1Conv2d, Rank1Linear
 from .shared_batch_norm import SharedBatchNorm1d, SharedBatchNorm2d, SharedBatchNorm3d
+from .sync_batch_norm import EnsembleSyncBatchNorm, SharedSyncBatchNorm
 
 __all__ = [
     "EnsembleBatchNorm1d",
     "EnsembleBatchNorm2d",
     "EnsembleBatchNorm3d",
+    "EnsembleBatchNormAct2d",
+    "EnsembleGroupNorm",
+    "EnsembleLayerNorm",
+    "EnsembleLayerNorm2d",
+    "EnsembleRMSNorm",
+    "EnsembleSyncBatchNorm",
+    "EnsembleSyncBatchNormAct",
     "MemberLinear",
+    "MemberwiseNorm",
+    "Rank1Conv2d",
+    "Rank1Linear",
     "SharedBatchNorm1d",
     "SharedBatchNorm2d",
     "SharedBatchNorm3d",
+    "SharedBatchNormAct2d",
+    "SharedSyncBatchNorm",
+    "SharedSyncBatchNormAct",
 ]

@@ -34,8 +34,6 @@ def check_plain_batch_norm(where: str, module: nn.Module, accepted: type) -> Non
     if not isinstance(module, accepted):
         raise TypeError(f"{where}: module must be a {accepted.__name__}, got {type(module).__name__}")
     check_standard_forward(module, accepted)
-    if (module.weight is None) != (module.bias is None):
-        raise NotImplementedError(f"{where}: module has a weight but no bias; give it a bias of zeros")
 
 
 class _EnsembleBatchNorm(MemberModule, _BatchNorm):
@@ -92,12 +90,13 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
         return f"{super().extra_repr()}, num_members={self.num_members}{activation}"
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Return the activated, normalized input.
 
         Args:
             input: [K·B, C, *] where members run stacked (K of them, or the chosen ones), [N, C, *] for their average.
             residual: added before the activation; input's shape and type.
+            activation: of this call; None for the layer's own.
 
         Returns:
             input's shape, type and memory format.
@@ -107,9 +106,10 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             NotImplementedError: a dtype, device or layout without kernels.
         """
         self._check_input_dim(input)
+        activation = self.activation if activation is None else activation
         members = self.active_members()
         if isinstance(members, str):
-            return self._average(input, residual)
+            return self._average(input, residual, activation)
         running_mean, running_var, weight, bias = (
             self._members_of(members, tensor)
             for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
@@ -129,7 +129,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             self.eps,
             num_members=len(members),
             residual=residual,
-            activation=self.activation,
+            activation=activation,
         )
         if tracked is not None:
             tracked.add_(1)
@@ -146,11 +146,14 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             return 0.0
         return (tracked + 1).to(accumulation_dtype(input.dtype)).reciprocal().unsqueeze(1)
 
-    def _average(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _average(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         """The average of the members' outputs for an ordinary batch, by the collapsed module's arithmetic."""
         weight, bias, mean, var = self.averaged("exact")
         if not self.training and mean is not None:
-            y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+            y = F.batch_norm(input, mean.detach(), var, weight, bias, False, 0.0, self.eps)
+            if mean.requires_grad:  # without bias the mean depends on the weights: adds 0, for its gradient
+                shift = (mean.detach() - mean) * weight * (var + self.eps).rsqrt()
+                y = y + shift.to(y.dtype).view(-1, *[1] * (input.dim() - 2))
         elif not self._updates():
             y = F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
         else:
@@ -163,47 +166,67 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
                 self.num_batches_tracked.add_(1)
         if residual is not None:
             y = y + residual
-        return F.relu(y) if self.activation == "relu" else y
+        return F.relu(y) if activation == "relu" else y
 
     def averaged(self, mode: str = "exact") -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return weight, bias, running mean and variance, [C] each or None, of the one plain batch norm.
 
         "exact" (in eval mode the average of the members' outputs), with a_k = γ_k / √(v_k + ε):
             m = mean μ_k,   v = mean v_k,   γ = mean a_k·√(v + ε),   β = mean β_k + mean(a_k · (m − μ_k))
-        Without affine weights, v and m are chosen so that 1 / √(v + ε) = mean a_k and m = mean(a_k·μ_k) / mean a_k.
+        Without weight, v is chosen so that 1 / √(v + ε) = mean a_k; without weight or bias, m = Σ a_k·μ_k / Σ a_k.
+        (Where Σ a_k = 0 a channel without bias cannot hold its shift: the other channels are exact.)
         While the batch's own statistics normalize, and in mode "weights", each is its mean.
         Sums are float64; identical members give back their own bits.
         """
-        mean = None if self.running_mean is None else member_mean(self.running_mean).to(self.running_mean.dtype)
-        var = None if self.running_var is None else member_mean(self.running_var).to(self.running_var.dtype)
-        weight = None if self.weight is None else member_mean(self.weight)
-        bias = None if self.bias is None else member_mean(self.bias)
+        weight, bias, mean, var = (
+            None if tensor is None else member_mean(tensor).to(tensor.dtype)
+            for tensor in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
         if mode == "exact" and mean is not None and not self.training:
             if weight is None:
-                mean, var = self._exact_statistics()
+                var = self._exact_variance()
             else:
-                weight, bias = self._exact_affine(mean, var, bias)
-        weight = None if weight is None else weight.to(self.weight.dtype)
-        return weight, None if bias is None else bias.to(self.bias.dtype), mean, var
+                weight = self._exact_weight(var)
+            if weight is None or bias is None:
+                mean = self._exact_mean()
+            else:
+                bias = self._exact_bias(mean)
+        return weight, bias, mean, var
 
-    def _exact_affine(self, mean: Tensor, var: Tensor, mean_bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias [C] in float64 that make the statistics mean and var [C] exact."""
-        running_var, weight = self.running_var.double(), self.weight.double()
-        scaled = member_mean(weight * ((var.double() + self.eps) / (running_var + self.eps)).sqrt())
-        a = weight * (running_var + self.eps).rsqrt()
-        shift = (a * (mean.double() - self.running_mean.double())).mean(0)
-        return scaled, torch.where(shift == 0, mean_bias, mean_bias + shift)  # keeps −0.0
+    def _gains(self) -> Tensor:
+        """a_k = γ_k / √(v_k + ε), float64 [K, C]; γ_k = 1 without weight."""
+        rstd = (self.running_var.double() + self.eps).rsqrt()
+        return rstd if self.weight is None else self.weight.double() * rstd
 
-    def _exact_statistics(self) -> tuple[Tensor, Tensor]:
-        """Running mean and variance [C] that make a batch norm without affine weights exact."""
-        mean, var = self.running_mean.double(), self.running_var.double()
-        ratio = ((var[0] + self.eps) / (var + self.eps)).sqrt()  # proportional to a_k, 1 where members agree
-        exact_var = (var[0] + self.eps) / member_mean(ratio).square() - self.eps
-        exact_mean = mean[0] + (ratio * (mean - mean[0])).mean(0) / ratio.mean(0)
-        return (
-            torch.where((mean == mean[0]).all(0), mean[0], exact_mean).to(self.running_mean.dtype),
-            torch.where((var == var[0]).all(0), var[0], exact_var).to(self.running_var.dtype),
-        )
+    def _exact_weight(self, var: Tensor) -> Tensor:
+        """mean a_k·√(v + ε), [C], for the variance var [C]."""
+        ratio = ((var.double() + self.eps) / (self.running_var.double() + self.eps)).sqrt()  # 1 where members agree
+        return member_mean(self.weight * ratio).to(self.weight.dtype)
+
+    def _exact_bias(self, mean: Tensor) -> Tensor:
+        """mean β_k + mean(a_k · (m − μ_k)), [C], for the running mean m [C]."""
+        bias = member_mean(self.bias)
+        shift = (self._gains() * (mean.double() - self.running_mean.double())).mean(0)
+        return torch.where(shift == 0, bias, bias + shift).to(self.bias.dtype)  # keeps −0.0
+
+    def _exact_mean(self) -> Tensor:
+        """Σ a_k·μ_k / Σ a_k, [C]."""
+        mean, gains = self.running_mean.double(), self._gains()
+        total = gains.sum(0)
+        exact = mean[0] + (gains * (mean - mean[0])).sum(0) / total
+        plain = (mean == mean[0]).all(0) | (total == 0)
+        return torch.where(plain, member_mean(mean), exact).to(self.running_mean.dtype)
+
+    def _exact_variance(self) -> Tensor:
+        """The v [C] with 1 / √(v + ε) = mean 1 / √(v_k + ε)."""
+        var = self.running_var.double()
+        ratio = ((var[0] + self.eps) / (var + self.eps)).sqrt()
+        exact = (var[0] + self.eps) / member_mean(ratio).square() - self.eps
+        return torch.where((var == var[0]).all(0), var[0], exact).to(self.running_var.dtype)
+
+    @classmethod
+    def _check_plain(cls, where: str, module: nn.Module) -> None:
+        check_plain_batch_norm(where, module, cls._plain)
 
     @classmethod
     def from_module(
@@ -229,19 +252,19 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         where = f"{cls.__name__}.from_module"
         check_num_members(where, num_members)
         check_noise_std(where, noise_std)
-        check_plain_batch_norm(where, module, cls._plain)
+        cls._check_plain(where, module)
         new = cls(
             module.num_features,
             num_members,
             module.eps,
             module.momentum,
-            module.weight is not None,
+            module.affine,
             module.track_running_stats,
             device="meta",
         )
-        for name in ("weight", "bias"):
-            if getattr(module, name) is not None:
-                setattr(new, name, replicate_parameter(getattr(module, name), num_members, noise_std, generator))
+        for name, parameter in module._parameters.items():
+            late = None if parameter is None else replicate_parameter(parameter, num_members, noise_std, generator)
+            setattr(new, name, late)
         for name in _BUFFERS:
             buffer = getattr(module, name)
             setattr(new, name, None if buffer is None else replicate(buffer, num_members))
@@ -269,8 +292,8 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         plain = self._plain(
             self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta"
         )
-        if weight is not None:
-            plain.weight, plain.bias = plain_parameter(weight, self.weight), plain_parameter(bias, self.bias)
+        plain.weight = None if weight is None else plain_parameter(weight, self.weight)
+        plain.bias = None if bias is None else plain_parameter(bias, self.bias)
         plain.running_mean, plain.running_var = mean, var
         plain.num_batches_tracked = None if self.num_batches_tracked is None else self.num_batches_tracked.amax(0)
         return self._to_plain_type(plain)

@@ -17,6 +17,7 @@ from .member_module import (
     check_mode,
     check_noise_std,
     check_num_members,
+    check_rows,
     check_standard_forward,
     member_mean,
     plain_parameter,
@@ -73,11 +74,7 @@ class MemberLinear(MemberModule):
         if isinstance(members, str):
             return F.linear(input, *self.averaged())
         num_members = len(members)
-        if input.size(0) % num_members:
-            raise ValueError(
-                f"MemberLinear: input.size(0)={input.size(0)} is not divisible by num_members={num_members}; "
-                f"stack {num_members} equal minibatches along dim 0"
-            )
+        check_rows("MemberLinear", input, num_members)
         weight, bias = self._members_of(members, self.weight), self._members_of(members, self.bias)
         rows = input.numel() // (num_members * self.in_features) if self.in_features else 0
         stacked = input.reshape(num_members, rows, self.in_features)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .routing import Routed
 
-_OWN_ATTRIBUTES = ("num_members", "routing", "plain_type", "activation")
+_ROUTED_ATTRIBUTES = ("num_members", "routing", "plain_type")
+_OWN_ATTRIBUTES = (*_ROUTED_ATTRIBUTES, "activation")
 MODES = ("exact", "weights")
 
 
@@ -34,6 +35,25 @@ def check_noise_std(where: str, noise_std: float) -> None:
         raise TypeError(f"{where}: noise_std must be a float, got {type(noise_std).__name__}")
     if not math.isfinite(noise_std) or noise_std < 0:
         raise ValueError(f"{where}: noise_std must be finite and >= 0, got {noise_std}")
+
+
+def check_rows(where: str, input: Tensor, num_members: int) -> None:
+    """Raise unless dim 0 of a stacked input holds the same number of rows for each member.
+
+    Raises:
+        NotImplementedError: a nested tensor.
+        ValueError: it does not.
+    """
+    if input.is_nested:
+        raise NotImplementedError(
+            f"{where}: input must be no nested tensor where members run stacked; "
+            "make nn.TransformerEncoder with enable_nested_tensor=False"
+        )
+    if input.size(0) % num_members:
+        raise ValueError(
+            f"{where}: input.size(0)={input.size(0)} is not divisible by num_members={num_members}; "
+            f"stack {num_members} equal minibatches along dim 0"
+        )
 
 
 def member_mean(tensor: Tensor) -> Tensor:
@@ -63,8 +83,8 @@ def replicate_parameter(
     return nn.Parameter(replicated, requires_grad=parameter.requires_grad)
 
 
-def check_standard_forward(module: nn.Module, plain_type: type) -> None:
-    """Raise unless module computes what plain_type does: its forward, its parameters.
+def check_standard_forward(module: nn.Module, plain_type: type, children: tuple[str, ...] = ()) -> None:
+    """Raise unless module computes what plain_type does: its forward, its parameters, no children but these.
 
     Raises:
         NotImplementedError: it does something more or other.
@@ -73,7 +93,7 @@ def check_standard_forward(module: nn.Module, plain_type: type) -> None:
     name = f"{cls.__module__}.{cls.__qualname__}"
     overridden = [
         method
-        for method in ("forward", "__call__", "_check_input_dim")
+        for method in ("forward", "__call__", "_check_input_dim", "_conv_forward")
         if getattr(cls, method, None) is not getattr(plain_type, method, None) or method in vars(module)
     ]
     if overridden:
@@ -81,11 +101,25 @@ def check_standard_forward(module: nn.Module, plain_type: type) -> None:
             f"{name} overrides {overridden[0]} of {plain_type.__name__}, which replacing it would lose; "
             f"use a plain {plain_type.__name__} and separate modules for the rest"
         )
-    if set(module._parameters) != {"weight", "bias"} or module._modules:
+    if set(module._parameters) != {"weight", "bias"} or not set(module._modules) <= set(children):
         raise NotImplementedError(
             f"{name} has other parameters than weight and bias (a parametrization?); remove it first, "
             "for example with torch.nn.utils.parametrize.remove_parametrizations"
         )
+    if not set(module._buffers) <= {"running_mean", "running_var", "num_batches_tracked"}:
+        raise NotImplementedError(
+            f"{name} has other buffers than {plain_type.__name__}'s, which replacing it would lose; "
+            "keep them in a module of their own"
+        )
+
+
+def twin(module: nn.Module, cls: type) -> nn.Module:
+    """Return a module of another class that shares module's parameters, buffers, children, hooks and attributes."""
+    new = cls.__new__(cls)
+    vars(new).update({k: v for k, v in vars(module).items() if k not in ("_compiled_call_impl", *_ROUTED_ATTRIBUTES)})
+    for name in ("_parameters", "_buffers"):
+        vars(new)[name] = vars(module)[name].copy()
+    return new
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
@@ -100,9 +134,10 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
 
 
 class MemberModule(Routed):
-    """A module whose own parameters and buffers are replicated: [K, …] each, marked with num_members."""
+    """A module whose own parameters and buffers are replicated, but for the shared: [K, …], marked with num_members."""
 
     plain_type: type  # the class from_module saw, which collapse() gives back
+    shared_names: frozenset[str] = frozenset()  # of the tensors that all members use as the plain module does
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -113,15 +148,18 @@ class MemberModule(Routed):
         self._mark()
         return self
 
+    def replicated_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that every member has of its own, [K, …], by name."""
+        return {n: p for n, p in self._parameters.items() if p is not None and n not in self.shared_names}
+
     def _mark(self) -> None:
-        """Set num_members on the parameters, so that filters by ndim can tell them apart."""
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                parameter.num_members = self.num_members
+        """Set num_members on the replicated parameters, so that filters by ndim can tell them apart."""
+        for parameter in self.replicated_parameters().values():
+            parameter.num_members = self.num_members
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Load, giving every member a copy of a tensor that comes without the leading K (a plain checkpoint)."""
-        for name, own in [*self._parameters.items(), *self._buffers.items()]:
+        for name, own in [*self.replicated_parameters().items(), *self._buffers.items()]:
             loaded = state_dict.get(prefix + name)
             if own is not None and isinstance(loaded, Tensor) and loaded.shape == own.shape[1:]:
                 state_dict[prefix + name] = replicate(loaded, self.num_members)

@@ -4,25 +4,15 @@ Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *], m
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.ensemble_batch_norm import normalize, update_running
 from ..ops.ensemble_batch_norm_checks import check_arguments
 from .batch_norm import check_plain_batch_norm
-from .member_module import check_mode, check_num_members
+from .member_module import check_mode, check_num_members, twin
 from .routing import Routed
-
-_OWN_ATTRIBUTES = ("num_members", "routing", "plain_type")
-
-
-def _twin(module: nn.Module, cls: type) -> nn.Module:
-    """Return a module of another class that shares module's parameters, buffers, hooks and attributes."""
-    new = cls.__new__(cls)
-    vars(new).update({k: v for k, v in vars(module).items() if k not in ("_compiled_call_impl", *_OWN_ATTRIBUTES)})
-    for name in ("_parameters", "_buffers"):
-        vars(new)[name] = vars(module)[name].copy()
-    return new
 
 
 class _SharedBatchNorm(Routed, _BatchNorm):
@@ -35,6 +25,10 @@ class _SharedBatchNorm(Routed, _BatchNorm):
     _plain: type
 
     @classmethod
+    def _check_plain(cls, where: str, module: nn.Module) -> None:
+        check_plain_batch_norm(where, module, cls._plain)
+
+    @classmethod
     def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":
         """Return the module's twin: the same Parameter and buffer objects.
 
@@ -43,18 +37,23 @@ class _SharedBatchNorm(Routed, _BatchNorm):
             NotImplementedError: it computes more than its class does.
         """
         check_num_members(f"{cls.__name__}.from_module", num_members)
-        check_plain_batch_norm(f"{cls.__name__}.from_module", module, cls._plain)
-        new = _twin(module, cls)
+        cls._check_plain(f"{cls.__name__}.from_module", module)
+        new = twin(module, cls)
         new.num_members, new.routing, new.plain_type = num_members, None, type(module)
         return new
 
     def collapse(self, mode: str = "exact") -> _BatchNorm:
         """Return the plain batch norm: the same Parameter and buffer objects, in every mode."""
         check_mode(mode)
-        return _twin(self, self.plain_type)
+        return twin(self, self.plain_type)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalized input: [K·B, C, *], or [N, C, *] where the model averages.
+    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+        """Return the activated, normalized input.
+
+        Args:
+            input: [K·B, C, *], or [N, C, *] where the model averages.
+            residual: added before the activation; input's shape and type.
+            activation: "none" or "relu".
 
         Raises:
             ValueError: a shape does not fit, or one value a channel and member in training.
@@ -62,12 +61,14 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         members = self.active_members()
         training = self.training or self.running_mean is None or self.running_var is None
         if isinstance(members, str) or not training or len(members) == 1:
-            return super().forward(input)
+            y = super().forward(input)
+            y = y if residual is None else y + residual
+            return F.relu(y) if activation == "relu" else y
         self._check_input_dim(input)
         arguments = (input, None, None, self.weight, self.bias)
         num_members = len(members)
-        check_arguments(*arguments, True, 0.1, self.eps, num_members, None, "none")
-        y, mean, var = normalize(*arguments, None, True, self.eps, num_members, "none")
+        check_arguments(*arguments, True, 0.1, self.eps, num_members, residual, activation)
+        y, mean, var = normalize(*arguments, residual, True, self.eps, num_members, activation)
         if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
             n = input.numel() // mean.numel()
             self._update(mean.detach(), var.detach() * (n / (n - 1)))

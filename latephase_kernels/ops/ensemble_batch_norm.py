@@ -20,22 +20,9 @@ from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from . import registry
 from .ensemble_batch_norm_checks import check_arguments
+from .layout import dense, dense_like
 
 # ---------------------------------------------------------------------------------------------- layout
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """Return tensor, or its copy, in the memory format PyTorch's batch norm gives its output."""
-    if tensor.is_contiguous():
-        return tensor
-    return tensor.contiguous(memory_format=torch._prims_common.suggest_memory_format(tensor))
-
-
-def dense_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return tensor in the strides of the dense tensor `like` of the same shape."""
-    if tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
 def _rows_of_channels(input: Tensor) -> bool:

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_activation, check_input, check_per_member
+
 _OP = "ensemble_batch_norm"
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("none", "relu")
 
 
 def check_num_members(op: str, num_members: int) -> None:
@@ -16,14 +16,6 @@ def check_num_members(op: str, num_members: int) -> None:
         raise TypeError(f"{op}: num_members must be an int, got {type(num_members).__name__}")
     if num_members < 1:
         raise ValueError(f"{op}: num_members must be at least 1, got {num_members}")
-
-
-def check_activation(op: str, activation: str) -> None:
-    """Raise unless activation is a known name."""
-    if not isinstance(activation, str):
-        raise TypeError(f"{op}: activation must be a str, got {type(activation).__name__}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def check_eps(op: str, eps: float, training: bool) -> None:
@@ -48,14 +40,7 @@ def check_momentum(op: str, momentum: float | Tensor) -> None:
 
 
 def _check_input(input: Tensor, num_members: int) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{_OP}: input must be a Tensor, got {type(input).__name__}")
-    if input.layout != torch.strided or input.is_nested:
-        raise NotImplementedError(f"{_OP}: input must be a dense strided tensor, got layout {input.layout}")
-    if input.dtype not in _DTYPES:
-        raise NotImplementedError(
-            f"{_OP}: input must be float32, float64, bfloat16 or float16, got {input.dtype}; convert it with .float()"
-        )
+    check_input(_OP, input)
     if not 2 <= input.dim() <= 5:
         raise ValueError(
             f"{_OP}: input must be [K·B, C] with 0 to 3 spatial dimensions behind, got shape {tuple(input.shape)}"
@@ -64,24 +49,6 @@ def _check_input(input: Tensor, num_members: int) -> None:
         raise ValueError(
             f"{_OP}: input.size(0)={input.size(0)} is not divisible by num_members={num_members}; "
             f"stack {num_members} equal minibatches along dim 0"
-        )
-
-
-def _check_per_member(name: str, tensor: Tensor, input: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{_OP}: {name} must be a Tensor or None, got {type(tensor).__name__}")
-    if tuple(tensor.shape) not in shapes:
-        expected = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
-        raise ValueError(f"{_OP}: {name} must have shape {expected} (members, channels), got {list(tensor.shape)}")
-    allowed = (torch.float64,) if input.dtype == torch.float64 else (torch.float32, input.dtype)
-    if tensor.dtype not in allowed:
-        raise NotImplementedError(
-            f"{_OP}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} for {input.dtype} input, "
-            f"got {tensor.dtype}; convert it with .to({allowed[0]})"
-        )
-    if tensor.device != input.device:
-        raise ValueError(
-            f"{_OP}: {name} is on {tensor.device}, input on {input.device}; move one of them with .to(device)"
         )
 
 
@@ -94,7 +61,7 @@ def _check_running(running_mean: Tensor | None, running_var: Tensor | None, inpu
             raise ValueError(f"{_OP}: running_mean and running_var must be given when training=False")
         return
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_per_member(name, running, input, (shape,))
+        check_per_member(_OP, name, running, input, (shape,))
         if not training:
             continue
         if running.requires_grad:
@@ -134,7 +101,7 @@ def check_arguments(
     _check_running(running_mean, running_var, input, per_member, training)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
-            _check_per_member(name, parameter, input, (per_member, per_member[1:]))
+            check_per_member(_OP, name, parameter, input, (per_member, per_member[1:]))
     if residual is not None:
         _check_residual(residual, input)
     if training and 0 < input.numel() == num_members * input.size(1):

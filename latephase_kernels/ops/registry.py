@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from .. import backend
+
 NATIVE = "latephase_kernels"
 TRITON = "latephase_kernels_triton"
 
@@ -27,6 +29,7 @@ def define(name: str, schema: str, fake: Callable, *, op_file: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     for device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
         _libraries[TRITON].impl(name, triton_implementation, device)
+    backend.note_op(name)
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:

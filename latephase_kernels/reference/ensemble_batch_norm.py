@@ -6,18 +6,10 @@ Shapes: K members, B rows a member, C channels; input [K·B, C, *]; per-member t
 Differentiable to any order by autograd, and usable under every torch.func transform.
 """
 
-import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of statistics and sums: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def working_dtype(input: Tensor) -> torch.dtype:
-    """The type the formula is evaluated in: float64 on the CPU, where PyTorch's own kernels accumulate in it too."""
-    return torch.float64 if input.device.type == "cpu" else accumulation_dtype(input.dtype)
+from .activation import activate
+from .precision import accumulation_dtype, working_dtype
 
 
 def statistics(input: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
@@ -36,11 +28,6 @@ def per_row(per_member: Tensor, input: Tensor) -> Tensor:
     else:
         per_member = per_member.unsqueeze(0)
     return per_member.reshape(*per_member.shape, *[1] * (input.dim() - 2))
-
-
-def activate(z: Tensor, activation: str) -> Tensor:
-    """Apply activation, "none" or "relu"."""
-    return z.relu() if activation == "relu" else z
 
 
 def ensemble_batch_norm(

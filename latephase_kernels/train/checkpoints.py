@@ -22,6 +22,10 @@ _NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{32})\.pt")
 _UNFINISHED = "unfinished.pt"
 
 
+class RunError(RuntimeError):
+    """The state of a run's folder does not allow to go on; the message says what to do."""
+
+
 class CheckpointFolder:
     """The checkpoints of one run.
 
@@ -91,7 +95,7 @@ class CheckpointFolder:
         A damaged one is left in place and named in a warning, together with the one used instead.
 
         Raises:
-            RuntimeError: there are checkpoints, and every one is damaged.
+            RunError: there are checkpoints, and every one is damaged.
             OSError: the folder cannot be read.
         """
         damaged: list[str] = []
@@ -110,7 +114,7 @@ class CheckpointFolder:
                 )
             return torch.load(io.BytesIO(content), weights_only=True, map_location=device), step
         if damaged:
-            raise RuntimeError(
+            raise RunError(
                 f"every checkpoint in {self.folder} is damaged: {', '.join(damaged)}; remove them to start again"
             )
         return None

@@ -14,7 +14,7 @@ class Progress:
     """
 
     def __init__(self, total: int, stream: TextIO | None = None):
-        self.total, self.done, self.stage = total, 0, ""
+        self.total, self.done, self.start, self.stage = total, 0, 0, ""  # start: done before now, by an earlier run
         self.stream = sys.stderr if stream is None else stream
         self.on_terminal = self.stream.isatty()
         self.started = time.perf_counter()
@@ -30,7 +30,7 @@ class Progress:
         self.done += work
         if self.on_terminal:
             filled = 30 * self._percent() // 100
-            remaining = self.elapsed() * (self.total - self.done) / max(self.done, 1)
+            remaining = self.elapsed() * (self.total - self.done) / max(self.done - self.start, 1)
             bar = "#" * filled + "." * (30 - filled)
             # Return to the line's start, and erase what a longer line left.
             self.stream.write(f"\r[{bar}] {self._percent():3d} %  {remaining:4.0f} s left  {self.stage}\x1b[K")

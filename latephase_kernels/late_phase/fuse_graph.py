@@ -1,0 +1,200 @@
+"""Finds BN → ReLU and BN → add → ReLU in the graph of a forward and makes each one call of the batch norm."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..nn.batch_norm import _EnsembleBatchNorm
+from ..nn.shared_batch_norm import _SharedBatchNorm
+from .fuse_trace import IN_PLACE
+
+BATCH_NORMS = (_EnsembleBatchNorm, _SharedBatchNorm)
+RELU, ADD_RELU = "BN → ReLU", "BN → add → ReLU"
+
+_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLACE["iadd"]: "iadd"}
+_ADD_METHODS = {"add": "add", "add_": "iadd"}
+_ADDS: dict[str, Callable] = {"add": operator.add, "iadd": operator.iadd, "radd": lambda y, residual: residual + y}
+# Their output shares memory with nothing else.
+_FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+
+
+def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str) -> Tensor:
+    """Return relu(norm(input) + residual): one op where residual is like input, else as it is written.
+
+    Args:
+        norm: an ensemble or shared batch norm.
+        input: [K·B, C, *].
+        residual: whatever the model adds.
+        add: "add", "iadd" (in place) or "radd" (residual comes first).
+    """
+    if (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+        and residual.layout == torch.strided
+    ):
+        return norm(input, residual, "relu")
+    return F.relu(_ADDS[add](norm(input), residual))
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of module, by hooks or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class _Left(Exception):
+    """Why a batch norm stays as it is."""
+
+
+class Chains:
+    """Rewrites the graph of one forward.
+
+    Attributes:
+        sites: (batch norm's path, RELU, ADD_RELU or "", reason if ""), in the order of the calls.
+        silent: the modules on whose calls the graph relies without making them all: they must not be observed.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph):
+        self.graph, self.children = graph, dict(module.named_modules())
+        self.sites: list[tuple[str, str, str]] = []
+        self.silent: list[nn.Module] = []
+        # Backwards: where both operands of an add are batch norms, the later one takes the other as its residual.
+        for node in reversed(list(graph.nodes)):
+            if isinstance(self._child(node), BATCH_NORMS):
+                try:
+                    self.sites.insert(0, (str(node.target), self._fuse(node), ""))
+                except _Left as reason:
+                    self.sites.insert(0, (str(node.target), "", str(reason)))
+
+    def _child(self, node: fx.Node) -> nn.Module | None:
+        """Return the module that node calls."""
+        return self.children[node.target] if node.op == "call_module" else None  # type: ignore[index]
+
+    def _fuse(self, norm: fx.Node) -> str:
+        """Rewrite the chain that begins with norm and return its pattern.
+
+        Raises:
+            _Left: it cannot be proved to mean the same; nothing is changed.
+        """
+        silent = [self._batch_norm(norm)]
+        chain: list[fx.Node] = []  # what goes: nn.Identity calls, the add, the ReLU
+        value, user = self._follow(norm, chain)
+        if self._is_relu(user, value):
+            chain.append(user)
+            norm.kwargs = {"activation": "relu"}
+            user.replace_all_uses_with(norm)
+            pattern = RELU
+        else:
+            kind, residual = self._add(user, value)
+            chain.append(user)
+            total, relu = self._follow(user, chain)
+            if not self._is_relu(relu, total):
+                raise _Left(f"no ReLU follows the add, but {self._name(relu)}")
+            chain.append(relu)
+            silent += self._check_move(norm, user, chain)
+            with self.graph.inserting_before(user):
+                module = self.graph.create_node("get_attr", norm.target)
+                fused = self.graph.call_function(batch_norm_add_relu, (module, norm.args[0], residual, kind))
+            relu.replace_all_uses_with(fused)
+            chain.insert(0, norm)
+            pattern = ADD_RELU
+        self.silent += silent + [child for child in map(self._child, chain) if child is not None]
+        for node in reversed(chain):
+            self.graph.erase_node(node)
+        return pattern
+
+    def _batch_norm(self, norm: fx.Node) -> nn.Module:
+        """Return the module that norm calls, if one call of it can do more."""
+        module = self._child(norm)
+        assert module is not None
+        if type(module).forward not in [cls.forward for cls in BATCH_NORMS]:
+            raise _Left("it has a forward of its own")
+        if getattr(module, "activation", "none") != "none":
+            raise _Left("it has an activation of its own")
+        if is_observed(module):
+            raise _Left("it has hooks or a forward set on it")
+        if len(norm.args) != 1 or norm.kwargs:
+            raise _Left("it is called with more than its input")
+        return module
+
+    def _follow(self, node: fx.Node, chain: list[fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """Return the last node with node's value, behind any nn.Identity, and the one node that uses it."""
+        while True:
+            if len(node.users) != 1:
+                raise _Left(f"{len(node.users)} operations use the output of {self._name(node)}")
+            (user,) = node.users
+            child = self._child(user)
+            if type(child) is not nn.Identity or user.args != (node,):
+                return node, user
+            if is_observed(child):
+                raise _Left(f"{self._name(user)} has hooks or a forward set on it")
+            chain.append(user)
+            node = user
+
+    def _is_relu(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether node is the ReLU of value."""
+        child = self._child(node)
+        if type(child) is nn.ReLU:
+            if is_observed(child):
+                raise _Left(f"{self._name(node)} has hooks or a forward set on it")
+            return True
+        if node.op == "call_function":
+            return node.target in _RELU_FUNCTIONS and node.args[:1] == (value,)
+        return node.op == "call_method" and node.target in ("relu", "relu_")
+
+    def _add(self, node: fx.Node, value: fx.Node) -> tuple[str, Any]:
+        """Return how node adds to value, a key of _ADDS, and what."""
+        names: dict[Any, str] = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(node.op, {})
+        kind = names.get(node.target)
+        if kind is None or len(node.args) != 2 or node.kwargs:
+            raise _Left(f"neither a ReLU nor a plain add follows, but {self._name(node)}")
+        if node.args[0] is node.args[1]:
+            raise _Left("it is added to itself")
+        if node.args[0] is value:
+            return kind, node.args[1]
+        if kind == "iadd":
+            raise _Left("it is added to another value in place")
+        return "radd", node.args[0]
+
+    def _check_move(self, norm: fx.Node, add: fx.Node, chain: list[fx.Node]) -> list[nn.Module]:
+        """Return what else must be silent for norm to run where add is: what is between must not touch it or its input.
+
+        Raises:
+            _Left: it may.
+        """
+        nodes = list(self.graph.nodes)
+        between = [node for node in nodes[nodes.index(norm) + 1 : nodes.index(add)] if node not in chain]
+        if not between:
+            return []
+        source = norm.args[0]
+        child = self._child(source) if isinstance(source, fx.Node) else None
+        if child is None or type(child) not in _FRESH or len(source.users) != 1 or is_observed(child):
+            raise _Left("the residual is computed after it, and may change its input")
+        batch_norm = self._child(norm)
+        for node in between:
+            called = self._child(node)
+            if called is not None and any(module is batch_norm for module in called.modules()):
+                raise _Left("it is called again before the add")
+            if node.op == "get_attr" and f"{node.target}.".startswith(f"{norm.target}."):
+                raise _Left("it is used again before the add")
+        return [child]
+
+    def _name(self, node: fx.Node) -> str:
+        """What to call a node in a reason."""
+        if node.op == "output":
+            return "the end of the forward"
+        if node.op == "call_module":
+            return f"{node.target} ({type(self._child(node)).__name__})"
+        return getattr(node.target, "__name__", str(node.target)).removeprefix("in_place_")

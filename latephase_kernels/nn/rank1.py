@@ -1,0 +1,208 @@
+"""Rank-1 late-phase weights: every member multiplies a shared weight by gains of its own.
+
+    y_k = ((x_k ∘ input_gain_k) · weightᵀ) ∘ output_gain_k + bias,   that is   W_k = weight ∘ (r_k s_kᵀ)
+
+Symbols: s = input_gain, r = output_gain. weight and bias are base weights, as in the plain layer.
+Shapes: K members, B rows a member. Stacked input is [K·B, …], member-major: dim 0 must be the batch.
+
+Source: Wen et al., ICLR 2020 (BatchEnsemble); von Oswald et al., ICLR 2021, section 2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.member_gain import member_gain
+from .member_module import (
+    MemberModule,
+    check_mode,
+    check_noise_std,
+    check_num_members,
+    check_rows,
+    check_standard_forward,
+    member_mean,
+    plain_parameter,
+    replicate_parameter,
+    twin,
+)
+
+_GAINS = ("input_gain", "output_gain")
+
+
+class _Rank1(MemberModule):
+    """What the layers have in common; it comes before torch.nn's class in the order of methods."""
+
+    _plain: type
+    _channel_dim: int
+    _min_dim: int
+    _input_shape: str
+    shared_names = frozenset(("weight", "bias"))
+
+    def _register_gains(self, num_members: int) -> None:
+        """Finish __init__, after torch.nn's constructor."""
+        check_num_members(type(self).__name__, num_members)
+        self.num_members, self.plain_type, self.routing = num_members, self._plain, None
+        for name, size in zip(_GAINS, self._gain_sizes()):
+            self.register_parameter(name, nn.Parameter(self.weight.new_ones(num_members, size)))
+        self._mark()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_members={self.num_members}"
+
+    def _gain_sizes(self) -> tuple[int, int]:
+        """Inputs and outputs."""
+        raise NotImplementedError
+
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The plain layer with this weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer of input: [K·B, …] stacked, or [N, …] by the exact average of the members' weights.
+
+        Raises:
+            ValueError: input's shape does not fit, or its rows are not the same number for each member.
+            NotImplementedError: a dtype without kernels; a nested tensor, stacked.
+        """
+        if input.dim() < self._min_dim or input.size(self._channel_dim) != self._gain_sizes()[0]:
+            expected = self._input_shape.format(self._gain_sizes()[0])
+            raise ValueError(f"{type(self).__name__}: input must be {expected}, got shape {list(input.shape)}")
+        members = self.active_members()
+        if isinstance(members, str):
+            return self._apply_weight(input, *self.averaged())
+        check_rows(type(self).__name__, input, len(members))
+        input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
+        y = self._apply_weight(self._multiply(input, input_gain), self.weight, None)
+        return self._multiply(y, output_gain, self.bias)
+
+    def _multiply(self, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x ∘ gain_k + bias; low-precision gains join a float32 x, as weights do under autocast."""
+        dtype = torch.promote_types(x.dtype, gain.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return member_gain(x, gain.to(dtype), bias, channel_dim=self._channel_dim)
+
+    def averaged(self, mode: str = "exact") -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the plain layer.
+
+        "exact": W ∘ mean_k(r_k s_kᵀ), the average of the members' outputs; "weights": W ∘ (mean r · mean sᵀ), the
+        paper's average. Sums are float64; gains of 1 give back W's own bits.
+        """
+        s, r = self.input_gain.double(), self.output_gain.double()
+        if mode == "weights":
+            s, r = member_mean(s).unsqueeze(0), member_mean(r).unsqueeze(0)
+        groups = getattr(self, "groups", 1)
+        # Each output meets the inputs of its own group: [groups, out / groups, in / groups].
+        gains = torch.einsum("kgo,kgi->goi", r.unflatten(1, (groups, -1)), s.unflatten(1, (groups, -1))) / s.size(0)
+        gains = gains.flatten(0, 1).view(*self.weight.shape[:2], *[1] * (self.weight.dim() - 2))
+        return (self.weight.double() * gains).to(self.weight.dtype), self.bias
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        num_members: int,
+        noise_std: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> "_Rank1":
+        """Return the plain layer with num_members pairs of gains: the same weight and bias objects, hooks and flags.
+
+        Args:
+            module: of the torch.nn class.
+            num_members: K.
+            noise_std: σ0, gains are 1 + σ0 · ε_k, in weight's type.
+            generator: of ε.
+
+        Raises:
+            TypeError: module is no such layer.
+            NotImplementedError: it computes more than its class does, or others read its weight.
+            ValueError: num_members or noise_std does not fit.
+        """
+        where = f"{cls.__name__}.from_module"
+        check_num_members(where, num_members)
+        check_noise_std(where, noise_std)
+        if not isinstance(module, cls._plain):
+            raise TypeError(f"{where}: module must be a {cls._plain.__name__}, got {type(module).__name__}")
+        check_standard_forward(module, cls._plain)
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise NotImplementedError(
+                f"{where}: module is the projection of an nn.MultiheadAttention, which reads its weight without "
+                "calling it; choose another target"
+            )
+        new = twin(module, cls)
+        new.num_members, new.plain_type, new.routing = num_members, type(module), None
+        for name, size in zip(_GAINS, new._gain_sizes()):
+            gain = replicate_parameter(module.weight.new_ones(size), num_members, noise_std, generator)
+            new.register_parameter(name, gain.requires_grad_())
+        new._mark()
+        return new
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Load; a plain checkpoint has no gains: they become 1."""
+        if prefix + "weight" in state_dict:
+            for name in _GAINS:
+                state_dict.setdefault(prefix + name, torch.ones_like(getattr(self, name)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.no_grad()
+    def collapse(self, mode: str = "exact") -> nn.Module:
+        """Return the plain layer; mode "exact" for inference, "weights" for further training; see averaged.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        check_mode(mode)
+        weight, _ = self.averaged(mode)
+        plain = twin(self, self.plain_type)
+        for name in _GAINS:
+            del plain._parameters[name]
+        plain.weight = plain_parameter(weight, self.weight)
+        return plain
+
+
+class Rank1Linear(_Rank1, nn.Linear):
+    """A linear layer with gains of each member's own, input_gain [K, in] and output_gain [K, out], over [K·B, …, in].
+
+    Args:
+        in_features, out_features: sizes of the last dimension.
+        num_members: K.
+        bias: with bias [out].
+        device, dtype: of weight [out, in], bias and gains.
+    """
+
+    _plain = nn.Linear
+    _channel_dim = -1
+    _min_dim, _input_shape = 2, "[K·B, …, {}]"
+
+    def __init__(self, in_features, out_features, num_members, bias=True, device=None, dtype=None):
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._register_gains(num_members)
+
+    def _gain_sizes(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(input, weight, bias)
+
+
+class Rank1Conv2d(_Rank1, nn.Conv2d):
+    """A convolution with gains of each member's own, input_gain [K, in] and output_gain [K, out], over [K·B, in, H, W].
+
+    Args:
+        in_channels, out_channels, kernel_size: as in nn.Conv2d.
+        num_members: K.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv2d.
+    """
+
+    _plain = nn.Conv2d
+    _channel_dim = 1
+    _min_dim, _input_shape = 4, "[K·B, {}, H, W]"
+
+    def __init__(self, in_channels, out_channels, kernel_size, num_members, **options):
+        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, **options)
+        self._register_gains(num_members)
+
+    def _gain_sizes(self) -> tuple[int, int]:
+        return self.in_channels, self.out_channels
+
+    def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(input, weight, bias)

@@ -1,0 +1,52 @@
+"""nn.SyncBatchNorm as late-phase weights, in one process: there it computes what batch norm does.
+
+Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *] with any number of further dimensions.
+"""
+
+import torch.distributed
+from torch import Tensor, nn
+
+from .batch_norm import _EnsembleBatchNorm
+from .shared_batch_norm import _SharedBatchNorm
+
+
+class _SyncBatchNorm:
+    """What the two classes have in common; before the batch norm in the order of methods."""
+
+    _plain = nn.SyncBatchNorm
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    process_group = None  # as in nn.SyncBatchNorm
+
+    def forward(self, input: Tensor, *arguments, **options) -> Tensor:
+        """Return the normalized input, as the batch norm without "Sync" does.
+
+        Raises:
+            RuntimeError: in training, where the process group has several ranks.
+        """
+        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size(self.process_group)
+            if ranks > 1:
+                raise RuntimeError(
+                    f"{type(self).__name__}: statistics of members are not synchronized over the {ranks} ranks of the "
+                    "process group yet; expand the model with plain batch norms (each rank normalizes its own rows), "
+                    "or give process_group a group of this rank alone"
+                )
+        if input.dim() <= 5:
+            return super().forward(input, *arguments, **options)
+        flat = [argument.flatten(4) if isinstance(argument, Tensor) else argument for argument in arguments]
+        options = {key: value.flatten(4) if isinstance(value, Tensor) else value for key, value in options.items()}
+        return super().forward(input.flatten(4), *flat, **options).unflatten(4, input.shape[4:])
+
+
+class EnsembleSyncBatchNorm(_SyncBatchNorm, _EnsembleBatchNorm):
+    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C, *]")
+
+    def collapse(self, mode: str = "exact") -> nn.SyncBatchNorm:
+        """Return the one nn.SyncBatchNorm, with its process group; see the base class."""
+        plain = super().collapse(mode)
+        plain.process_group = self.process_group
+        return plain
+
+
+class SharedSyncBatchNorm(_SyncBatchNorm, _SharedBatchNorm):
+    """nn.SyncBatchNorm over [K·B, C, *] with one set of weights that normalizes each member by itself."""

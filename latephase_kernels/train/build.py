@@ -1,0 +1,88 @@
+"""From a recipe's words to data, network and optimizer."""
+
+import torch
+from torch import nn
+
+from .. import late_phase as lp
+from ..data import ImageSet, load_cifar10, load_cifar100
+from ..data.digits import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, load_digits, split_digits
+from ..models import SmallResNet, WideResNet
+from .recipe import Data, Model, Optimizer
+
+DATA_NAMES = ("cifar10", "cifar100", "digits")
+
+
+def build_data(data: Data) -> tuple[ImageSet, ImageSet]:
+    """Return training and test set.
+
+    Raises:
+        ValueError: an unknown name, or damaged files.
+        OSError: the files are not there; the message says where to get them.
+    """
+    if data.name == "cifar10":
+        return load_cifar10(data.folder, train=True), load_cifar10(data.folder, train=False)
+    if data.name == "cifar100":
+        return load_cifar100(data.folder, train=True), load_cifar100(data.folder, train=False)
+    if data.name == "digits":
+        return _digits()
+    raise ValueError(f"train: data.name must be one of {', '.join(DATA_NAMES)}, got {data.name!r}")
+
+
+def _digits() -> tuple[ImageSet, ImageSet]:
+    """The bundled digits: 300 training images, the same in every run; 1497 test images."""
+    images, labels = load_digits()
+    split = split_digits(images, labels)
+    levels = images.mul(PIXEL_STD).add(PIXEL_MEAN).mul(16).round().to(torch.uint8)
+    classes = tuple(str(digit) for digit in range(NUM_CLASSES))
+    mean, std = (PIXEL_MEAN * 16 / 255,), (PIXEL_STD * 16 / 255,)
+    return (
+        ImageSet(levels[split.train_indices], split.train_labels, classes, mean, std),
+        ImageSet(levels[split.test_indices], split.test_labels, classes, mean, std),
+    )
+
+
+def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module:
+    """Return a freshly initialized network.
+
+    Raises:
+        ValueError: an unknown name, or options its constructor does not take.
+        ImportError: the library it is from is not installed.
+    """
+    library, _, name = model.name.rpartition(":")
+    try:
+        if not library and name == "wide_resnet":
+            return WideResNet(num_classes=num_classes, in_channels=in_channels, **model.options)
+        if not library and name == "small_resnet":
+            return SmallResNet(num_classes=num_classes, in_channels=in_channels, **model.options)
+        if library == "torchvision":
+            import torchvision
+
+            return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **model.options)
+        if library == "timm":
+            import timm
+
+            return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **model.options)
+    except ModuleNotFoundError:
+        raise ImportError(f"train: model.name {model.name} needs {library}; pip install {library}") from None
+    except (TypeError, RuntimeError, ValueError) as error:  # each library has its own for an unknown name or option
+        raise ValueError(f"train: model {model.name} with options {model.options}: {error}") from None
+    raise ValueError(
+        f"train: model.name must be wide_resnet, small_resnet, torchvision:NAME or timm:NAME, got {model.name!r}"
+    )
+
+
+def build_optimizer(optimizer: Optimizer, model: nn.Module, *, skips_steps: bool) -> torch.optim.Optimizer:
+    """Return the optimizer of a plain model's weights.
+
+    Args:
+        optimizer: which, and its options.
+        model: plain.
+        skips_steps: it shall be able to leave a step out, decided on the device: the fused implementations can.
+    """
+    groups = lp.param_groups(model, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+    fused = True if skips_steps else None
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW(groups, lr=optimizer.lr, fused=fused)
+    return torch.optim.SGD(
+        groups, lr=optimizer.lr, momentum=optimizer.momentum, nesterov=optimizer.nesterov, fused=fused
+    )

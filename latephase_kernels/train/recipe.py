@@ -1,0 +1,231 @@
+"""What a training run does, as data: read from YAML, overridden by dotted options, written into the run's folder.
+
+Epochs are counted in passes over the training set, batch sizes per member and over all devices together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass
+class Data:
+    """Which data, and how images are augmented.
+
+    Attributes:
+        name: cifar10, cifar100 or digits.
+        folder: where the archive, or the folder extracted from it, lies.
+        crop_padding: random crops from images padded by this many pixels; 0 for none.
+        flip: random horizontal flips.
+        cutout: side of a random square set to the mean; 0 for none.
+    """
+
+    name: str = "cifar10"
+    folder: str = "data"
+    crop_padding: int = 4
+    flip: bool = True
+    cutout: int = 0
+
+
+@dataclass
+class Model:
+    """Which network.
+
+    Attributes:
+        name: wide_resnet, small_resnet, torchvision:NAME or timm:NAME.
+        options: arguments of its constructor, but for the number of classes.
+    """
+
+    name: str = "wide_resnet"
+    options: dict[str, int | float | bool | str | list] = field(default_factory=dict)
+
+
+@dataclass
+class Optimizer:
+    """The base weights' optimizer; members have the same rule with their own options.
+
+    Attributes:
+        name: sgd or adamw.
+        lr: learning rate before annealing.
+        momentum: of SGD.
+        nesterov: of SGD.
+        weight_decay: of base weights; decoupled for AdamW.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+
+
+@dataclass
+class Schedule:
+    """Learning rate: constant until anneal_start, then linear to end_lr at anneal_end, then constant.
+
+    Attributes:
+        anneal_start: epoch.
+        anneal_end: epoch.
+        end_lr: of base weights; members keep their ratio to it.
+    """
+
+    anneal_start: float = 100
+    anneal_end: float = 180
+    end_lr: float = 0.001
+
+
+@dataclass
+class Late:
+    """The late phase.
+
+    Attributes:
+        start: T0, the epoch in which members begin; None for plain training.
+        members: K.
+        targets: as in `expand`.
+        noise_std: σ0.
+        base_grad_scale: γ_θ: sum, mean or a number.
+        lr: of members before annealing; None for the base weights'.
+        weight_decay: of members; None for the base weights'.
+        member_state: of the optimizer at T0: fresh or copy.
+        member_chunk: members a forward pass, where all at once do not fit; None for all.
+        fuse: run batch norm and ReLU as one op where that is proven equal.
+    """
+
+    start: float | None = 120
+    members: int = 10
+    targets: list[str] = field(default_factory=lambda: ["batch_norm", "head"])
+    noise_std: float = 0.0
+    base_grad_scale: str | float = "sum"
+    lr: float | None = None
+    weight_decay: float | None = None
+    member_state: str = "fresh"
+    member_chunk: int | None = None
+    fuse: bool = True
+
+
+@dataclass
+class Swa:
+    """Stochastic weight averaging: one average an epoch, statistics recomputed at the end.
+
+    Attributes:
+        start: the first epoch after which weights are averaged; None for none.
+    """
+
+    start: float | None = None
+
+
+@dataclass
+class Recipe:
+    """A training run.
+
+    Attributes:
+        name: of the run in tables.
+        batch_size: images a member and minibatch, over all devices.
+        epochs: passes over the training set.
+        seed: of weights, order, augmentation and dropout.
+        label_smoothing: of the cross entropy.
+        precision: float32 or bfloat16 (autocast).
+        channels_last: memory format of images and convolutions.
+        compile: torch.compile the model.
+        deterministic: refuse kernels whose results differ between runs; slower on a GPU.
+        skip_nonfinite: skip a step whose loss is not finite (statistics restored), and count it; else stop the run.
+        evaluate_every: epochs between evaluations on the test set; the last epoch is always evaluated.
+        checkpoint_minutes: between checkpoints; one is written at the end and on interruption, too.
+        keep_checkpoints: the newest that stay.
+    """
+
+    name: str = "unnamed"
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    batch_size: int = 128
+    epochs: int = 200
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    late: Late = field(default_factory=Late)
+    swa: Swa = field(default_factory=Swa)
+    seed: int = 0
+    label_smoothing: float = 0.0
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    skip_nonfinite: bool = False
+    evaluate_every: int = 10
+    checkpoint_minutes: float = 10.0
+    keep_checkpoints: int = 2
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_file(name: str) -> Path:
+    """Return the file of a recipe of the package, or of the user's own.
+
+    Raises:
+        ValueError: there is neither a recipe of this name nor a YAML file.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ValueError(f"train: there is no file {name}")
+    if name in recipe_names():
+        return RECIPES / f"{name}.yaml"
+    raise ValueError(f"train: there is no recipe {name!r}; there are {', '.join(recipe_names())}, or give a YAML file")
+
+
+def check(recipe: Recipe) -> Recipe:
+    """Return the recipe if its parts fit together.
+
+    Raises:
+        ValueError: the message names the option.
+    """
+    late, swa, schedule = recipe.late, recipe.swa, recipe.schedule
+    demands: Sequence[tuple[bool, str, object, str]] = (
+        (recipe.batch_size >= 1, "batch_size", recipe.batch_size, "at least 1"),
+        (recipe.epochs >= 1, "epochs", recipe.epochs, "at least 1"),
+        (recipe.evaluate_every >= 1, "evaluate_every", recipe.evaluate_every, "at least 1"),
+        (recipe.keep_checkpoints >= 1, "keep_checkpoints", recipe.keep_checkpoints, "at least 1"),
+        (recipe.precision in ("float32", "bfloat16"), "precision", recipe.precision, "float32 or bfloat16"),
+        (recipe.optimizer.name in ("sgd", "adamw"), "optimizer.name", recipe.optimizer.name, "sgd or adamw"),
+        (recipe.optimizer.lr > 0, "optimizer.lr", recipe.optimizer.lr, "more than 0"),
+        (late.members >= 1, "late.members", late.members, "at least 1"),
+        (
+            schedule.anneal_start <= schedule.anneal_end,
+            "schedule.anneal_end",
+            schedule.anneal_end,
+            f"anneal_start ({schedule.anneal_start}) or later",
+        ),
+        (
+            late.start is None or 0 <= late.start < recipe.epochs,
+            "late.start",
+            late.start,
+            f"null or an epoch from 0 to below epochs ({recipe.epochs})",
+        ),
+        (
+            swa.start is None or 0 <= swa.start < recipe.epochs,
+            "swa.start",
+            swa.start,
+            f"null or an epoch from 0 to below epochs ({recipe.epochs})",
+        ),
+        (
+            swa.start is None or late.start is None or swa.start >= late.start,
+            "swa.start",
+            swa.start,
+            f"late.start ({late.start}) or later: plain weights and members have no common average",
+        ),
+        (
+            late.member_chunk is None or 1 <= late.member_chunk <= late.members,
+            "late.member_chunk",
+            late.member_chunk,
+            f"null or from 1 to late.members ({late.members})",
+        ),
+    )
+    for holds, option, value, expected in demands:
+        if not holds:
+            raise ValueError(f"train: {option} must be {expected}, got {value}")
+    return recipe

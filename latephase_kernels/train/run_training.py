@@ -1,0 +1,228 @@
+"""`latephase train`: a recipe from start, or from its last checkpoint, to the evaluated plain model on the disk."""
+
+import copy
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import late_phase as lp
+from ..data.device_images import DeviceImages
+from .build import build_data, build_network
+from .evaluation import evaluate, logits_of, metrics_of
+from .progress import Progress
+from .recipe import Recipe, check
+from .runs import RunFolder, write_whole
+from .trainer import Trainer
+
+EVALUATION_BATCH = 250  # images a forward pass; times K for all members
+# The collapsed model computes what the expanded one did by other additions and multiplications.
+COLLAPSE_TOLERANCE = 1e-3
+
+
+class Interrupted(Exception):
+    """A signal ended the run, after its checkpoint was written."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class _Signals:
+    """Remembers SIGINT and SIGTERM instead of raising in the middle of a step; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._receive)
+            except ValueError:  # not in the main thread
+                break
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_training(
+    recipe: Recipe, config: str, output: str | Path, *, resume: bool = False, device: str | None = None
+) -> dict[str, Any]:
+    """Train, evaluate, collapse and save; everything goes to the run's folder.
+
+    Args:
+        recipe: what to do.
+        config: the recipe as YAML, for the folder.
+        output: the run's folder.
+        resume: go on from the last checkpoint there, if there is one.
+        device: "cuda", "cpu", …; the GPU if there is one by default.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError, OSError: the recipe, the data or the folder; nothing was trained.
+        RunError: another process has the folder, or all checkpoints are damaged.
+        RuntimeError: the saved model does not answer as the trained one.
+        FloatingPointError: a loss was not finite.
+        Interrupted: by SIGINT or SIGTERM; a checkpoint holds everything.
+    """
+    check(recipe)
+    device = device or default_device()
+    train, test = build_data(recipe.data)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not recipe.deterministic
+    trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
+    with RunFolder(output, config, resume=resume, keep_checkpoints=recipe.keep_checkpoints) as folder, _Signals() as on:
+        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        test_images = DeviceImages(test, device, mean=train.mean, std=train.std, padding=0, memory_format=memory_format)
+        _Run(recipe, folder, trainer, test_images, on).train()
+        return _finish(recipe, folder, trainer, test_images, len(train.classes), train.images.size(1))
+
+
+class _Run:
+    """The loop over epochs: logging, evaluating, saving."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, trainer: Trainer, test_images: DeviceImages, signals: _Signals
+    ):
+        self.recipe, self.folder, self.trainer, self.test_images = recipe, folder, trainer, test_images
+        self.signals = signals
+        saved = folder.checkpoints.load(trainer.device)
+        if saved is not None:
+            trainer.load_state_dict(saved[0])
+        folder.start_metrics(trainer.minibatch)
+        self.progress = Progress(trainer.total)
+        self.progress.done = self.progress.start = trainer.minibatch
+        self.saved_at = time.monotonic()
+
+    def train(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted, FloatingPointError, OSError: see run_training.
+        """
+        trainer, per_epoch = self.trainer, self.trainer.batches.minibatches_per_epoch
+        started, first = time.perf_counter(), trainer.minibatch
+        self.progress.begin(f"{self.recipe.name}: epoch {int(trainer.epoch) + 1} of {self.recipe.epochs}")
+        try:
+            while trainer.minibatch < trainer.total:
+                epoch = trainer.minibatch // per_epoch
+                self.progress.advance(trainer.step())
+                if trainer.minibatch // per_epoch != epoch or trainer.minibatch == trainer.total:
+                    rate = (trainer.minibatch - first) * self.recipe.batch_size / (time.perf_counter() - started)
+                    self._end_epoch(epoch + 1, rate)
+                    started, first = time.perf_counter(), trainer.minibatch
+                if self.signals.received is not None:
+                    self._save()
+                    raise Interrupted(self.signals.received)
+                if time.monotonic() - self.saved_at > 60 * self.recipe.checkpoint_minutes:
+                    self._save()
+            self._save()
+        finally:
+            self.progress.end()
+
+    def _end_epoch(self, epoch: int, images_per_second: float) -> None:
+        loss, skipped = self.trainer.read_loss()
+        record: dict[str, Any] = {
+            "step": self.trainer.minibatch,
+            "epoch": self.trainer.epoch,
+            "seconds": self.progress.elapsed(),
+            "train loss": loss,
+            "learning rate": self.trainer.optimizer.param_groups[0]["lr"],
+            "members": self.trainer.num_members,
+            "images/s": images_per_second,
+        }
+        if self.recipe.skip_nonfinite:
+            record["skipped steps"] = skipped
+        stage = f"{self.recipe.name}: epoch {epoch} of {self.recipe.epochs}"
+        if loss is not None:
+            stage += f", loss {loss:.4f}"
+        if epoch % self.recipe.evaluate_every == 0 or epoch == self.recipe.epochs:
+            logits = logits_of(self.trainer.model, self.test_images.batches(EVALUATION_BATCH))
+            tested = metrics_of(logits.double().softmax(-1), self.test_images.labels)
+            record.update({f"test {key}": value for key, value in tested.items()})
+            stage += f", test accuracy {tested['accuracy']:.2f} %"
+        self.folder.log(record)
+        self.progress.begin(f"{stage}, {images_per_second:,.0f} images/s")
+
+    def _save(self) -> None:
+        self.folder.checkpoints.save(self.trainer.state_dict(), self.trainer.minibatch)
+        self.saved_at = time.monotonic()
+
+
+def _finish(
+    recipe: Recipe,
+    folder: RunFolder,
+    trainer: Trainer,
+    test_images: DeviceImages,
+    num_classes: int,
+    in_channels: int,
+) -> dict[str, Any]:
+    """Evaluate, collapse, save as safetensors, load into the plain network, compare."""
+    model = trainer.final_model()
+    results: dict[str, Any] = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "epochs": recipe.epochs,
+        "metrics": evaluate(model, test_images, EVALUATION_BATCH),
+    }
+    before = logits_of(model, test_images.batches(EVALUATION_BATCH))
+    plain = copy.deepcopy(model).eval()
+    if trainer.expanded:
+        lp.collapse(plain)
+    path = folder.path / "model.safetensors"
+    save_model(plain, path)
+    fresh = build_network(recipe.model, num_classes, in_channels).to(trainer.device)
+    load_model(fresh, path)
+    after = logits_of(fresh, test_images.batches(EVALUATION_BATCH))
+    error = ((after - before).abs().max() / before.abs().max().clamp_min(1.0)).item()
+    if not error <= COLLAPSE_TOLERANCE:
+        raise RuntimeError(
+            f"train: the collapsed model in {path} does not answer as the trained one did: the logits differ by "
+            f"{error:.1e} relative to the largest, allowed is {COLLAPSE_TOLERANCE:.0e}; please report this"
+        )
+    results["collapse_error"] = error
+    write_whole(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+    folder.finish_metrics()
+    return results
+
+
+def save_model(model: torch.nn.Module, path: Path) -> None:
+    """Write a plain model's state dict as safetensors, whole or not at all.
+
+    Raises:
+        ImportError: safetensors is missing.
+        OSError: the file cannot be written.
+    """
+    try:
+        from safetensors.torch import save
+    except ModuleNotFoundError:
+        raise ImportError("train: saving the model needs safetensors; pip install 'latephase_kernels[train]'") from None
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def load_model(model: torch.nn.Module, path: Path) -> None:
+    """Load what save_model wrote into a plain network, strictly."""
+    from safetensors.torch import load
+
+    model.load_state_dict(load(path.read_bytes()))

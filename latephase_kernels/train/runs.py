@@ -1,0 +1,201 @@
+"""A run's folder: who writes to it, what it was run with, its metrics, its curves, its final model.
+
+config.yaml         the resolved recipe
+environment.json    versions, device, command
+metrics.jsonl       one object a line, each with "step"; metrics.csv is the same as a table
+curves.png          drawn from the metrics
+checkpoints/        see checkpoints.py
+model.safetensors   the plain model at the end
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .. import __version__
+from .checkpoints import CheckpointFolder, RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file so that a reader finds the old content or the new, never a part."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(content, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a reader needs to repeat a run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "latephase_kernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "devices": torch.cuda.device_count() if cuda else 1,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+class RunFolder:
+    """The folder of one run, held by one process at a time; a context manager.
+
+    Args:
+        path: made where it is missing.
+        config: the resolved recipe as YAML.
+        resume: go on with the run that is there, if there is one.
+        keep_checkpoints: see CheckpointFolder.
+
+    Raises:
+        ValueError: it holds another run and resume is False, or a run of another recipe.
+        RunError: another process is writing to it.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, config: str, *, resume: bool = False, keep_checkpoints: int = 2):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        try:
+            self._check_config(config, resume)
+            self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep=keep_checkpoints)
+            write_whole(self.path / "config.yaml", config)
+            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        except BaseException:
+            self._lock.close()
+            raise
+        self._metrics: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._lock.close()
+
+    def _locked(self) -> IO[str]:
+        file = open(self.path / "lock", "a+", encoding="utf-8")
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                file.close()
+                raise RunError(
+                    f"run folder {self.path} is in use by process {holder}; "
+                    "choose another with --output, or stop that one"
+                ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+    def _check_config(self, config: str, resume: bool) -> None:
+        existing = self.path / "config.yaml"
+        if not existing.exists():
+            return
+        if not resume:
+            raise ValueError(
+                f"run folder {self.path} already holds a run; give --resume to go on with it, or another --output"
+            )
+        before = existing.read_text(encoding="utf-8")
+        if before != config:
+            changed = sorted(set(config.splitlines()) ^ set(before.splitlines()))
+            raise ValueError(
+                f"run folder {self.path} holds a run of another recipe; the first difference: {changed[0].strip()!r}; "
+                "resume with the same recipe and options"
+            )
+
+    def start_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Open the metrics, drop what was logged after `step` (a resumed run logs it again), return what is kept."""
+        path = self.path / "metrics.jsonl"
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._metrics = kept
+        self._file = open(path, "a", encoding="utf-8")
+        return kept
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record; it must have "step". Numbers that are not finite become null."""
+        if self._file is None:
+            raise RuntimeError("RunFolder.log: call start_metrics first")
+        record = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._metrics.append(record)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def finish_metrics(self) -> None:
+        """Write the metrics as CSV and their curves as a picture."""
+        columns = list(dict.fromkeys(key for record in self._metrics for key in record))
+        path = self.path / "metrics.csv"
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._metrics)
+        draw_metrics(self._metrics, self.path / "curves.png")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number + 1 < len(lines):
+                raise ValueError(f"{path}, line {number + 1}, is no JSON: {line[:60]!r}") from None
+    return records
+
+
+def draw_metrics(records: Iterable[dict[str, Any]], path: Path) -> bool:
+    """Draw every metric but the bookkeeping over the epochs, one panel a metric; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and key not in ("step", "epoch", "seconds"):
+                split, _, quantity = key.rpartition(" ")  # "test accuracy" is the curve "test" of the panel "accuracy"
+                panels.setdefault(quantity, {}).setdefault(split, []).append((record.get("epoch", 0.0), value))
+    if not panels:
+        return False
+    figure = Figure(figsize=(4.5 * min(len(panels), 3), 3.6 * math.ceil(len(panels) / 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(math.ceil(len(panels) / 3), min(len(panels), 3), squeeze=False)
+    for axes, (quantity, curves) in zip(grid.flat, panels.items()):
+        for split, points in curves.items():
+            axes.plot(*zip(*points, strict=True), label=split or quantity, marker=".", linewidth=1.2)
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1:
+            axes.legend()
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.savefig(path, dpi=120)
+    return True

@@ -1,0 +1,97 @@
+"""The command line of `latephase train`: a recipe's name or file, and dotted options over it."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .recipe import Recipe, recipe_file, recipe_names
+
+_OWN_OPTIONS = ("config", "output", "resume", "device")
+
+
+def build_parser() -> Any:
+    """Return jsonargparse's parser: the options of the command and, dotted, those of a recipe.
+
+    Raises:
+        ImportError: jsonargparse is missing.
+    """
+    try:
+        from jsonargparse import ArgumentParser
+    except ModuleNotFoundError:
+        raise ImportError("train: recipes need jsonargparse; pip install 'latephase_kernels[train]'") from None
+    parser = ArgumentParser(
+        prog="latephase train RECIPE",
+        description=f"Train by a recipe: {', '.join(recipe_names())}, or a YAML file of your own. "
+        "Every option of the recipe can be given here, dotted: --late.members=5 --optimizer.lr=0.05 --late.start=null. "
+        "--print_config shows the result.",
+    )
+    parser.add_argument("--config", action="config", help="YAML with options, over the recipe's")
+    parser.add_argument("--output", type=str, default=None, help="the run's folder (default runs/NAME-seedN)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
+    parser.add_argument("--device", type=str, default=None, help="cuda, cpu, … (default: the GPU if there is one)")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe that the arguments ask for, and the command's own options.
+
+    Raises:
+        ValueError: there is no such recipe.
+        SystemExit: an option does not fit (2), or --help or --print_config was answered (0).
+    """
+    parser = build_parser()
+    if not arguments or arguments[0].startswith("-"):
+        parser.print_help(sys.stdout if arguments and arguments[0] in ("-h", "--help") else sys.stderr)
+        raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
+    parsed = parser.parse_args(["--config", str(recipe_file(arguments[0])), *arguments[1:]]).as_dict()
+    own = {key: parsed.pop(key) for key in _OWN_OPTIONS}
+    parts = {
+        field.name: field.default_factory(**parsed[field.name])
+        if dataclasses.is_dataclass(field.default_factory)
+        else parsed[field.name]
+        for field in dataclasses.fields(Recipe)
+    }
+    return Recipe(**parts), own
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """Return the whole recipe, defaults included, as YAML."""
+    import yaml  # comes with jsonargparse
+
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Return a finished run's metrics as a table, one row a way to predict."""
+    rows = [("", "accuracy %", "NLL", "ECE %", "Brier")]
+    for name, metrics in results["metrics"].items():
+        if not name.startswith("member "):
+            values = (metrics["accuracy"], metrics["nll"], metrics["ece"], metrics["brier"])
+            rows.append((name, *(f"{value:.{digits}f}" for value, digits in zip(values, (2, 4, 2, 4)))))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def run_train(arguments: Sequence[str]) -> int:
+    """Do what `latephase train ARGUMENTS` asks for; return the exit code: 0, or 128 + the signal that ended it.
+
+    Raises:
+        As parse_recipe and run_training.
+    """
+    from .run_training import Interrupted, run_training
+
+    recipe, own = parse_recipe(arguments)
+    output = own["output"] or f"runs/{recipe.name}-seed{recipe.seed}"
+    try:
+        results = run_training(recipe, as_yaml(recipe), output, resume=own["resume"], device=own["device"])
+    except Interrupted as interrupted:
+        print(
+            f"latephase: {interrupted} after a checkpoint was written; go on with --resume --output {output}",
+            file=sys.stderr,
+        )
+        return 128 + interrupted.number
+    print(format_results(results))
+    print(f"written to {output}")
+    return 0

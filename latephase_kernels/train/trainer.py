@@ -1,0 +1,272 @@
+"""The training loop: plain until T0, stacked members after it, nothing read from the device inside a step.
+
+Legend: K members; B images a member; n minibatches an epoch. Minibatches are numbered through the whole run; a stacked
+step takes the next K. All that a step depends on is the state that `Trainer.state_dict` returns.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
+
+from .. import late_phase as lp
+from ..data import ImageSet
+from ..data.device_batches import DeviceBatches
+from ..data.device_images import DeviceImages
+from .build import build_network, build_optimizer
+from .checkpoints import random_state, set_random_state
+from .recipe import Recipe
+
+
+class Trainer:
+    """One training run in memory; see `runs.py` for its folder.
+
+    Args:
+        recipe: checked.
+        train: its images go to the device.
+        device: where to train.
+
+    Attributes:
+        model: plain before T0, expanded after it.
+        averaged: SWA's average, or None.
+        minibatch: the number of the next one.
+        total: minibatches of the whole run; what fills no last cycle of K is left out.
+    """
+
+    def __init__(self, recipe: Recipe, train: ImageSet, device: str | torch.device = "cpu"):
+        self.recipe, self.device = recipe, torch.device(device)
+        torch.manual_seed(recipe.seed)
+        data = recipe.data
+        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        images = DeviceImages(train, self.device, padding=data.crop_padding, memory_format=memory_format)
+        self.batches = DeviceBatches(
+            images,
+            recipe.batch_size,
+            crop=data.crop_padding > 0,
+            flip=data.flip,
+            cutout=data.cutout,
+            seed=recipe.seed,
+        )
+        network = build_network(recipe.model, len(train.classes), train.images.size(1))
+        self.model: nn.Module = network.to(self.device, memory_format=memory_format)
+        self.optimizer = build_optimizer(recipe.optimizer, self.model, skips_steps=recipe.skip_nonfinite)
+        self.averaged: AveragedModel | None = None
+        self.expanded = False
+        self.minibatch = 0
+        per_epoch = self.batches.minibatches_per_epoch
+        late = recipe.late
+        self.t0 = None if late.start is None else round(late.start * per_epoch)
+        self.total = recipe.epochs * per_epoch
+        if self.t0 is not None:
+            self.total -= (self.total - self.t0) % late.members
+        self._prepare_optimizer()
+        if recipe.compile:
+            self.model.compile()
+        # Read late: sums over the steps since the last reading, and the first step whose loss was not finite.
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._minibatches = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._first_nonfinite = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training set so far."""
+        return self.minibatch / self.batches.minibatches_per_epoch
+
+    @property
+    def num_members(self) -> int:
+        """Members of the next step: 1 before T0."""
+        late_now = self.t0 is not None and self.minibatch >= self.t0
+        return self.recipe.late.members if late_now else 1
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def step(self) -> int:
+        """Take one step, of the next minibatch or of the next K; return how many minibatches it took."""
+        if self.num_members > 1 or self.minibatch == self.t0:
+            self._expand_once()
+        count = self.num_members
+        images, labels = self.batches.stack(self.minibatch, count)
+        self._set_learning_rates()
+        statistics = self._statistics() if self.recipe.skip_nonfinite else []
+        before = [buffer.clone() for buffer in statistics]
+        if not self.model.training:
+            self.model.train()
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part, part_images, part_labels in self._chunks(images, labels, count):
+            with lp.members(self.model, part) if self.expanded else contextlib.nullcontext():
+                part_loss = self._loss(part_images, part_labels)
+                part_loss.backward()
+            loss += part_loss.detach()
+        finite = torch.isfinite(loss)
+        if self.recipe.skip_nonfinite:
+            self.optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where it is 1
+            for buffer, old in zip(statistics, before):
+                torch.where(finite, buffer, old, out=buffer)
+            self._skipped += ~finite
+        self.optimizer.step()
+        self._account(loss, finite, count)
+        start, self.minibatch = self.minibatch, self.minibatch + count
+        self._average_if_epoch_ended(start)
+        return count
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the members in this batch of their mean losses."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            logits = self.model(images)
+        # Every member has batch_size images, so the sum of the means is the sum of all over batch_size.
+        losses = F.cross_entropy(
+            logits.float() if logits.dtype != torch.float64 else logits,
+            labels,
+            reduction="sum",
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        return losses / self.recipe.batch_size
+
+    def _chunks(self, images: Tensor, labels: Tensor, count: int) -> Iterator[tuple[range, Tensor, Tensor]]:
+        """Yield (members, their images, their labels)."""
+        chunk, batch = self.recipe.late.member_chunk or count, self.recipe.batch_size
+        for first in range(0, count, chunk):
+            part = range(first, min(first + chunk, count))
+            rows = slice(part.start * batch, part.stop * batch)
+            yield part, images[rows], labels[rows]
+
+    def _account(self, loss: Tensor, finite: Tensor, count: int) -> None:
+        """Add to what is read late, without waiting for the device."""
+        self._loss_sum += torch.where(finite, loss, 0.0)
+        self._minibatches += count * finite
+        here = torch.where(finite, -1, self.minibatch)
+        self._first_nonfinite = torch.where(self._first_nonfinite < 0, here, self._first_nonfinite)
+
+    def _statistics(self) -> list[Tensor]:
+        layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        return [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
+
+    def _set_learning_rates(self) -> None:
+        """Constant, linear from anneal_start to anneal_end, constant; members keep their ratio."""
+        schedule, lr = self.recipe.schedule, self.recipe.optimizer.lr
+        length = schedule.anneal_end - schedule.anneal_start
+        done = min(max(self.epoch - schedule.anneal_start, 0.0) / length, 1.0) if length else 0.0
+        if not length and self.epoch >= schedule.anneal_end:
+            done = 1.0
+        factor = 1.0 + done * (schedule.end_lr / lr - 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    # ------------------------------------------------------------------------------------------ phases
+
+    def _expand_once(self) -> None:
+        if self.expanded:
+            return
+        late = self.recipe.late
+        options = {
+            key: value for key, value in (("lr", late.lr), ("weight_decay", late.weight_decay)) if value is not None
+        }
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        lp.expand(
+            self.model,
+            late.members,
+            targets=tuple(late.targets),
+            noise_std=late.noise_std,
+            generator=generator,
+            optimizers=[self.optimizer],
+            member_state=late.member_state,
+            member_options=options,
+        )
+        if late.fuse:
+            lp.fuse(self.model)
+        lp.set_base_grad_scale(self.optimizer, self.model, late.base_grad_scale)
+        self.expanded = True
+        self._prepare_optimizer()
+
+    def _prepare_optimizer(self) -> None:
+        """Give groups their initial rate and, where steps may be skipped, SGD its momentum before its first step."""
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            if self.recipe.skip_nonfinite and group.get("momentum"):
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+    def _average_if_epoch_ended(self, start: int) -> None:
+        per_epoch = self.batches.minibatches_per_epoch
+        swa_start = self.recipe.swa.start
+        ended = start // per_epoch != self.minibatch // per_epoch or self.minibatch == self.total
+        if swa_start is None or not ended or self.epoch < swa_start:
+            return
+        if self.averaged is None:
+            self.averaged = AveragedModel(self.model)
+        self.averaged.update_parameters(self.model)
+
+    def final_model(self) -> nn.Module:
+        """Return the model to evaluate, with members if there are any: SWA's with fresh statistics, where it ran."""
+        if self.averaged is None:
+            return self.model
+        per_epoch = self.batches.minibatches_per_epoch
+        first = self.recipe.epochs * per_epoch  # an order and an augmentation that training has not seen
+        images = (self.batches.stack(first + number, 1)[0] for number in range(per_epoch))
+        with torch.random.fork_rng():  # dropout draws the same whenever this is called
+            torch.manual_seed(self.recipe.seed)
+            if self.expanded:
+                lp.update_bn(images, self.averaged.module)
+            else:
+                torch.optim.swa_utils.update_bn(images, self.averaged.module)
+        return self.averaged.module
+
+    # ------------------------------------------------------------------------------------------ reading and state
+
+    def read_loss(self) -> tuple[float | None, int]:
+        """Return the mean training loss a minibatch since the last reading (None if none), and all steps skipped.
+
+        Raises:
+            FloatingPointError: a loss was not finite, and the recipe does not skip such steps.
+        """
+        first = int(self._first_nonfinite)
+        if first >= 0 and not self.recipe.skip_nonfinite:
+            raise FloatingPointError(
+                f"train: the loss of minibatch {first} (epoch {first / self.batches.minibatches_per_epoch:.2f}) is not "
+                "finite; lower optimizer.lr, or give --skip_nonfinite=true to leave such steps out"
+            )
+        minibatches = int(self._minibatches)
+        mean = float(self._loss_sum) / minibatches if minibatches else None
+        self._loss_sum.zero_(), self._minibatches.zero_()
+        return mean, int(self._skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on; fit for weights_only loading.
+
+        Raises:
+            FloatingPointError: a loss was not finite: this state is not worth keeping.
+        """
+        if int(self._first_nonfinite) >= 0 and not self.recipe.skip_nonfinite:
+            self.read_loss()
+        return {
+            "minibatch": self.minibatch,
+            "expanded": self.expanded,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "late": [self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite],
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, bit for bit, whatever this trainer has done before T0."""
+        if state["expanded"]:
+            self._expand_once()
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["averaged"] is not None:
+            self.averaged = AveragedModel(self.model)
+            self.averaged.load_state_dict(state["averaged"])
+        self.minibatch = state["minibatch"]
+        late = (part.to(self.device) for part in state["late"])
+        self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite = late
+        set_random_state(state["random"])

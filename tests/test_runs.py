@@ -1,0 +1,67 @@
+"""A run's folder: one writer, one recipe, metrics that survive a crash."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics
+
+CONFIG = "name: a\nseed: 0\n"
+
+
+def test_a_resumed_run_logs_again_what_came_after_its_checkpoint(tmp_path):
+    with RunFolder(tmp_path / "run", CONFIG) as run:
+        assert run.start_metrics(0) == []
+        for step in (10, 20, 30):
+            run.log({"step": step, "epoch": step / 10, "train loss": 1.0 / step, "test loss": float("nan")})
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "tr')  # killed while writing
+    with RunFolder(tmp_path / "run", CONFIG, resume=True) as run:
+        assert [record["step"] for record in run.start_metrics(20)] == [10, 20]
+        run.log({"step": 30, "epoch": 3.0, "train loss": 0.5, "test loss": 0.25})
+        run.finish_metrics()
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [10, 20, 30] and records[0]["test loss"] is None
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["train loss"] for row in rows] == ["0.1", "0.05", "0.5"] and rows[0]["test loss"] == ""
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "environment.json").read_text()).keys() == environment().keys()
+
+
+def test_one_process_at_a_time(tmp_path):
+    code = (
+        "import sys; from latephase_kernels.train.runs import RunFolder\n"
+        "try:\n    RunFolder(sys.argv[1], 'name: a\\nseed: 0\\n', resume=True)\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    with RunFolder(tmp_path, CONFIG):
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        assert f"{tmp_path} is in use by process {os.getpid()}; choose another" in other.stdout
+    RunFolder(tmp_path, CONFIG, resume=True).__exit__()
+
+
+def test_another_run_is_left_alone(tmp_path):
+    with RunFolder(tmp_path, CONFIG):
+        pass
+    with pytest.raises(ValueError, match="already holds a run; give --resume"):
+        RunFolder(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"another recipe; the first difference: 'seed: [01]'"):
+        RunFolder(tmp_path, CONFIG.replace("seed: 0", "seed: 1"), resume=True)
+    assert (tmp_path / "config.yaml").read_text() == CONFIG
+    with RunFolder(tmp_path, CONFIG, resume=True):  # the failures let go of the lock
+        pass
+
+
+def test_damaged_metrics_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is no JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_nothing_to_draw(tmp_path):
+    assert not draw_metrics([], tmp_path / "curves.png") and not list(tmp_path.iterdir())

@@ -1,0 +1,151 @@
+"""`latephase train` as a process: finished, interrupted, killed, refused; on the bundled digits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from latephase_kernels.train.build import build_data, build_network
+from latephase_kernels.train.recipe import Data, Model
+from latephase_kernels.train.run_training import load_model
+from latephase_kernels.train.runs import read_metrics
+from latephase_kernels.train.train_command import parse_recipe
+
+pytest.importorskip("jsonargparse"), pytest.importorskip("torchmetrics"), pytest.importorskip("safetensors")
+SHORT = [
+    "--epochs=4",
+    "--late.start=2",
+    "--late.members=3",
+    "--swa.start=3",
+    "--schedule.anneal_start=2",
+    "--schedule.anneal_end=4",
+    "--evaluate_every=2",
+    "--model.options.widths=[4,4]",
+    "--device=cpu",
+]
+
+
+def command(folder, *more):
+    return [sys.executable, "-m", "latephase_kernels", "train", "digits", *SHORT, "--output", str(folder), *more]
+
+
+def run(folder, *more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(folder, *more), capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run from start to end."""
+    folder = tmp_path_factory.mktemp("train") / "run"
+    result = run(folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(folder, expected):
+    a, b = tensors(folder), tensors(expected)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
+    assert json.loads((folder / "results.json").read_text()) == json.loads((expected / "results.json").read_text())
+    timed = ("seconds", "images/s")
+    for one, other in zip(
+        read_metrics(folder / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl"), strict=True
+    ):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_a_finished_run(finished):
+    folder, result = finished
+    assert "averaged" in result.stdout and "ensemble" in result.stdout and f"written to {folder}" in result.stdout
+    assert "epoch 4 of 4" in result.stderr
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.csv", "curves.png", "model.safetensors", "checkpoints"}
+    network = build_network(Model("small_resnet", {"widths": [4, 4]}), 10, 1)
+    load_model(network, folder / "model.safetensors")
+    _, test = build_data(Data("digits"))
+    images = (test.images.float() / 255 - test.mean[0]) / test.std[0]
+    with torch.no_grad():
+        accuracy = 100 * (network.eval()(images).argmax(1) == test.labels).double().mean().item()
+    written = json.loads((folder / "results.json").read_text())["metrics"]
+    assert written["averaged"]["accuracy"] == pytest.approx(accuracy, abs=0.1)  # at most one image differs
+    assert len(written) == 6 and (folder / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_a_seed_reproduces_a_run(finished, tmp_path):
+    assert run(tmp_path / "again").returncode == 0
+    assert_same_run(tmp_path / "again", finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on(finished, tmp_path, number):
+    """Wherever the signal finds it, the resumed run ends in the same bits."""
+    folder = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--checkpoint_minutes=0"] if number == signal.SIGKILL else []
+    process = subprocess.Popen(command(folder, *options), env=environment, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "epoch 1 of 4, loss" in line:
+            break
+    time.sleep(0.05)
+    process.send_signal(number)
+    _, messages = process.communicate()
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + number and f"--resume --output {folder}" in messages
+    assert not (folder / "model.safetensors").exists()
+    refused = run(folder, *options)
+    assert refused.returncode == 2 and "already holds a run; give --resume" in refused.stderr
+    resumed = run(folder, "--resume", *options)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(folder, finished[0])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing"], "there is no recipe 'nothing'; there are cifar10, "),
+        (["mine.yaml"], "there is no file mine.yaml"),
+        (["digits", "--late.start=500"], "late.start must be null or an epoch from 0 to below epochs"),
+        (["digits", "--model.name=resnet"], "model.name must be wide_resnet, small_resnet, torchvision:NAME"),
+        (["digits", "--model.options.depth=3"], "model small_resnet with options .*depth"),
+        (["digits", "--model.name=torchvision:resnet7"], "resnet7"),
+        (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, digits"),
+        (["cifar10", "--data.folder=nowhere"], "nowhere"),
+        (["digits", "--late.start=x"], "late.start"),
+        (["digits", "--nothing=1"], "nothing"),
+    ],
+)
+def test_what_the_user_can_mend_is_a_message(arguments, message, tmp_path):
+
+    result = subprocess.run(
+        [sys.executable, "-m", "latephase_kernels", "train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert re.search(message, " ".join(result.stderr.split()))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_recipes_are_layered(tmp_path):
+    (tmp_path / "mine.yaml").write_text("late: {members: 4}\nmodel: {options: {width: 2}}\nseed: 7\n")
+    recipe, own = parse_recipe(["cifar10", "--config", str(tmp_path / "mine.yaml"), "--late.start=null", "--resume"])
+    assert (recipe.late.members, recipe.late.start, recipe.seed, recipe.epochs) == (4, None, 7, 200)
+    assert recipe.model.options["width"] == 2 and recipe.optimizer.weight_decay == 5e-4 and own["resume"]
+    recipe, _ = parse_recipe(["cifar100"])
+    assert recipe.late.weight_decay == 5e-3 and recipe.late.targets == ["batch_norm", "head"]
