@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -402,6 +403,32 @@ def nested(depth):
 def test_malformed_and_hostile_pickles_end_in_an_error(pickled):
     with pytest.raises(ValueError, match="not a pickle as CIFAR's files are"):
         read_cifar_pickle(pickled)
+
+
+MEGABYTE = struct.pack("<I", 1 << 20) + bytes(1 << 20)
+EMPTY_ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+BYTE_TYPE = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR"
+BUILD_MEGABYTE = b"(K\x01J\x00\x00\x10\x00K\x01\x86h\x01\x89h\x00tb"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        # One string of a megabyte, remembered, and turned into bytes a hundred times: as keys, by a codec, as arrays.
+        b"\x80\x02T" + MEGABYTE + b"q\x00}(" + b"h\x00K\x01" * 100 + b"u.",
+        b"\x80\x03B" + MEGABYTE + b"q\x00}(" + b"h\x00K\x01" * 100 + b"u.",
+        b"\x80\x02X" + MEGABYTE + b"q\x00}(" + b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R" * 100 + b"t.",
+        b"\x80\x02T" + MEGABYTE + b"q\x00" + BYTE_TYPE + b"q\x01" + (EMPTY_ARRAY + BUILD_MEGABYTE) * 100 + b".",
+    ],
+)
+def test_short_files_do_not_become_long_in_memory(pickled):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="not a pickle .*: it uses the same bytes again and again"):
+            read_cifar_pickle(pickled)
+        assert tracemalloc.get_traced_memory()[1] < 12 * len(pickled)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.filterwarnings("ignore:.*escape sequence:DeprecationWarning")

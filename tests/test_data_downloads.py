@@ -59,6 +59,7 @@ def address():
 @pytest.fixture
 def entry(monkeypatch, address):
     """A function that makes "sample" point to a path of the server."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     def add(path, url=None):
         sample = Download(url or address + path, "sample.bin", len(CONTENT), "md5", hashlib.md5(CONTENT).hexdigest())

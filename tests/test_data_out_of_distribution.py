@@ -169,7 +169,9 @@ def test_folders_of_pictures_are_read_sorted_by_name(load, folder, packed, pictu
 
 
 def test_wrong_pictures_are_named(pictures, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"facebookresearch/odin links to LSUN_resize.tar.gz: put it there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"facebookresearch/odin links to LSUN_resize.tar.gz: put it into that folder"
+    ):
         load_lsun_resized(tmp_path)
     good = [picture_bytes(picture) for picture in pictures]
     huge = picture_bytes(np.zeros((5000, 5000), dtype=np.uint8))  # 25 MB of pixels, 30 kB of file: never decoded

@@ -129,6 +129,7 @@ def test_streams_are_contiguous_disjoint_and_miss_little(num_symbols, batch_size
         assert batches.epoch == epoch + 1 and len(seen) == len(batches)
         for inputs, targets in seen:
             assert inputs.shape == targets.shape == (rows, length) and inputs.dtype == torch.int64
+            assert inputs.is_contiguous() and targets.is_contiguous()
             assert torch.equal(targets, inputs + 1)  # the text counts up: the next symbol is one more
         streams = torch.cat([inputs for inputs, _ in seen], dim=1)
         assert torch.equal(streams, streams[:, :1] + torch.arange(len(seen) * length))  # step after step, row by row

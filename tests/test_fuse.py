@@ -294,12 +294,12 @@ def by_value(self, x):
 
 
 def by_shape(self, x):
-    return F.relu(self.bn1(x)) if x.shape[0] == K * B else x
+    return F.relu(self.bn1(x)) if x.shape[0] == 4 else x
 
 
 def by_shape_guarded(self, x):
     try:
-        return F.relu(self.bn1(x)) if x.size(0) == K * B else x
+        return F.relu(self.bn1(x)) if x.size(0) == 4 else x
     except Exception:
         return x
 
@@ -440,12 +440,12 @@ LEFT = {
         ("torch_random", torch_random, "calls rand on other values"),
         ("reads_a_class", reads_a_class, "reads Settings.fast"),
         ("closure", closure([]), "uses calls"),
-        ("counts", counts, "sets the attribute calls"),
+        ("counts", counts, "changes calls"),
         ("remembers", remembers, "reads the attribute seen, a list"),
         ("registers", registers, "calls register_buffer of module.py"),
         ("reads_its_dict", reads_its_dict, "reads __dict__"),
         ("asks_grad_mode", asks_grad_mode, "calls is_grad_enabled"),
-        ("without_grad", without_grad, "grad"),
+        ("without_grad", without_grad, "of _contextlib.py|grad"),
         ("decorated", torch.no_grad()(lambda self, x: F.relu(self.bn1(x))), "decorated"),
         ("checkpoints", checkpoints, "calls .* of _compile.py|checkpoint"),
         ("by_value", by_value, "decides by the values"),

@@ -39,6 +39,8 @@ class CifarFormat:
         label_key: of the Python version.
         label_bytes: in front of every image of the binary version; the last one is the label.
         names: file and key of the Python version's class names, and file of the binary version's.
+        mean: of the published recipes, per channel, for values divided by 255.
+        std: likewise.
     """
 
     name: str

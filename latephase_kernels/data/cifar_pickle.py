@@ -57,48 +57,14 @@ _GLOBALS = {
 }
 
 
-def _as_bytes(value: Any) -> bytes:
-    # Python 2's strings were bytes: pickletools hands them over decoded as Latin-1, which keeps every byte.
-    if not isinstance(value, (str, bytes)):
-        raise ValueError("bytes stand where something else is")
-    return value.encode("latin-1") if isinstance(value, str) else value
-
-
-def _call(function: Any, arguments: Any) -> Any:
-    """What REDUCE may make: an empty array, the type of unsigned bytes, or bytes written as a string."""
-    name = function.name if isinstance(function, _Global) else None
-    match name, arguments:
-        case "reconstruct", (_Global(name="ndarray"), (0,), kind) if _as_bytes(kind) == b"b":
-            return _Array()
-        case "dtype", (kind, *_) if kind in _UINT8:
-            return _ByteType()
-        case "encode", (str(text), "latin1"):
-            return text.encode("latin-1")
-    raise ValueError("something other than an array of unsigned bytes is constructed")
-
-
-def _build(target: Any, state: Any) -> None:
-    """What BUILD may fill: an array, from (version, (rows, columns), dtype, is_fortran, content)."""
-    if isinstance(target, _ByteType):
-        return  # its byte order and flags, which say nothing for single bytes
-    match target, state:
-        case _Array(values=None), (1, (int(rows), int(columns)), _ByteType(), int(is_fortran), content):
-            buffer = _as_bytes(content)
-            if rows < 0 or columns < 0 or rows * columns != len(buffer):
-                raise ValueError(f"an array's {len(buffer)} bytes do not fit its shape")
-            target.values = np.frombuffer(buffer, dtype=np.uint8).reshape(
-                rows, columns, order="F" if is_fortran else "C"
-            )
-            return
-    raise ValueError("something other than an array of unsigned bytes is filled")
-
-
 class _Machine:
     """The stack, its marks and the memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        # Bytes converted: an honest file has none of its own converted more than twice (by a codec, into an array).
+        self.conversions_left = 2 * size
 
     def pop_to_mark(self) -> list[Any]:
         for position in reversed(range(len(self.stack))):
@@ -137,11 +103,11 @@ class _Machine:
             stack.append(tuple([stack.pop() for _ in range(_TUPLES[name])][::-1]))
         elif name in ("APPEND", "APPENDS"):
             values = [stack.pop()] if name == "APPEND" else self.pop_to_mark()
-            self._container(list).extend(values)
+            self.container(list).extend(values)
         elif name in ("SETITEM", "SETITEMS"):
             values = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self.pop_to_mark()
-            keys = [_as_bytes(key).decode("ascii") for key in values[::2]]
-            self._container(dict).update(zip(keys, values[1::2], strict=True))
+            keys = [self.as_bytes(key).decode("ascii") for key in values[::2]]
+            self.container(dict).update(zip(keys, values[1::2], strict=True))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
             full_name = argument if name == "GLOBAL" else " ".join([stack.pop(-2), stack.pop()])
             if full_name not in _GLOBALS:
@@ -149,14 +115,49 @@ class _Machine:
             stack.append(_Global(_GLOBALS[full_name]))
         elif name == "REDUCE":
             arguments = stack.pop()
-            stack.append(_call(stack.pop(), arguments))
+            stack.append(self.call(stack.pop(), arguments))
         elif name == "BUILD":
             state = stack.pop()
-            _build(stack[-1], state)
+            self.build(stack[-1], state)
         elif name not in _IGNORED:
             raise ValueError(f"it has the opcode {name}, which CIFAR's files have not")
 
-    def _container(self, kind: type) -> Any:
+    def as_bytes(self, value: Any) -> bytes:
+        # Python 2's strings were bytes: pickletools hands them over decoded as Latin-1, which keeps every byte.
+        if not isinstance(value, (str, bytes)):
+            raise ValueError("bytes stand where something else is")
+        self.conversions_left -= len(value)
+        if self.conversions_left < 0:
+            raise ValueError("it uses the same bytes again and again")
+        return value if isinstance(value, bytes) else value.encode("latin-1")
+
+    def call(self, function: Any, arguments: Any) -> Any:
+        """What REDUCE may make: an empty array, the type of unsigned bytes, or bytes written as a string."""
+        name = function.name if isinstance(function, _Global) else None
+        match name, arguments:
+            case "reconstruct", (_Global(name="ndarray"), (0,), kind) if self.as_bytes(kind) == b"b":
+                return _Array()
+            case "dtype", (kind, *_) if kind in _UINT8:
+                return _ByteType()
+            case "encode", (str(text), "latin1"):
+                return self.as_bytes(text)
+        raise ValueError("something other than an array of unsigned bytes is constructed")
+
+    def build(self, target: Any, state: Any) -> None:
+        """What BUILD may fill: an array, from (version, (rows, columns), dtype, is_fortran, content)."""
+        if isinstance(target, _ByteType):
+            return  # its byte order and flags, which say nothing for single bytes
+        match target, state:
+            case _Array(values=None), (1, (int(rows), int(columns)), _ByteType(), int(is_fortran), content):
+                buffer = self.as_bytes(content)
+                if rows < 0 or columns < 0 or rows * columns != len(buffer):
+                    raise ValueError(f"an array's {len(buffer)} bytes do not fit its shape")
+                values = np.frombuffer(buffer, dtype=np.uint8)
+                target.values = values.reshape(rows, columns, order="F" if is_fortran else "C")
+                return
+        raise ValueError("something other than an array of unsigned bytes is filled")
+
+    def container(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
             raise ValueError(f"values are put into something that is no {kind.__name__}")
         return self.stack[-1]
@@ -177,7 +178,7 @@ def read_cifar_pickle(content: bytes) -> dict[str, Any]:
     Cost:
         About three times the file's size in memory, and two seconds for CIFAR-100's training file.
     """
-    machine = _Machine()
+    machine = _Machine(len(content))
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(content))):
             if count == _MAX_OPCODES:

@@ -33,7 +33,8 @@ class DeviceBatches:
     fill no minibatch sit out the epoch.
 
     The position is kept in the object: a pass that was left early goes on where it stopped. It moves on before a batch
-    is handed out; a state taken in the loop's body continues with the next one.
+    is handed out; a state taken in the loop's body continues with the next one. For passes that shall not move it (to
+    recompute statistics, say) make a second DeviceBatches of the same images: they are not copied.
 
     Args:
         images: the set on its device.

@@ -140,8 +140,8 @@ def _receive(download: Download, file: IO[bytes], timeout: float, show: bool) ->
 def download(name: str, folder: str | Path, *, timeout: float = 60.0, progress: bool = True) -> Path:
     """Fetch a data set's file into a folder, unless it is there already.
 
-    The content is checked before the file gets its name; whatever interrupts a download leaves nothing behind (but the
-    plug: then a hidden file that ends in ".part", which can be deleted).
+    The content is checked before the file gets its name, so that what lies there is whole. A download that fails or is
+    interrupted leaves nothing; a killed process leaves a hidden file that ends in ".part", which can be deleted.
 
     Args:
         name: a key of DOWNLOADS.

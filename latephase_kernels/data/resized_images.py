@@ -64,8 +64,8 @@ def _load(path: str | Path, pictures: _Pictures, verify: bool) -> ImageSet:
     except ImportError as error:
         raise ImportError("reading pictures needs Pillow; install latephase_kernels[train] or pillow") from error
     remedy = (
-        f"https://github.com/facebookresearch/odin links to {pictures.archive}: put it there as it is, or unpacked as "
-        f"the folder {pictures.folder}"
+        f"https://github.com/facebookresearch/odin links to {pictures.archive}: put it into that folder, as it is "
+        f"or unpacked as {pictures.folder}"
     )
     source = find_data(path, [pictures.folder, pictures.archive], remedy)
     if verify and source.is_file():

@@ -75,7 +75,7 @@ def _read_variables(content: bytes) -> dict[str, np.ndarray]:
         for inner_kind, inner in _elements(_decompress(data)) if kind == _COMPRESSED else [(kind, data)]:
             if inner_kind == _MATRIX:
                 name, values = _matrix(inner)
-                if values is not None:
+                if values is not None and name in ("X", "y"):  # others may be many, and large
                     variables[name] = values
     return variables
 

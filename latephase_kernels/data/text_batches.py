@@ -118,7 +118,7 @@ class TextBatches:
         streams = (parts[:, None] * self._global_batch_size + self._streams).flatten()  # [K·B]
         first = streams * self._stream_length + (shift + step * self.length)
         symbols = self.text[first[:, None] + self._window].long()  # [K·B, S + 1]
-        return symbols[:, :-1], symbols[:, 1:]
+        return symbols[:, :-1].contiguous(), symbols[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, and what it refers to; plain numbers."""

@@ -226,7 +226,7 @@ class Watch:
         else:
             known = isinstance(value, (FunctionType, type))
         if not known:
-            self.note(f"its forward uses {name}, which it does not own")
+            self.note(f"its forward uses {name} from outside of it")
 
 
 def _home(function: Callable) -> str:

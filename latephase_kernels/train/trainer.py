@@ -5,6 +5,7 @@ step takes the next K. All that a step depends on is the state that `Trainer.sta
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -209,16 +210,17 @@ class Trainer:
         """Return the model to evaluate, with members if there are any: SWA's with fresh statistics, where it ran."""
         if self.averaged is None:
             return self.model
+        model = copy.deepcopy(self.averaged.module)
         per_epoch = self.batches.minibatches_per_epoch
         first = self.recipe.epochs * per_epoch  # an order and an augmentation that training has not seen
         images = (self.batches.stack(first + number, 1)[0] for number in range(per_epoch))
         with torch.random.fork_rng():  # dropout draws the same whenever this is called
             torch.manual_seed(self.recipe.seed)
             if self.expanded:
-                lp.update_bn(images, self.averaged.module)
+                lp.update_bn(images, model)
             else:
-                torch.optim.swa_utils.update_bn(images, self.averaged.module)
-        return self.averaged.module
+                torch.optim.swa_utils.update_bn(images, model)
+        return model
 
     # ------------------------------------------------------------------------------------------ reading and state
 
