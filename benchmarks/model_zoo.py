@@ -45,45 +45,55 @@ def models_of(library: str) -> dict[str, Callable[..., nn.Module]]:
     return found
 
 
+def make_on_meta(make: Callable[..., nn.Module], **options) -> nn.Module:
+    """Return the model on the meta device, where nothing is allocated or computed."""
+    try:
+        with torch.device("meta"):
+            return make(**options)
+    except NotImplementedError:  # the constructor reads values, as torchvision's RegNets do
+        return make(**options).to("meta")
+
+
 def smallest_input(name: str, make: Callable[..., nn.Module], outline: nn.Module) -> tuple[dict, tuple[int, ...]]:
     """Return the options to make the model with, and the size of the smallest sample that it takes in training.
 
-    Where batch norms are left with two values a channel, the model amplifies rounding without bound: a larger one.
+    Where many batch norms are left with two values a channel, rounding is amplified without bound: a larger one.
 
     Args:
-        outline: the model made on the meta device, where nothing is computed.
+        outline: the model on the meta device.
     """
     config = getattr(outline, "default_cfg", None) or {}
     own = tuple(config.get("input_size", (3, 299, 299) if name == "inception_v3" else (3, 224, 224)))
-    frames = (16,) if any(isinstance(module, nn.Conv3d) for module in outline.modules()) else ()
+    video = not config and any(isinstance(module, nn.Conv3d) for module in outline.modules())
+    frames = (16,) if video else ()
     found = []
     for side in _SIDES:
         size = (own[0], *frames, side, side)
         for options in ({}, {"img_size": side}) if side < own[-1] else ():
-            with contextlib.suppress(Exception), torch.device("meta"):  # each model refuses in its own way
-                values = _smallest_group(make(**options).train(), torch.empty(ROWS, *size))
-                if values >= 4 * ROWS:
+            with contextlib.suppress(Exception):  # each model refuses in its own way
+                few = _small_groups(make_on_meta(make, **options).train(), torch.empty(ROWS, *size, device="meta"))
+                if few <= 2:  # in the heads
                     return options, size
                 found.append((options, size))
     return found[0] if found else ({}, (own[0], *frames, *own[1:]))
 
 
-def _smallest_group(model: nn.Module, x: torch.Tensor) -> int:
-    """Return the smallest number of values a channel that a batch norm of model is given, but for those of heads."""
+def _small_groups(model: nn.Module, x: torch.Tensor) -> int:
+    """Return how many calls of batch norms have fewer than four values a channel and sample."""
     shapes: list[torch.Size] = []
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
-    model(x)
-    return min((shape.numel() // shape[1] for shape in shapes if len(shape) > 2), default=4 * ROWS)
+    with x.device:
+        model(x)
+    return sum(shape.numel() < 4 * ROWS * shape[1] for shape in shapes)
 
 
 def run_model(name: str, make: Callable[..., nn.Module], max_parameters: float = math.inf) -> dict:
     """Check one model; return its row: status "pass", "fail" or "skip", and why."""
     start = time.perf_counter()
     row: dict = {"model": name, "status": "skip"}
-    with torch.device("meta"):
-        outline = make()
+    outline = make_on_meta(make)
     row["parameters"] = sum(parameter.numel() for parameter in outline.parameters())
     norms = [type(module).__name__ for module in outline.modules() if isinstance(module, _BatchNorm)]
     if not norms:

@@ -137,6 +137,7 @@ def check(model: nn.Module, x: Tensor, num_members: int) -> float:
         for tensor in fresh.state_dict().values():
             tensor.zero_()
     fresh.load_state_dict(found, strict=True)
+    del fresh, back, found  # large models: no more copies at a time than the next comparison needs
 
     # Training: every member as a plain copy of its own.
     stacked, weights = _train(expanded, x)
@@ -156,6 +157,7 @@ def check(model: nn.Module, x: Tensor, num_members: int) -> float:
     shared = lp.expand(copy.deepcopy(model), num_members, targets=lambda name, module: name == first)
     errors.append(_compare("training output with shared batch norms", _run(shared, x), expected))
     errors.append(_check_shared_statistics(shared, state, plains))
+    del shared, plains, expanded
 
     # Members that differ: the collapsed model answers as they do on average.
     noisy = lp.expand(copy.deepcopy(model), num_members, noise_std=0.1)

@@ -63,6 +63,22 @@ def _train(arguments: Sequence[str]) -> int:
         raise ValueError(str(error)) from error
 
 
+def _eval(arguments: argparse.Namespace) -> None:
+    from .train.checkpoints import RunError
+    from .train.eval_command import run_eval
+
+    try:
+        run_eval(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    except (RunError, ImportError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .train.report import run_report
+
+    run_report(arguments.folders, arguments.output)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     parser = _Parser(prog="latephase", description="Late-phase weights for PyTorch.", allow_abbrev=False)
@@ -85,7 +101,11 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="a few steps only, to see that everything works")
     demo.set_defaults(run=_demo)
     _add_nqp(commands)
-    commands.add_parser("train", help="train by a recipe: CIFAR-10, CIFAR-100, digits, or a YAML file (latephase train)")
+    commands.add_parser(
+        "train", help="train by a recipe: CIFAR-10, CIFAR-100, digits, or a YAML file (latephase train)"
+    )
+    _add_eval(commands)
+    _add_report(commands)
     return parser
 
 
@@ -130,6 +150,46 @@ def _add_nqp(commands: "argparse._SubParsersAction[_Parser]") -> None:
     nqp.add_argument("--output", metavar="DIR", help="folder to write to (default ./nqp_run)")
     nqp.add_argument("--quick", action="store_true", help="few seeds and few steps")
     nqp.set_defaults(run=_nqp)
+
+
+def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        allow_abbrev=False,
+        help="evaluate a run of latephase train: accuracy, calibration, foreign and corrupted images",
+        description="Evaluate the final model of a run, averaged, as an ensemble and member by member; print the "
+        "tables, write evaluation.json and, with --ood, ood.png into the run's folder. Data that is missing is named "
+        "and left out.",
+    )
+    evaluate.add_argument("folder", metavar="RUN", help="the folder of the run")
+    evaluate.add_argument("--data", metavar="DIR", help="where all data lie (default: as in the run's recipe)")
+    evaluate.add_argument(
+        "--ood",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="SET,SET,...",
+        help="sets to tell from the test set: svhn, lsun, tiny_imagenet, cifar10, cifar100, or all",
+    )
+    evaluate.add_argument(
+        "--corruptions", action="store_true", help="error of the averaged model on CIFAR-10-C or CIFAR-100-C"
+    )
+    evaluate.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    evaluate.set_defaults(run=_eval)
+
+
+def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    report = commands.add_parser(
+        "report",
+        allow_abbrev=False,
+        help="all finished runs beside the published figures, mean and standard deviation over seeds",
+        description="Collect the results of finished runs, average those of one name over their seeds, and print them "
+        "beside the published figures; write report.md, report.json and report.png. Runs are matched by name, as the "
+        "recipes have it; name plain runs cifar10_base, cifar10_swa_base, cifar100_base, cifar100_swa_base: "
+        "latephase train cifar10 --late.start=null --name=cifar10_base",
+    )
+    report.add_argument("folders", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold some")
+    report.add_argument("--output", default="report", metavar="DIR", help="folder to write to (default ./report)")
+    report.set_defaults(run=_report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

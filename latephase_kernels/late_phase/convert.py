@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members
 from ..nn.routing import Routed, Routing
-from .mixing import check_not_mixing
 from .fuse import unfuse
+from .mixing import check_not_mixing
 from .optimizers import Gains, check_optimizers, move_parameters
 from .targets import (
     MEMBER_TYPES,

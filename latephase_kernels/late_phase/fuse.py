@@ -43,7 +43,7 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
     Keys, parameters, hooks and the model's code stay; the values are equal to rounding. What cannot be proved to mean
     the same is left as it is, and `fusions` says why. A block that is changed afterwards (a child replaced, a hook on
     a fused module, an attribute that its forward reads) runs its original forward; fuse again to fuse it anew.
-    `collapse` undoes it. Copies and pickles are fused as well.
+    `collapse` undoes it. Copies and pickles are fused as well. No other thread should run a model meanwhile.
 
     Args:
         model: expanded; it is changed.

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .fuse_graph import BATCH_NORMS, Chains, is_observed
+from .fuse_graph import BATCH_NORMS, Chains, is_observed, why_not
 from .fuse_trace import Trace, trace_forward
 from .fuse_watch import Absent, Silent, subclass
 
@@ -33,6 +33,7 @@ class _Variant:
     function: Callable
 
     def fits(self, training: bool, args: tuple) -> bool:
+        """Whether the trace assumed a call like this."""
         if len(args) != len(self.types) or self.training not in (None, training):
             return False
         # A trace took each argument for something that is not None, True, ….
@@ -89,13 +90,12 @@ class FusedForward(Silent):
     """First base of a fused block's class; the block's own class comes second."""
 
     _fused_graphs = Graphs()  # no variants, for an instance that nobody fused
-    _unfused: type  # the block's own class
 
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(max(protocol, 2))
         if reduced[0] is not copyreg.__newobj__:
             return reduced
-        return _new, (self._unfused,), *reduced[2:]
+        return _new, (self.stands_for,), *reduced[2:]
 
     def __setstate__(self, state):
         super().__setstate__(state)  # type: ignore[misc]
@@ -114,7 +114,7 @@ def _fused_class(cls: type) -> type:
         function = None if kwargs else self._fused_graphs.function_for(self.training, args)
         return cls.forward(self, *args, **kwargs) if function is None else function(self, *args)
 
-    return subclass(cls, FusedForward, {"forward": forward, "_unfused": cls})
+    return subclass(cls, FusedForward, {"forward": forward})
 
 
 def _new(cls: type) -> nn.Module:
@@ -140,6 +140,9 @@ def _variant(block: nn.Module, trace: Trace) -> _Variant:
 
 def analyze(block: nn.Module) -> Graphs:
     """Trace a plain block and rewrite what can be; without variants if that is nothing."""
+    norms = _batch_norms(block)
+    if all(why_not(norm) for _, norm in norms):
+        return Graphs(sites=tuple((name, "", why_not(norm)) for name, norm in norms))
     traces, refusals = trace_forward(block)
     variants, silent, parents = [], [], []
     reads: dict[tuple[nn.Module, str], Any] = {}
@@ -162,7 +165,7 @@ def analyze(block: nn.Module) -> Graphs:
         sites.append((norm, patterns[0] if patterns else "", reasons[0] if reasons else ""))
     called = {block.get_submodule(norm) for norm, _, _ in sites}
     uncalled = refusals[0] if refusals else "the forward of its parent does not call it"
-    sites += [(name, "", uncalled) for name, norm in _batch_norms(block) if norm not in called]
+    sites += [(name, "", uncalled) for name, norm in norms if norm not in called]
     return Graphs(
         tuple(variants),
         tuple(sites),
@@ -188,17 +191,21 @@ def fuse_block(block: nn.Module) -> bool:
 
 def unfuse_block(block: FusedForward) -> None:
     """Give a fused block its own class and forward back."""
-    object.__setattr__(block, "__class__", block._unfused)
+    object.__setattr__(block, "__class__", block.stands_for)
     vars(block).pop("_fused_graphs", None)
 
 
 # ---------------------------------------------------------------------------------------------- finding blocks
 
 
+def _has_forward(module: nn.Module) -> bool:
+    return getattr(type(module), "forward", None) is not nn.Module.forward  # scripted modules keep theirs elsewhere
+
+
 def _containers(module: nn.Module, prefix: str = "") -> Iterator[tuple[nn.Module, str]]:
     """Yield the children without a forward (ModuleList, ModuleDict) and theirs, with the prefix of their names."""
     for name, child in module._modules.items():
-        if child is not None and type(child).forward is nn.Module.forward:
+        if child is not None and not _has_forward(child):
             yield child, f"{prefix}{name}."
             yield from _containers(child, f"{prefix}{name}.")
 
@@ -224,5 +231,5 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in model.named_modules()
-        if (module is model or type(module).forward is not nn.Module.forward) and _batch_norms(module)
+        if (module is model or _has_forward(module)) and _batch_norms(module)
     ]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn.batch_norm import _EnsembleBatchNorm
+from ..nn.rank1 import Rank1Conv2d, Rank1Linear
 from ..nn.shared_batch_norm import _SharedBatchNorm
 from .fuse_trace import IN_PLACE
 
@@ -20,11 +21,14 @@ _ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLAC
 _ADD_METHODS = {"add": "add", "add_": "iadd"}
 _ADDS: dict[str, Callable] = {"add": operator.add, "iadd": operator.iadd, "radd": lambda y, residual: residual + y}
 # Their output shares memory with nothing else.
-_FRESH = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_FRESH = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(Rank1Conv2d, Rank1Linear),
+)
 
 
 def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str) -> Tensor:
-    """Return relu(norm(input) + residual): one op where residual is like input, else as it is written.
+    """Return relu(norm(input) + residual): one op where residual is like input, else as the model has it.
 
     Args:
         norm: an ensemble or shared batch norm.
@@ -52,6 +56,15 @@ def is_observed(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def why_not(norm: nn.Module) -> str:
+    """Say why a batch norm cannot be part of any chain, or ""."""
+    if type(norm).forward not in [cls.forward for cls in BATCH_NORMS]:
+        return "it has a forward of its own"
+    if getattr(norm, "activation", "none") != "none":
+        return "it has an activation of its own"
+    return "it has hooks or a forward set on it" if is_observed(norm) else ""
 
 
 class _Left(Exception):
@@ -119,12 +132,9 @@ class Chains:
         """Return the module that norm calls, if one call of it can do more."""
         module = self._child(norm)
         assert module is not None
-        if type(module).forward not in [cls.forward for cls in BATCH_NORMS]:
-            raise _Left("it has a forward of its own")
-        if getattr(module, "activation", "none") != "none":
-            raise _Left("it has an activation of its own")
-        if is_observed(module):
-            raise _Left("it has hooks or a forward set on it")
+        reason = why_not(module)
+        if reason:
+            raise _Left(reason)
         if len(norm.args) != 1 or norm.kwargs:
             raise _Left("it is called with more than its input")
         return module

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .fuse_watch import CONTAINERS, Question, Untraceable, Watch, is_constant, is_models
+from .fuse_watch import CONTAINERS, Question, Untraceable, Watch, is_constant, is_models, own_class
 
 _TRAINING, _TYPES = (True, False), (Tensor, list)  # the answers traced for the flag, and for an argument's type
 _DATA = frozenset(("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "T", "mT", "H", "mH"))
@@ -46,7 +46,10 @@ class Trace:
 
 
 def trace_forward(module: nn.Module) -> tuple[list[Trace], list[str]]:
-    """Return the traces of module's forward, one for each answer it distinguishes, and why others are missing."""
+    """Return the traces of module's forward, one for each answer it distinguishes, and why others are missing.
+
+    While it runs, torch.fx and this file replace parts of torch and Python: no other thread should run the model.
+    """
     traces, refusals = [], []
     todo: list[dict[str, Any]] = [{}]
     while todo:
@@ -67,17 +70,18 @@ def _trace(module: nn.Module, assumed: dict[str, Any]) -> Trace:
     arguments = _required_arguments(module)
     watch = Watch(module, assumed)
     tracer = _Tracer(watch, arguments)
-    classes = [(child, type(child)) for child in module.modules()]
+    classes = [(child, type(child)) for child in module.modules() if not isinstance(child, torch.jit.ScriptModule)]
     try:
-        watched = {cls: watch.watched(cls) for _, cls in classes}
-        for child, cls in classes:
-            object.__setattr__(child, "__class__", watched[cls])
+        watched = {cls: watch.watched(cls) for cls in {own_class(child) for child, _ in classes}}
+        for child, _ in classes:
+            object.__setattr__(child, "__class__", watched[own_class(child)])
         graph = tracer.trace(module)
     except (Untraceable, Question):
         raise
     except Exception as error:  # fx raises nearly every type for what it cannot trace
         watch.raise_if_refused()
-        raise Untraceable(f"its forward cannot be traced: {str(error).strip().splitlines()[0]}") from None
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Untraceable(f"its forward cannot be traced: {message}") from None
     finally:
         for child, cls in classes:
             object.__setattr__(child, "__class__", cls)

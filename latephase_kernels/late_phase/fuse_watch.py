@@ -17,7 +17,7 @@ from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, Method
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _PYTHON = os.path.dirname(os.__file__) + os.sep
@@ -62,16 +62,23 @@ def is_constant(value: Any) -> bool:
 
 
 class Silent:
-    """First base of the classes made here: the class they stand for does not hear of them."""
+    """First base of the classes made by subclass: the class they stand for does not hear of them."""
+
+    stands_for: type
 
     def __init_subclass__(cls, **_):
         pass
 
 
 def subclass(cls: type, base: type, names: dict[str, Any]) -> type:
-    """Return a subclass of (base, cls) that goes by cls's name."""
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **names}
-    return type(cls)(cls.__name__, (cls,) if issubclass(cls, base) else (base, cls), names)
+    """Return a subclass of (base, cls), base being Silent, that goes by cls's name."""
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "stands_for": cls}
+    return type(cls)(cls.__name__, (base, cls), {**own, **names})
+
+
+def own_class(module: nn.Module) -> type:
+    """Return module's class, or the one that it stands for."""
+    return type(module).stands_for if isinstance(module, Silent) else type(module)
 
 
 def is_models(frame: FrameType | None) -> bool:
@@ -91,13 +98,22 @@ def _asks(frame: FrameType | None) -> bool:
 
 @dataclass
 class Watch:
-    """Sees everything that one run of a forward reads and calls; refuses what may differ at another call."""
+    """Sees everything that one run of a forward reads and calls; refuses what may differ at another call.
+
+    Attributes:
+        module: whose forward runs.
+        assumed: the answers to its questions.
+        reads: (module, attribute, value), see Trace.
+        parents: modules whose children it looked up or listed.
+        stop: the first refusal or question, should the forward swallow the exception.
+        scanned: the code that was looked through.
+    """
 
     module: nn.Module
     assumed: dict[str, Any]
     reads: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     parents: list[nn.Module] = field(default_factory=list)
-    stop: BaseException | None = None  # the first refusal or question, should the forward swallow it
+    stop: BaseException | None = None
     scanned: set[CodeType] = field(default_factory=set)
 
     def refuse(self, reason: str) -> None:
@@ -105,6 +121,7 @@ class Watch:
         raise Untraceable(reason)
 
     def note(self, reason: str) -> None:
+        """Refuse later: in a profile function, or where more is looked through."""
         self.stop = self.stop or Untraceable(reason)
 
     def raise_if_refused(self) -> None:
@@ -112,6 +129,11 @@ class Watch:
             raise self.stop
 
     def answer(self, key: str) -> Any:
+        """Return what is assumed of "training", or of an argument's type.
+
+        Raises:
+            Question: nothing is.
+        """
         if key not in self.assumed:
             self.stop = self.stop or Question(key)
             raise self.stop
@@ -155,7 +177,7 @@ class Watch:
             return value
         if name == "training" and module is self.module:
             return self.answer(name)
-        if isinstance(value, nn.Module):
+        if isinstance(value, (nn.Module, fx.Proxy)):  # a proxy is what a property computed
             return value
         if isinstance(value, Tensor):
             self.reads.append((module, name, ...))
@@ -174,7 +196,7 @@ class Watch:
             self.scan(frame)
         elif event == "call" and is_models(frame.f_back):
             known = code.co_filename.startswith(_KNOWN_PYTHON)
-            if code.co_filename == nn.Module.__init__.__code__.co_filename:
+            if code.co_filename == f"{_MODULES}module.py":
                 known = code.co_name in _MODULE_METHODS
             if not known:
                 self.note(f"its forward calls {code.co_name} of {os.path.basename(code.co_filename)}")
@@ -183,7 +205,7 @@ class Watch:
             if isinstance(owner, ModuleType):
                 known = owner.__name__ != "torch._C" and owner.__name__.split(".")[0] in _KNOWN_PACKAGES
             else:
-                known = owner is None or isinstance(owner, (*CONTAINERS, type, Tensor))
+                known = owner is None or isinstance(owner, CONTAINERS) or _is_container_type(owner)
             if not known:
                 self.note(f"its forward calls {getattr(called, '__qualname__', called)}")
         self.raise_if_refused()
@@ -215,6 +237,7 @@ class Watch:
             before = instruction
 
     def check_global(self, name: str, value: Any) -> None:
+        """Refuse a global or outer variable but for functions, classes and the known modules and builtins."""
         if isinstance(value, ModuleType):
             known = value.__name__.split(".")[0] in _KNOWN_PACKAGES
         elif getattr(builtins, name, Absent) is value:
@@ -222,11 +245,15 @@ class Watch:
         elif isinstance(value, BuiltinFunctionType):
             owner = value.__self__
             in_package = isinstance(owner, (ModuleType, type(None))) and _home(value) in _KNOWN_PACKAGES
-            known = in_package or owner in CONTAINERS
+            known = in_package or _is_container_type(owner)
         else:
             known = isinstance(value, (FunctionType, type))
         if not known:
             self.note(f"its forward uses {name} from outside of it")
+
+
+def _is_container_type(owner: Any) -> bool:
+    return isinstance(owner, type) and owner in CONTAINERS
 
 
 def _home(function: Callable) -> str:

@@ -21,6 +21,7 @@ from ..nn import (
     MemberLinear,
     Rank1Conv2d,
     Rank1Linear,
+    Rank1LSTM,
     SharedBatchNorm1d,
     SharedBatchNorm2d,
     SharedBatchNorm3d,
@@ -42,7 +43,7 @@ MEMBER_TYPES: dict[type, type] = {
     nn.GroupNorm: EnsembleGroupNorm,
     nn.RMSNorm: EnsembleRMSNorm,
 }
-RANK1_TYPES: dict[type, type] = {nn.Linear: Rank1Linear, nn.Conv2d: Rank1Conv2d}
+RANK1_TYPES: dict[type, type] = {nn.Linear: Rank1Linear, nn.Conv2d: Rank1Conv2d, nn.LSTM: Rank1LSTM}
 SHARED_TYPES: dict[type, type] = {
     nn.BatchNorm1d: SharedBatchNorm1d,
     nn.BatchNorm2d: SharedBatchNorm2d,
@@ -111,7 +112,7 @@ def _uncalled(model: nn.Module) -> dict[int, str]:
 
 
 def _rank1(model: nn.Module) -> list[nn.Module]:
-    """Return the linear layers and convolutions, exactly of these types, whose parents call them."""
+    """Return the linear layers, convolutions and LSTMs, exactly of these types, whose parents call them."""
     uncalled = _uncalled(model)
     return [module for module in model.modules() if type(module) in RANK1_TYPES and id(module) not in uncalled]
 
@@ -152,6 +153,22 @@ def _select(model: nn.Module, target: str | Callable) -> tuple[set[int], set[int
     return (set(), selected) if target == "rank1" else (selected, set())
 
 
+def _check_batch_dimension(model: nn.Module, found: set[int], rank1: set[int]) -> None:
+    """Raise NotImplementedError if a target beside an LSTM with batch_first=False would split time among members."""
+    named = [(name, module) for name, module in model.named_modules() if id(module) in found]
+    lstm = next((name for name, m in named if isinstance(m, nn.LSTM) and id(m) in rank1 and not m.batch_first), None)
+    # A replicated head behind an LSTM usually takes one step, and so rows of the batch.
+    free = {id(m) for _, m in named if isinstance(m, (_BatchNorm, nn.LSTM))}
+    free |= {id(m) for _, m in named if isinstance(m, nn.Linear)} - rank1
+    other = next((name for name, m in named if id(m) not in free), None)
+    if lstm is not None and other is not None:
+        raise NotImplementedError(
+            f"expand: {lstm} has batch_first=False, but {other} takes dim 0 for the batch; make the LSTM with "
+            'batch_first=True, or target it alone: targets=lambda name, module: "rank1" if name == '
+            f'"{lstm}" else False'
+        )
+
+
 def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[int], list]:
     """Return the targeted modules by id, in the model's order; the ids that get rank-1 gains; targets that found none.
 
@@ -159,7 +176,8 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
 
     Raises:
         TypeError, ValueError: an unknown target, or the root itself is one.
-        NotImplementedError: rank-1 gains for a layer whose parent does not call it.
+        NotImplementedError: rank-1 gains for a layer whose parent does not call it, or for an LSTM whose batch is in
+            dim 1, beside layers that have theirs in dim 0.
     """
     targets = (targets,) if isinstance(targets, str) or callable(targets) else tuple(targets)
     found: set[int] = set()
@@ -175,6 +193,7 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         rank1 |= multiplied
     rank1 -= found
     found |= rank1
+    _check_batch_dimension(model, found, rank1)
     if id(model) in found:
         raise ValueError(
             f"expand: the model itself ({type(model).__name__}) is a target and cannot be replaced in place; "

@@ -5,6 +5,7 @@ from .linear import MemberLinear
 from .norm_act import EnsembleBatchNormAct2d, EnsembleSyncBatchNormAct, SharedBatchNormAct2d, SharedSyncBatchNormAct
 from .norms import EnsembleGroupNorm, EnsembleLayerNorm, EnsembleLayerNorm2d, EnsembleRMSNorm, MemberwiseNorm
 from .rank1 import Rank1Conv2d, Rank1Linear
+from .rank1_lstm import Rank1LSTM
 from .shared_batch_norm import SharedBatchNorm1d, SharedBatchNorm2d, SharedBatchNorm3d
 from .sync_batch_norm import EnsembleSyncBatchNorm, SharedSyncBatchNorm
 
@@ -22,6 +23,7 @@ __all__ = [
     "MemberLinear",
     "MemberwiseNorm",
     "Rank1Conv2d",
+    "Rank1LSTM",
     "Rank1Linear",
     "SharedBatchNorm1d",
     "SharedBatchNorm2d",

@@ -4,13 +4,15 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Test accuracy in %, mean and standard deviation over 5 seeds (None where the paper gives none).
-# Source: von Oswald et al., ICLR 2021, tables 1 to 3; WRN-28-10 unless said.
-PUBLISHED: dict[str, tuple[str, float, float | None]] = {
+from .runs import write_whole
+
+# By the run's name: what it is, and the averaged model's test accuracy in %, mean and standard deviation over 5 seeds.
+# Source: von Oswald et al., ICLR 2021 (arXiv 2007.12927); WRN-28-10 unless said.
+PUBLISHED: dict[str, tuple[str, float, float]] = {
     "cifar10": ("late-phase BatchNorm, SGD", 96.46, 0.15),
     "cifar10_base": ("base, SGD", 96.16, 0.12),
     "cifar10_swa": ("late-phase BatchNorm, SWA", 96.81, 0.07),
@@ -24,45 +26,89 @@ PUBLISHED: dict[str, tuple[str, float, float | None]] = {
 }
 QUANTITIES = {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4), "ece": ("ECE %", 2), "brier": ("Brier", 4)}
 WAYS = ("averaged", "ensemble", "members")
+# Lines of a config.yaml in which runs may differ that are averaged: they do not say what is trained.
+_INCIDENTAL = (
+    *("seed", "folder", "evaluate_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("channels_last", "compile", "deterministic", "member_chunk", "fuse"),
+)
+
+Summary = dict[tuple[str, str], dict[str, tuple[float, float, int]]]
+
+
+def _is_result(content: Any) -> bool:
+    try:
+        values = [content["metrics"]["averaged"][quantity] for quantity in QUANTITIES]
+        return isinstance(content["name"], str) and isinstance(content["seed"], int) and bool(map(float, values))
+    except (KeyError, TypeError):
+        return False
+
+
+def _recipe_lines(file: Path) -> list[str]:
+    """What a run was trained by, as far as runs that are averaged must agree; empty where it is not there."""
+    config = file.with_name("config.yaml")
+    lines = config.read_text(encoding="utf-8").splitlines() if config.exists() else []
+    return [line.strip() for line in lines if line.strip().partition(":")[0] not in _INCIDENTAL]
 
 
 def read_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Return the results.json of every run in the folders, which are runs or hold runs.
+    """Return the results.json of every run in the folders, which are runs or hold runs; each once.
+
+    What other commands of this package wrote there is passed over.
 
     Raises:
-        ValueError: a folder holds no finished run, or a results.json is damaged.
+        ValueError: a folder holds no finished run, a results.json is damaged, two runs have the same name and seed, or
+            runs have the same name and different recipes.
     """
-    results = []
+    found: dict[Path, dict[str, Any]] = {}
     for folder in map(Path, folders):
         files = sorted(folder.glob("**/results.json"))
-        if not files:
-            raise ValueError(f"report: {folder} holds no finished run (no results.json); train there, or resume")
+        contents = {}
         for file in files:
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                content["metrics"]["averaged"]["accuracy"], content["name"], content["seed"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(f"report: {file} is no result of latephase train") from None
-            results.append(content)
-    return results
+                contents[file] = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ValueError(f"report: {file} is damaged; resume the run, or remove the file") from None
+        runs = {file.resolve(): content for file, content in contents.items() if _is_result(content)}
+        if not runs:
+            raise ValueError(f"report: {folder} holds no finished run of latephase train; train there, or resume")
+        found.update(runs)
+    _check_comparable(found)
+    return list(found.values())
 
 
-def summarize(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, tuple[float, float, int]]]:
+def _check_comparable(found: Mapping[Path, dict[str, Any]]) -> None:
+    """Raise a ValueError where a mean over seeds would be over other things, too."""
+    by_name: dict[str, dict[int, Path]] = defaultdict(dict)
+    for file, result in found.items():
+        seeds = by_name[result["name"]]
+        if result["seed"] in seeds:
+            raise ValueError(
+                f"report: {seeds[result['seed']].parent} and {file.parent} are both {result['name']} with seed "
+                f"{result['seed']}; report one of them, or train with another --name"
+            )
+        for other in list(seeds.values())[:1]:
+            lines, other_lines = _recipe_lines(file), _recipe_lines(other)
+            changed = sorted(set(lines) ^ set(other_lines))
+            if lines and other_lines and changed:
+                raise ValueError(
+                    f"report: {other.parent} and {file.parent} are both {result['name']}, but by different recipes: "
+                    f"{changed[0]!r} is in one of them only; report one of them, or train with another --name"
+                )
+        seeds[result["seed"]] = file
+
+
+def summarize(results: Sequence[dict[str, Any]]) -> Summary:
     """Return mean, standard deviation (nan for one seed) and number of seeds by (run's name, way to predict), quantity.
 
-    Raises:
-        ValueError: two runs have the same name and seed.
+    The standard deviation is that of a sample: divided by the number of seeds less one.
     """
-    seen = set()
     values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        key = (result["name"], result["seed"])
-        if key in seen:
-            raise ValueError(f"report: there are two runs of {key[0]} with seed {key[1]}; name one of them otherwise")
-        seen.add(key)
+    for name in dict.fromkeys(result["name"] for result in results):
         for way in WAYS:
-            for quantity, value in result["metrics"].get(way, {}).items():
-                values[result["name"], way][quantity].append(value)
+            for result in results:
+                if result["name"] == name and way in result["metrics"]:
+                    for quantity in QUANTITIES:
+                        values[name, way][quantity].append(result["metrics"][way][quantity])
     return {
         key: {
             quantity: (
@@ -76,78 +122,119 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[s
     }
 
 
-def format_markdown(summary: dict[tuple[str, str], dict[str, tuple[float, float, int]]]) -> str:
+def _with_deviation(mean: float, deviation: float, digits: int) -> str:
+    return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
+
+
+def format_markdown(summary: Summary) -> str:
     """Return the comparison as a Markdown table."""
     header = ["run", "prediction", "seeds", *(title for title, _ in QUANTITIES.values()), "published accuracy %"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for (name, way), quantities in summary.items():
-        cells = [name, way, str(quantities["accuracy"][2])]
-        for quantity, (_, digits) in QUANTITIES.items():
-            mean, deviation, _ = quantities[quantity]
-            cells.append(f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}"))
-        published = PUBLISHED.get(name) if way == "averaged" else None
-        cells.append("" if published is None else f"{published[1]:.2f} ± {published[2]:.2f} ({published[0]})")
+        cells = [name.replace("|", "\\|"), way, str(quantities["accuracy"][2])]
+        cells += [_with_deviation(*quantities[key][:2], digits) for key, (_, digits) in QUANTITIES.items()]
+        if _corresponds(name, way):
+            title, mean, deviation = PUBLISHED[name]
+            cells.append(f"{_with_deviation(mean, deviation, 2)} ({title})")
+        else:
+            cells.append("")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw_report(summary: dict[tuple[str, str], dict[str, tuple[float, float, int]]], path: Path) -> bool:
-    """Draw accuracy and NLL of every run, with the published accuracy beside it; False without matplotlib."""
+def draw_report(summary: Summary, path: Path) -> bool:
+    """Draw accuracy and NLL of every run, with the published accuracy beside it; False without matplotlib.
+
+    Runs whose names begin alike, up to the first "_", share their panels: those of one data set, as the recipes are
+    named.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    labels = [f"{name}, {way}" for name, way in summary]
-    figure = Figure(figsize=(11, 1.4 + 0.32 * len(labels)), layout="constrained")
+    families: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name, way in summary:
+        families[name.partition("_")[0]].append((name, way))
+    heights = [len(rows) + 1.5 for rows in families.values()]
+    figure = Figure(figsize=(12, 0.5 * sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "nll")):
-        for row, quantities in enumerate(summary.values()):
-            mean, deviation, _ = quantities[quantity]
-            axes.errorbar(mean, row, xerr=0 if math.isnan(deviation) else deviation, fmt="o", capsize=3, color="C0")
-        if quantity == "accuracy":
-            published = [
-                (row, PUBLISHED[name])
-                for row, (name, way) in enumerate(summary)
-                if way == "averaged" and name in PUBLISHED
-            ]
-            for row, (_, mean, deviation) in published:
-                axes.errorbar(mean, row + 0.25, xerr=deviation or 0, fmt="s", capsize=3, color="C1")
-            if published:
-                axes.plot([], [], "s", color="C1", label="published")
-                axes.legend()
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlabel(f"test {QUANTITIES[quantity][0]}")
-        axes.grid(alpha=0.3)
-    figure.axes[0].invert_yaxis()
-    figure.savefig(path, dpi=130)
+    grid = figure.subplots(
+        len(families), 2, sharey="row", squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": (3, 2)}
+    )
+    for panels, rows in zip(grid, families.values()):
+        for axes, quantity in zip(panels, ("accuracy", "nll")):
+            for row, key in enumerate(rows):
+                mean, deviation, _ = summary[key][quantity]
+                _draw_value(axes, row - 0.1, mean, deviation, QUANTITIES[quantity][1], above=True, fmt="o", color="C0")
+            axes.set_xlabel(f"test {QUANTITIES[quantity][0]}")
+            axes.grid(alpha=0.3)
+            axes.margins(x=0.2)
+        published = [(row, PUBLISHED[name]) for row, (name, way) in enumerate(rows) if _corresponds(name, way)]
+        for row, (_, mean, deviation) in published:
+            _draw_value(panels[0], row + 0.15, mean, deviation, 2, above=False, fmt="s", color="C1")
+        if published:
+            panels[0].plot([], [], "s", color="C1", label="published")
+            panels[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, borderpad=0.0)
+        panels[0].set_yticks(range(len(rows)), [f"{name}, {way}" for name, way in rows])
+        panels[0].set_ylim(len(rows) - 0.3, -0.7)
+    figure.savefig(path, dpi=110)
     return True
 
 
-def run_report(folders: Sequence[str], output: str) -> None:
+def _corresponds(name: str, way: str) -> bool:
+    """Whether there is a published figure of this run and way to predict."""
+    return way == "averaged" and name in PUBLISHED
+
+
+def _draw_value(
+    axes: Any, row: float, mean: float, deviation: float, digits: int, *, above: bool, **style: Any
+) -> None:
+    """One point with its error bar and, above or below it, its value in figures."""
+    axes.errorbar(mean, row, xerr=None if math.isnan(deviation) else deviation, capsize=3, markersize=5, **style)
+    axes.annotate(
+        _with_deviation(mean, deviation, digits),
+        (mean, row),
+        (0, 4 if above else -4),
+        textcoords="offset points",
+        ha="center",
+        va="bottom" if above else "top",
+        fontsize="small",
+        color=style["color"],
+    )
+
+
+def run_report(folders: Sequence[str | Path], output: str | Path) -> None:
     """Print the table, and write report.md, report.json and report.png into the output folder.
 
     Raises:
-        ValueError: see read_results and summarize.
-        OSError: the folder cannot be written.
+        ValueError: see read_results; nothing was written.
+        OSError: a folder cannot be read or written.
     """
     summary = summarize(read_results(folders))
     table = format_markdown(summary)
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "report.md").write_text(table + "\n", encoding="utf-8")
-    content = [
-        {
-            "run": name,
-            "prediction": way,
-            **{key: {"mean": m, "std": None if math.isnan(s) else s, "seeds": n} for key, (m, s, n) in q.items()},
-        }
-        for (name, way), q in summary.items()
-    ]
-    (target / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(target / "report.md", table + "\n")
+    write_whole(target / "report.json", json.dumps(_as_json(summary), indent=2, allow_nan=False) + "\n")
     drawn = draw_report(summary, target / "report.png")
     print(table)
     print(
         f"\nMean ± standard deviation over seeds. Written to {target}"
         + ("" if drawn else " (no picture: matplotlib is missing)")
     )
+
+
+def _as_json(summary: Summary) -> list[dict[str, Any]]:
+    """The summary, one entry a row of the table; numbers that are not finite become null."""
+    content = []
+    for (name, way), quantities in summary.items():
+        entry: dict[str, Any] = {"run": name, "prediction": way}
+        for quantity, (mean, deviation, count) in quantities.items():
+            finite = [value if math.isfinite(value) else None for value in (mean, deviation)]
+            entry[quantity] = {"mean": finite[0], "std": finite[1], "seeds": count}
+        if _corresponds(name, way):
+            title, mean, deviation = PUBLISHED[name]
+            entry["published"] = {"what": title, "accuracy": {"mean": mean, "std": deviation, "seeds": 5}}
+        content.append(entry)
+    return content

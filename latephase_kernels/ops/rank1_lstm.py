@@ -1,0 +1,311 @@
+"""One LSTM layer with rank-1 gains over a whole sequence, every member of a stacked batch in one pass.
+
+    i, f, g, o = ((x_t ∘ s_ih,k) · W_ihᵀ) ∘ r_ih,k + ((h_t−1 ∘ s_hh,k) · W_hhᵀ) ∘ r_hh,k + bias_k
+    c_t = σ(f) ∘ c_t−1 + σ(i) ∘ tanh(g)        h_t = σ(o) ∘ tanh(c_t)
+
+Symbols: s = input gain, r = output gain. Shapes: K members, B rows a member, T steps, H units.
+
+Registered ops: `rank1_lstm` and `rank1_lstm_backward`, made of PyTorch's own operators, the same on every device. An op
+holds a whole sequence: in autograd, and in a compiled graph, T steps are one node.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import rank1_lstm as reference
+from ..reference.precision import accumulation_dtype
+from . import registry
+from .checks import check_input
+from .rank1_lstm_checks import check_arguments
+
+# ---------------------------------------------------------------------------------------------- forward
+
+
+def _folded(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return every member's own weight W ∘ (r_k s_kᵀ), [K, out, in]."""
+    accumulate = accumulation_dtype(dtype)
+    gains = output_gain.to(accumulate).unsqueeze(2) * input_gain.to(accumulate).unsqueeze(1)
+    return gains.mul_(weight).to(dtype)
+
+
+def _member_major(sequence: Tensor, num_members: int) -> Tensor:
+    """[T, K·B, C] to a contiguous [K, T·B, C]: what a product over each member's rows of all steps takes."""
+    steps, rows, channels = sequence.shape
+    by_member = sequence.unflatten(1, (num_members, rows // num_members)).transpose(0, 1)
+    return by_member.reshape(num_members, steps * (rows // num_members), channels)
+
+
+def _forward(
+    input, h0, c0, weight_ih, weight_hh, input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return every h [T, K·B, H], the last c, every c, and the gates after their activations, [K, T, B, 4H].
+
+    Within the sequence c is kept in the accumulation type: over many steps bfloat16 would lose small increments.
+    """
+    steps, rows, _ = input.shape
+    num_members, units = input_gain_hh.shape
+    batch, dtype = rows // num_members, input.dtype
+    by_member = (num_members, batch, units)
+
+    # The inputs' part of all gates at once: so many rows share a member's weight that folding its gains in is free.
+    weight = _folded(weight_ih, input_gain_ih, output_gain_ih, dtype)
+    x = _member_major(input, num_members)
+    gates = torch.empty(num_members, steps * batch, 4 * units, dtype=dtype, device=input.device)
+    if bias is None:
+        torch.bmm(x, weight.mT, out=gates)
+    else:
+        shift = bias.unsqueeze(-2).expand(num_members, 1, 4 * units).to(dtype)
+        torch.baddbmm(shift, x, weight.mT, out=gates)
+    gates = gates.view(num_members, steps, batch, 4 * units)
+
+    # A step's few rows would not pay for K folded weights: the members share one product and one read of W.
+    weight_t = weight_hh.to(dtype).t()
+    input_gain, output_gain = input_gain_hh.unsqueeze(1), output_gain_hh.unsqueeze(1)
+    output = torch.empty(steps, rows, units, dtype=dtype, device=input.device)
+    cells = torch.empty_like(output, dtype=accumulation_dtype(dtype))
+    scaled, tanh_c = torch.empty_like(output[0]), torch.empty_like(cells[0]).view(by_member)
+    product = torch.empty(rows, 4 * units, dtype=dtype, device=input.device)
+    h, c = h0.to(dtype).reshape(by_member), c0.to(cells.dtype).reshape(by_member)
+    for z, h_next, c_next in zip(gates.unbind(1), output.unbind(0), cells.unbind(0)):
+        torch.mul(h, input_gain, out=scaled.view(by_member))
+        torch.mm(scaled, weight_t, out=product)
+        z.addcmul_(product.view(num_members, batch, 4 * units), output_gain)
+        i, f, g, o = z.chunk(4, dim=-1)
+        z[..., : 2 * units].sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        h_next, c_next = h_next.view(by_member), c_next.view(by_member)
+        torch.mul(f, c, out=c_next).addcmul_(i, g)
+        torch.tanh(c_next, out=tanh_c)
+        torch.mul(o, tanh_c, out=h_next)
+        h, c = h_next, c_next
+    return output, cells[-1].to(dtype, copy=True), cells, gates
+
+
+# ---------------------------------------------------------------------------------------------- backward
+
+
+def _through_time(
+    dy, dc_n, c0, weight_hh, input_gain_hh, output_gain_hh, cells, gates
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the gates before their activations, [K, T, B, 4H], of h0 and of c0."""
+    num_members, steps, batch, four_units = gates.shape
+    units = four_units // 4
+    by_member = (num_members, batch, units)
+    weight = weight_hh.to(gates.dtype)
+    input_gain, output_gain = input_gain_hh.unsqueeze(1), output_gain_hh.unsqueeze(1)
+    dgates = torch.empty_like(gates)
+    scaled = torch.empty(num_members * batch, four_units, dtype=gates.dtype, device=gates.device)
+    recurrent = torch.zeros(num_members * batch, units, dtype=gates.dtype, device=gates.device)
+    dh, temporary = (torch.empty(by_member, dtype=cells.dtype, device=cells.device) for _ in range(2))
+    tanh_c = torch.empty_like(dh)
+    dc = torch.zeros_like(dh) if dc_n is None else dc_n.to(dh.dtype, copy=True).view(by_member)
+    sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+    for t in reversed(range(steps)):
+        c_before = (cells[t - 1] if t else c0.to(cells.dtype)).reshape(by_member)
+        (i, f, g, o), dz = gates[:, t].chunk(4, dim=-1), dgates[:, t]
+        di, df, dg, do = dz.chunk(4, dim=-1)
+        torch.tanh(cells[t].view(by_member), out=tanh_c)
+        if dy is None:
+            dh.copy_(recurrent.view(by_member))
+        else:
+            torch.add(recurrent.view(by_member), dy[t].unflatten(0, (num_members, batch)), out=dh)
+        sigmoid_backward.grad_input(torch.mul(dh, tanh_c, out=temporary), o, grad_input=do)
+        dh.mul_(o)
+        dc.add_(tanh_backward.grad_input(dh, tanh_c, grad_input=temporary))
+        sigmoid_backward.grad_input(torch.mul(dc, g, out=temporary), i, grad_input=di)
+        sigmoid_backward.grad_input(torch.mul(dc, c_before, out=temporary), f, grad_input=df)
+        tanh_backward.grad_input(torch.mul(dc, i, out=temporary), g, grad_input=dg)
+        dc.mul_(f)
+        torch.mul(dz, output_gain, out=scaled.view(num_members, batch, four_units))
+        torch.mm(scaled, weight, out=recurrent)
+        recurrent.view(by_member).mul_(input_gain)
+    return dgates, recurrent, dc.view(num_members * batch, units)
+
+
+def _weight_gradients(
+    dgates: Tensor, rows: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dW, ds and dr of z_k = ((x_k ∘ s_k) · Wᵀ) ∘ r_k, all from H_k = dz_kᵀ x_k.
+
+        dW = Σ_k (r_k s_kᵀ) ∘ H_k,   ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k)
+
+    Neither products before their gain are needed for this, nor divisions by a gain that may be 0.
+
+    Args:
+        dgates: dz, [K, T·B, out].
+        rows: x, [K, T·B, in].
+    """
+    accumulate = accumulation_dtype(dgates.dtype)
+    product = torch.bmm(dgates.mT, rows).to(accumulate)  # H_k, [K, out, in]
+    r, s = output_gain.to(accumulate), input_gain.to(accumulate)
+    of_gains = product * weight
+    ds = torch.bmm(r.unsqueeze(1), of_gains).squeeze(1)
+    dr = torch.bmm(of_gains, s.unsqueeze(2)).squeeze(2)
+    dweight = product.mul_(r.unsqueeze(2)).mul_(s.unsqueeze(1)).sum(0)
+    return dweight.to(weight.dtype), ds.to(input_gain.dtype), dr.to(output_gain.dtype)
+
+
+def _backward(
+    dy, dc_n, input, h0, c0, weight_ih, weight_hh, input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh, bias,
+    output, cells, gates, needs,
+) -> list[Tensor]:  # fmt: skip
+    """Return the gradients of the ten arguments of `_forward`, empty tensors for those that need none."""
+    dgates, dh0, dc0 = _through_time(dy, dc_n, c0, weight_hh, input_gain_hh, output_gain_hh, cells, gates)
+    num_members, steps, batch, _ = dgates.shape
+    dz = dgates.flatten(1, 2)  # [K, T·B, 4H]
+    gradients: list[Tensor | None] = [None] * len(needs)
+    if needs[0]:
+        dx = torch.bmm(dz, _folded(weight_ih, input_gain_ih, output_gain_ih, dz.dtype))
+        gradients[0] = dx.unflatten(1, (steps, batch)).transpose(0, 1).reshape(input.shape)
+    gradients[1], gradients[2] = dh0.to(h0.dtype), dc0.to(c0.dtype)
+    if needs[3] or needs[5] or needs[6]:
+        x = _member_major(input, num_members)
+        gradients[3], gradients[5], gradients[6] = _weight_gradients(dz, x, weight_ih, input_gain_ih, output_gain_ih)
+    if needs[4] or needs[7] or needs[8]:
+        h_before = _member_major(torch.cat([h0.to(output.dtype).unsqueeze(0), output[:-1]]), num_members)
+        gradients[4], gradients[7], gradients[8] = _weight_gradients(
+            dz, h_before, weight_hh, input_gain_hh, output_gain_hh
+        )
+    if needs[9]:
+        gradients[9] = dz.sum(1 if bias.dim() == 2 else (0, 1), dtype=accumulation_dtype(dz.dtype)).to(bias.dtype)
+    return [input.new_empty(0) if g is None or not need else g for g, need in zip(gradients, needs)]
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _fake_forward(input, h0, c0, weight_ih, weight_hh, s_ih, r_ih, input_gain_hh, r_hh, bias):
+    steps, rows, _ = input.shape
+    num_members, units = input_gain_hh.shape
+    output = input.new_empty(steps, rows, units)
+    gates = input.new_empty(num_members, steps, rows // num_members, 4 * units)
+    cells = torch.empty_like(output, dtype=accumulation_dtype(input.dtype))
+    return output, input.new_empty(rows, units), cells, gates
+
+
+def _fake_backward(dy, dc_n, *tensors):
+    *arguments, output, cells, gates, needs = tensors
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else arguments[0].new_empty(0)
+        for t, need in zip(arguments, needs)
+    ]
+
+
+_ARGUMENTS = (
+    "Tensor input, Tensor h0, Tensor c0, Tensor weight_ih, Tensor weight_hh, Tensor input_gain_ih, "
+    "Tensor output_gain_ih, Tensor input_gain_hh, Tensor output_gain_hh, Tensor? bias"
+)
+_FORWARD, _BACKWARD = f"{registry.NATIVE}::rank1_lstm", f"{registry.NATIVE}::rank1_lstm_backward"
+torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor output, Tensor c_n, Tensor cells, Tensor gates)")
+torch.library.define(
+    _BACKWARD,
+    f"(Tensor? dy, Tensor? dc_n, {_ARGUMENTS}, Tensor output, Tensor cells, Tensor gates, bool[] needs) -> Tensor[]",
+)
+for _name, _implementation, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
+    torch.library.impl(_name, "default", _implementation)
+    torch.library.register_fake(_name, _fake)
+
+# ---------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    h, _, cells, gates = output
+    ctx.save_for_backward(*inputs, h, cells, gates)
+    ctx.mark_non_differentiable(cells, gates)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, dc_n, *_):
+    *arguments, output, cells, gates = ctx.saved_tensors
+    if dy is None and dc_n is None:
+        return (None,) * len(arguments)
+    needs = [bool(need) for need in ctx.needs_input_grad]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, dc_n, *arguments)):
+        return _differentiable_gradients(dy, dc_n, arguments, needs)
+    backward = torch.ops.latephase_kernels.rank1_lstm_backward.default
+    found = backward(dy, dc_n, *arguments, output, cells, gates, needs)
+    return tuple(gradient if need else None for gradient, need in zip(found, needs))
+
+
+def _differentiable_gradients(dy, dc_n, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple:
+    """The same gradients by the reference formula, so that they can be differentiated again."""
+    # Aliases: where h0 was computed from a weight, that path is not the weight's gradient here.
+    arguments = [None if t is None else t.view_as(t) for t in arguments]
+    outputs = [(y, d) for y, d in zip(reference.rank1_lstm(*arguments), (dy, dc_n)) if d is not None]
+    needed = [argument for argument, need in zip(arguments, needs) if need]
+    ys, ds = zip(*outputs)
+    found = iter(torch.autograd.grad(ys, needed, ds, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup_context)
+
+# ---------------------------------------------------------------------------------------------- public
+
+
+def rank1_lstm(
+    input: Tensor,  # [T, K·B, in]
+    h0: Tensor,  # [K·B, H]
+    c0: Tensor,  # [K·B, H]
+    weight_ih: Tensor,  # [4H, in]
+    weight_hh: Tensor,  # [4H, H]
+    input_gain_ih: Tensor,  # [K, in]
+    output_gain_ih: Tensor,  # [K, 4H]
+    input_gain_hh: Tensor,  # [K, H]
+    output_gain_hh: Tensor,  # [K, 4H]
+    bias: Tensor | None = None,  # [K, 4H] or [4H]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one LSTM layer over a sequence, each member's rows with its own weights W ∘ (r_k s_kᵀ).
+
+        i, f, g, o = ((x_t ∘ s_ih,k) · W_ihᵀ) ∘ r_ih,k + ((h_t−1 ∘ s_hh,k) · W_hhᵀ) ∘ r_hh,k + bias_k
+        c_t = σ(f) ∘ c_t−1 + σ(i) ∘ tanh(g)        h_t = σ(o) ∘ tanh(c_t)
+
+    Equals nn.LSTM on each member's rows with the weights `weight * output_gain[k][:, None] * input_gain[k]`.
+
+    Args:
+        input: member-major along dim 1 (row i of a step is member i // B's); float32, bfloat16, float16 or float64, any
+            strides. Under autocast it joins autocast's type.
+        h0, c0: the state before the first step; float32 or input's type, as everything that follows.
+        weight_ih, weight_hh: shared by the members; gates in nn.LSTM's order i, f, g, o.
+        input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh: s and r, any sign or zero.
+        bias: of the gates: the sum of nn.LSTM's two; [4H] shared by the members.
+
+    Returns:
+        Every h_t [T, K·B, H], the last h and the last c [K·B, H]; input's type.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: an argument has the wrong Python type.
+        NotImplementedError: a dtype or tensor layout that is not supported.
+
+    Cost:
+        Forward: one batched product for the inputs of all steps, then a product a step; backward: a product a step,
+        then one batched product a weight. Saved for backward: 4H + H values a row and step beside arguments and output.
+        Gradients that are to be differentiated again come from the plain formula, step by step.
+
+    Source: von Oswald et al., ICLR 2021, sections 2 and 3 (rank-1 late-phase weights for an LSTM).
+    """
+    others = {
+        "h0": h0,
+        "c0": c0,
+        "weight_ih": weight_ih,
+        "weight_hh": weight_hh,
+        "input_gain_ih": input_gain_ih,
+        "output_gain_ih": output_gain_ih,
+        "input_gain_hh": input_gain_hh,
+        "output_gain_hh": output_gain_hh,
+        "bias": bias,
+    }
+    check_input("rank1_lstm", input)
+    device = input.device.type
+    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        input = input.to(torch.get_autocast_dtype(device))
+    check_arguments(input, others)
+    if torch._C._are_functorch_transforms_active():
+        output, c_n = reference.rank1_lstm(input, *others.values())
+    else:
+        output, c_n, _, _ = torch.ops.latephase_kernels.rank1_lstm.default(input, *others.values())
+    return output, output[-1].clone(), c_n  # a copy: a state that is kept must not keep the whole sequence

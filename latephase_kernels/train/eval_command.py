@@ -1,0 +1,302 @@
+"""`latephase eval`: a run's final model on its test set, on foreign images and on corrupted ones."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import (
+    CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    NUM_SEVERITIES,
+    ImageSet,
+    load_cifar10,
+    load_cifar10_c,
+    load_cifar100,
+    load_cifar100_c,
+    load_lsun_resized,
+    load_svhn,
+    load_tiny_imagenet_resized,
+)
+from ..data.device_images import DeviceImages
+from .build import build_data, build_network
+from .checkpoints import CheckpointFolder, RunError, random_state
+from .eval_report import draw_entropies, format_evaluation
+from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of, metrics_of_answers
+from .progress import Progress
+from .recipe import Recipe, check
+from .run_training import EVALUATION_BATCH, default_device, load_model
+from .runs import write_whole
+from .train_command import parse_recipe
+from .trainer import Trainer
+
+OUT_OF_DISTRIBUTION: dict[str, Callable[..., ImageSet]] = {
+    "svhn": load_svhn,
+    "lsun": load_lsun_resized,
+    "tiny_imagenet": load_tiny_imagenet_resized,
+    "cifar10": partial(load_cifar10, train=False),
+    "cifar100": partial(load_cifar100, train=False),
+}
+CORRUPTED: dict[str, Callable[..., ImageSet]] = {"cifar10": load_cifar10_c, "cifar100": load_cifar100_c}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in a run's config.yaml.
+
+    Raises:
+        ValueError: it is missing, or no recipe.
+        ImportError: jsonargparse is missing.
+    """
+    if not path.is_file():
+        raise ValueError(f"eval: {path.parent} holds no run (no {path.name}); give a folder that latephase train wrote")
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):  # the parser of the command line prints, then exits
+            return check(parse_recipe([str(path)])[0])
+    except SystemExit:
+        raise ValueError(f"eval: {path} is no recipe: {messages.getvalue().strip()}") from None
+
+
+def load_final_model(folder: Path, recipe: Recipe, train: ImageSet, device: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a run's model, and what it was read from.
+
+    The newest whole checkpoint holds the members. Without any there is still the plain model, model.safetensors.
+
+    Args:
+        folder: of the run.
+        recipe: from its config.yaml.
+        train: the training set; SWA's statistics are recomputed from it.
+        device: where the model shall be.
+
+    Returns:
+        The model, and {"weights": "checkpoint" or "model.safetensors", "epoch": a checkpoint's, "finished": whether
+        this is the run's end}.
+
+    Raises:
+        RunError: there is neither, or what is there does not fit the recipe.
+        OSError: the folder cannot be read.
+    """
+    plain, checkpoints, saved = folder / "model.safetensors", folder / "checkpoints", None
+    if checkpoints.is_dir():
+        try:
+            saved = CheckpointFolder(checkpoints).load(device)
+        except RunError as error:
+            if not plain.exists():
+                raise
+            warnings.warn(f"{error}; evaluating {plain.name} instead", stacklevel=2)
+    try:
+        if saved is not None:
+            trainer = Trainer(dataclasses.replace(recipe, compile=False), train, device)
+            # The generators' states are of the training machine's devices, and nothing here draws from them.
+            trainer.load_state_dict({**saved[0], "random": random_state()})
+            source = {"weights": "checkpoint", "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
+            return trainer.final_model(), source
+        if plain.exists():
+            from safetensors import SafetensorError
+
+            model = build_network(recipe.model, len(train.classes), train.images.size(1)).to(device)
+            try:
+                load_model(model, plain)
+            except SafetensorError as error:
+                raise RunError(f"eval: {plain} is damaged ({error}); train again") from None
+            return model, {"weights": plain.name, "epoch": None, "finished": True}
+    except RunError:
+        raise
+    except (RuntimeError, KeyError, ValueError) as error:  # torch's, for other keys or shapes
+        raise RunError(
+            f"eval: what was saved in {folder} does not fit its config.yaml, was that changed? ({error!s:.200})"
+        ) from error
+    raise RunError(f"eval: {folder} has neither a checkpoint nor {plain.name}; train first, or resume")
+
+
+class Evaluation:
+    """What is known of one model, collected part by part; what cannot be evaluated is named and left out.
+
+    Args:
+        recipe: of the run.
+        model: plain or expanded.
+        test: the set it was trained for; its mean and std normalize the others, too.
+        folder: where the other sets lie.
+        device: where the model is.
+
+    Attributes:
+        results: of the parts evaluated so far.
+        left_out: what could not be evaluated, and why.
+        entropies: [N] of each way to predict, by set.
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, test: ImageSet, folder: str, device: str):
+        self.recipe, self.model, self.test, self.folder, self.device = recipe, model, test, folder, device
+        self.results: dict[str, Any] = {}
+        self.left_out: dict[str, str] = {}
+        self.entropies: dict[str, dict[str, torch.Tensor]] = {}
+
+    def _leave_out(self, what: str, reason: object) -> None:
+        self.left_out[what] = " ".join(str(reason).split())
+        print(f"latephase: {what} left out: {self.left_out[what]}", file=sys.stderr)
+
+    def _images(self, data: ImageSet) -> DeviceImages:
+        """The set on the device, normalized as the training data.
+
+        Raises:
+            ValueError: its images are of another size than the test set's.
+        """
+        shape, expected = tuple(data.images.shape[1:]), tuple(self.test.images.shape[1:])
+        if shape != expected:
+            raise ValueError(f"its images are {shape}, the run's are {expected} (channels, height, width)")
+        memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        mean, std = self.test.mean, self.test.std
+        return DeviceImages(data, self.device, mean=mean, std=std, padding=0, memory_format=memory_format)
+
+    def _answers(self, name: str, images: DeviceImages) -> Answers:
+        answers = answers_of(self.model, images, EVALUATION_BATCH)
+        self.entropies[name] = {way: entropy.cpu() for way, entropy in answers.entropies().items()}
+        return answers
+
+    def test_set(self) -> None:
+        """Accuracy, NLL, ECE and Brier score of every way to predict, and the members' disagreement."""
+        images = self._images(self.test)
+        answers = self._answers("test", images)
+        self.results["metrics"] = metrics_of_answers(answers, images.labels)
+        self.results["disagreement"] = answers.disagreement()
+
+    def out_of_distribution(self, names: Sequence[str]) -> None:
+        """Detection of foreign images by predictive entropy; after test_set.
+
+        Args:
+            names: keys of OUT_OF_DISTRIBUTION.
+        """
+        found = self.results["out_of_distribution"] = {}
+        for name in names:
+            try:
+                images = self._images(OUT_OF_DISTRIBUTION[name](self.folder))
+            except (OSError, ValueError, ImportError) as error:
+                self._leave_out(name, error)
+                continue
+            answers = self._answers(name, images)
+            aurocs = {
+                way: detection_auroc(self.entropies["test"][way], entropy, len(self.test.classes))
+                for way, entropy in self.entropies[name].items()
+            }
+            found[name] = {"images": len(images), "auroc": aurocs, "disagreement": answers.disagreement()}
+
+    def corruptions(self) -> None:
+        """The averaged model's error in % on each corruption at each severity, read one after the other."""
+        name = self.recipe.data.name
+        if name not in CORRUPTED:
+            self._leave_out("corruptions", f"there are none of {name}, only of {', '.join(CORRUPTED)}")
+            return
+        errors: dict[str, list[float]] = {}
+        progress = Progress(len(CORRUPTIONS + EXTRA_CORRUPTIONS) * NUM_SEVERITIES)
+        try:
+            for kind in CORRUPTIONS + EXTRA_CORRUPTIONS:
+                progress.begin(f"{name}, corrupted: {kind}")
+                by_severity = []
+                for severity in range(1, NUM_SEVERITIES + 1):
+                    try:
+                        images = self._images(CORRUPTED[name](self.folder, kind, severity))
+                    except FileNotFoundError as error:  # the whole set
+                        self._leave_out("corruptions", error)
+                        return
+                    except (OSError, ValueError) as error:
+                        self._leave_out(kind, error)
+                        break
+                    logits = logits_of(self.model, images.batches(EVALUATION_BATCH))
+                    by_severity.append(100.0 - metrics_of(logits.double().softmax(-1), images.labels)["accuracy"])
+                    progress.advance(1)
+                else:
+                    errors[kind] = by_severity
+        finally:
+            progress.end()
+        if not errors:
+            return
+        means = {kind: statistics.fmean(by_severity) for kind, by_severity in errors.items()}
+        self.results["corruptions"] = {
+            "errors": errors,  # in %, of severities 1 to 5
+            "mean_errors": means,
+            # Of complete sets only: the mean of some others would look like theirs.
+            "mean_corruption_error": {
+                str(len(kinds)): statistics.fmean(means[kind] for kind in kinds) if means.keys() >= set(kinds) else None
+                for kinds in (CORRUPTIONS, CORRUPTIONS + EXTRA_CORRUPTIONS)
+            },
+        }
+
+
+def run_eval(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    ood: Sequence[str] = (),
+    corruptions: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run, print the tables, write evaluation.json and, with foreign images, ood.png into its folder.
+
+    Args:
+        folder: of the run.
+        data: where all data lie; the recipe's folder by default.
+        ood: keys of OUT_OF_DISTRIBUTION, or "all": all but the set of the run itself.
+        corruptions: evaluate CIFAR-C, all 19 corruptions at 5 severities.
+        device: "cuda", "cpu", …; the GPU if there is one by default.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        ValueError: there is no run, an unknown set in ood, or the run's own data is damaged.
+        OSError: the run's own data is missing; the message says where to get it. Or the folder cannot be written.
+        RunError: see load_final_model.
+        ImportError: a library of the extra "train" is missing.
+    """
+    folder, device = Path(folder), device or default_device()
+    recipe = read_recipe(folder / "config.yaml")
+    own = recipe.data.name
+    known = [name for name in OUT_OF_DISTRIBUTION if name != own]
+    unknown = [name for name in ood if name not in known and name != "all"]
+    if unknown:
+        raise ValueError(f"eval: --ood must be of {', '.join(known)} or all for a run on {own}, got {unknown[0]!r}")
+    recipe.data.folder = data or recipe.data.folder
+    try:
+        train, test = build_data(recipe.data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"eval: {error}; where it lies elsewhere, give --data") from None
+    model, source = load_final_model(folder, recipe, train, device)
+    evaluation = Evaluation(recipe, model, test, recipe.data.folder, device)
+    evaluation.test_set()
+    evaluation.out_of_distribution(known if "all" in ood else list(dict.fromkeys(ood)))
+    if corruptions:
+        evaluation.corruptions()
+    results = {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        **source,
+        "epochs": recipe.epochs,
+        **evaluation.results,
+        "left_out": evaluation.left_out,
+    }
+    write_whole(folder / "evaluation.json", json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+    if len(evaluation.entropies) > 1:
+        draw_entropies(evaluation.entropies, len(test.classes), folder / "ood.png")
+    print(format_evaluation(results))
+    print(f"written to {folder / 'evaluation.json'}")
+    return results
+
+
+def _finite(value: Any) -> Any:
+    """Numbers that are not finite become null: JSON has none of them."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
