@@ -123,9 +123,7 @@ def test_low_precision_is_as_good_as_pytorch(dtype, gains):
     outputs = {"ours": lp.functional.rank1_lstm(*ours), "plain": plain_lstm(arguments), "exact": plain_lstm(exact)}
     assert all(t.dtype == dtype for t in outputs["ours"])
     inputs = {"ours": ours, "plain": arguments, "exact": exact}
-    results = {
-        name: [*outputs[name], *torch.autograd.grad(outputs[name][0].sum(), inputs[name])] for name in outputs
-    }
+    results = {name: [*outputs[name], *torch.autograd.grad(outputs[name][0].sum(), inputs[name])] for name in outputs}
     for found, plain, truth in zip(*results.values()):
         rounding = torch.finfo(dtype).eps * truth.abs().max()
         assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + rounding
@@ -176,3 +174,304 @@ def test_registered_op_and_compiled_module():
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         found = torch.autograd.grad(compiled(x)[0].sum(), [*layer.parameters()])
     torch.testing.assert_close(found, torch.autograd.grad(layer(x)[0].sum(), [*layer.parameters()]))
+
+
+# ---------------------------------------------------------------------------------------------- the module
+
+
+def make_plain(**options):
+    torch.manual_seed(1)
+    return nn.LSTM(C, H, **options).double()
+
+
+def make_rank1(noise_std=0.5, **options):
+    return Rank1LSTM.from_module(make_plain(**options), K, noise_std)
+
+
+def member_state_dict(state, k):
+    """The plain state dict of member k."""
+    plain = {name: value for name, value in state.items() if "gain" not in name}
+    for name in [name for name in plain if name.replace("weight", "input_gain") in state and "weight" in name]:
+        r, s = state[name.replace("weight", "output_gain")][k], state[name.replace("weight", "input_gain")][k]
+        plain[name] = plain[name] * r.reshape(-1, 1) * s
+    return plain
+
+
+OPTIONS = {
+    "one layer": {},
+    "batch first": {"batch_first": True},
+    "three layers": {"num_layers": 3, "batch_first": True},
+    "no bias": {"num_layers": 2, "bias": False},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_module_is_an_lstm_for_every_member(case):
+    plain, layer = make_plain(**OPTIONS[case]), make_rank1(**OPTIONS[case])
+    batch_dim = 0 if plain.batch_first else 1
+    x = torch.randn((K * B, T, C) if plain.batch_first else (T, K * B, C), dtype=torch.float64)
+    states = torch.randn(2, plain.num_layers, K * B, H, dtype=torch.float64)
+    parameters = [*layer.parameters()]
+    for hx in (None, tuple(states)):
+        parts = [
+            functional_call(
+                plain,
+                member_state_dict(dict(layer.named_parameters()), k),
+                (x.chunk(K, batch_dim)[k], None if hx is None else tuple(s.chunk(K, 1)[k] for s in hx)),
+            )
+            for k in range(K)
+        ]
+        expected = torch.cat([y for y, _ in parts], batch_dim)
+        expected_state = [torch.cat(s, 1) for s in zip(*(state for _, state in parts))]
+        y, state = layer(x, hx)
+        torch.testing.assert_close([y, *state], [expected, *expected_state], rtol=1e-9, atol=1e-9)
+        found = torch.autograd.grad(y.cos().sum() + state[1].sum(), parameters)
+        truth = torch.autograd.grad(expected.cos().sum() + expected_state[1].sum(), parameters)
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+
+
+def test_one_member_with_gains_of_one_is_nn_lstm():
+    plain = make_plain(num_layers=2)
+    layer = Rank1LSTM.from_module(plain, 1)
+    assert layer.weight_hh_l1 is plain.weight_hh_l1 and isinstance(layer, nn.LSTM)
+    x = torch.randn(T, B, C, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+def test_two_windows_are_one_sequence():
+    layer = make_rank1(num_layers=2, batch_first=True)
+    x = torch.randn(K * B, 2 * T, C, dtype=torch.float64)
+    whole, (h, c) = layer(x)
+    first, state = layer(x[:, :T])
+    second, (h_2, c_2) = layer(x[:, T:], state)
+    torch.testing.assert_close((torch.cat([first, second], 1), h_2, c_2), (whole, h, c), rtol=1e-12, atol=1e-12)
+    weights = [*layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(second.sum(), weights), torch.autograd.grad(whole[:, T:].sum(), weights)
+    )
+
+
+def test_dropout_between_layers():
+    layer = make_rank1(num_layers=2, dropout=0.5)
+    x = torch.randn(T, K * B, C, dtype=torch.float64)
+    first, second = make_rank1(), Rank1LSTM(H, H, K, dtype=torch.float64)
+    first.load_state_dict({name: p for name, p in layer.state_dict().items() if name.endswith("l0")})
+    second.load_state_dict({name[:-1] + "0": p for name, p in layer.state_dict().items() if name.endswith("l1")})
+    torch.manual_seed(5)
+    found = layer(x)[0]
+    torch.manual_seed(5)
+    torch.testing.assert_close(found, second(F.dropout(first(x)[0], 0.5))[0])
+    torch.testing.assert_close(layer.eval()(x)[0], second(first(x)[0])[0])
+
+
+def test_copies_types_and_constructor():
+    torch.manual_seed(0)
+    layer = Rank1LSTM(C, H, K, num_layers=2, batch_first=True)
+    x = torch.randn(K * B, T, C)
+    torch.testing.assert_close(layer(x), layer.collapse()(x))  # gains begin at 1
+    assert repr(layer) == f"Rank1LSTM(4, 6, num_layers=2, batch_first=True, num_members={K})"
+    twin = copy.deepcopy(make_rank1(num_layers=2)).float()
+    marked = {name for name, p in twin.named_parameters() if getattr(p, "num_members", None) == K}
+    assert marked == {name for name in twin.state_dict() if "gain" in name} and len(marked) == 8
+    before = [twin.input_gain_hh_l1.clone(), twin.weight_hh_l1.clone()]
+    twin.reset_parameters()
+    assert twin.input_gain_hh_l1.eq(1).all() and not torch.equal(twin.weight_hh_l1, before[1])
+    gain = Rank1LSTM.from_module(nn.LSTM(1, 3000), 2, 0.1).output_gain_ih_l0
+    assert gain.mean().item() == pytest.approx(1, abs=0.01) and gain.std().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_autocast():
+    """Gains stay in their own type: in bfloat16 a gain of 1.003 would be 1."""
+    model = Rank1LSTM.from_module(make_plain(num_layers=2).float(), K, 0.1)
+    x = torch.randn(T, K * B, C)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, (h, c) = model(x)
+        again, _ = model(x, (h, c))  # the state of the window before is bfloat16
+    assert y.dtype == h.dtype == c.dtype == again.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x)[0], rtol=0.02, atol=0.02)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- the converter
+
+
+def test_average_and_collapse():
+    plain = nn.ModuleDict({"lstm": make_plain(num_layers=2)})
+    keys = list(plain.state_dict())
+    model = lp.expand(copy.deepcopy(plain), K, targets="rank1", noise_std=0.5).eval()
+    layer, x = model["lstm"], torch.randn(T, 7, C, dtype=torch.float64)
+    state = tuple(torch.randn(2, 2, 7, H, dtype=torch.float64))
+    answer = layer(x, state)
+    members = [member_state_dict(layer.state_dict(), k) for k in range(K)]
+    for mode in ("exact", "weights"):
+        collapsed = lp.collapse(copy.deepcopy(model), mode=mode)
+        assert list(collapsed.state_dict()) == keys and type(collapsed["lstm"]) is nn.LSTM
+        assert repr(collapsed) == repr(plain)
+        gain = {name: p.mean(0, keepdim=True) for name, p in layer.state_dict().items() if "gain" in name}
+        paper = member_state_dict(layer.state_dict() | gain, 0)
+        for name in paper:
+            mean = torch.stack([member[name] for member in members]).mean(0)
+            expected = mean if mode == "exact" else paper[name]
+            torch.testing.assert_close(collapsed["lstm"].state_dict()[name], expected, rtol=1e-12, atol=1e-12)
+        found = collapsed["lstm"](x, state)
+        torch.testing.assert_close(
+            found, functional_call(plain["lstm"], dict(collapsed["lstm"].named_parameters()), (x, state))
+        )
+        assert (mode == "exact") == torch.equal(found[0], answer[0])
+    with lp.members(model, 1), torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], functional_call(plain["lstm"], members[1], (x,))[0])
+
+
+@pytest.mark.parametrize("mode", ["exact", "weights"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_gains_of_one_collapse_bit_for_bit(dtype, mode):
+    plain = nn.Sequential(make_plain(num_layers=2)).to(dtype)
+    with torch.no_grad():
+        plain[0].weight_hh_l1.view(-1)[0] = -0.0
+    plain[0].weight_ih_l1.requires_grad_(False)
+    original, weight = copy.deepcopy(plain.state_dict()), plain[0].weight_ih_l0
+    calls = []
+    plain[0].register_forward_hook(lambda *_: calls.append(1))
+    lp.expand(plain, 49, targets="rank1")  # 49 · (1 / 49) is not 1
+    plain[0](torch.randn(T, 49, C, dtype=dtype))
+    lp.collapse(plain, mode=mode)
+    assert list(plain.state_dict()) == list(original) and plain[0].bias_ih_l0.requires_grad
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, original[name]) and torch.equal(value.signbit(), original[name].signbit())
+    untouched = make_plain(num_layers=2).to(dtype)
+    untouched.load_state_dict({name[2:]: value for name, value in original.items()})
+    x = torch.randn(T, B, C, dtype=dtype)
+    assert torch.equal(plain(x)[0], untouched(x)[0]) and calls == [1, 1]
+    assert not plain[0].weight_ih_l1.requires_grad and weight.shape == plain[0].weight_ih_l0.shape
+
+
+def test_plain_checkpoints_load():
+    plain = nn.Sequential(make_plain(num_layers=2))
+    model = lp.expand(copy.deepcopy(plain), K, targets="rank1", noise_std=0.5)
+    other = lp.expand(copy.deepcopy(plain), K, targets="rank1")
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+    with torch.no_grad():
+        plain[0].weight_hh_l1.add_(1)
+    other.load_state_dict(plain.state_dict())  # the gains are 1 again
+    collapsed = lp.collapse(other).state_dict()
+    assert all(torch.equal(value, collapsed[name]) for name, value in plain.state_dict().items())
+
+
+def test_char_lstm_trains_as_the_loop_over_members():
+    """The paper's loop: every member's turn is a plain model's whose weights are W ∘ (r_k s_kᵀ)."""
+    torch.manual_seed(0)
+    plain = CharLSTM(7, H, num_layers=2).double()
+    assert sum(p.numel() for p in CharLSTM(205, 500).parameters()) == 1_558_730
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    model = copy.deepcopy(plain)
+    model_optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    lp.expand(model, K, targets="rank1", noise_std=0.3, optimizers=model_optimizer)
+    assert type(model.lstm) is Rank1LSTM and type(model.fc) is Rank1Linear
+    held = [p for group in model_optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))  # every gain found the optimizer
+    gains = [
+        {name: p[k].detach().clone().requires_grad_() for name, p in model.named_parameters() if "gain" in name}
+        for k in range(K)
+    ]
+    optimizers = [torch.optim.SGD(own.values(), lr=0.05, momentum=0.9) for own in gains]
+    start, stacked_state, member_states = copy.deepcopy(model.state_dict()), None, [None] * K
+    text = torch.randint(7, (K * B, 30 * T + 1))
+    for step in range(30):
+        x, target = text[:, step * T : (step + 1) * T], text[:, step * T + 1 : (step + 1) * T + 1]
+        optimizer.zero_grad()
+        for k, (rows, labels) in enumerate(zip(x.chunk(K), target.chunk(K))):
+            own = {name: p.unsqueeze(0) for name, p in gains[k].items()}
+            weights = member_state_dict(dict(plain.named_parameters()) | own, 0)
+            optimizers[k].zero_grad()
+            logits, member_states[k] = functional_call(plain, weights, (rows, member_states[k]))
+            F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+            optimizers[k].step()
+        optimizer.step()
+
+        model_optimizer.zero_grad()
+        logits, stacked_state = model(x, stacked_state)
+        assert not stacked_state[0].requires_grad and not stacked_state[1].requires_grad
+        loss = lp.member_loss(lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten()), logits, target, num_members=K)
+        loss.backward()
+        model_optimizer.step()
+    for name, value in model.state_dict().items():
+        expected = torch.stack([own[name] for own in gains]) if "gain" in name else plain.state_dict()[name]
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(value, start[name])
+    torch.testing.assert_close(stacked_state[0], torch.cat([h for h, _ in member_states], 1))
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+class MyLSTM(nn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+def test_what_rank1_targets():
+    model = nn.Sequential(nn.LSTM(C, H, batch_first=True), MyLSTM(C, H), nn.Linear(H, 2))
+    lp.expand(model, K, targets="rank1")
+    assert [type(module) for module in model] == [Rank1LSTM, MyLSTM, Rank1Linear]
+    # Where dim 0 is time, a layer behind would take T steps for K·B rows, in silence where K divides T.
+    model = nn.Sequential(nn.LSTM(C, H), nn.Linear(H, H), nn.Linear(H, 2))
+    with pytest.raises(NotImplementedError, match="0 has batch_first=False, but 1 takes dim 0 for the batch"):
+        lp.expand(model, K, targets="rank1")
+    lp.expand(model, K, targets=("head", lambda name, module: "rank1" if name == "0" else False))
+    assert [type(module) for module in model] == [Rank1LSTM, nn.Linear, MemberLinear]
+    for plain, message in {
+        nn.LSTM(C, H, bidirectional=True): "0: Rank1LSTM.from_module: bidirectional must be False",
+        nn.LSTM(C, H, proj_size=2): "proj_size must be 0, got 2",
+        nn.utils.parametrizations.weight_norm(nn.LSTM(C, H), "weight_hh_l0"): "other parameters, buffers or children",
+        MyLSTM(C, H): "MyLSTM overrides forward of LSTM",
+    }.items():
+        with pytest.raises(NotImplementedError, match=message):
+            lp.expand(nn.Sequential(plain), K, targets=lambda name, module: "rank1" if name == "0" else False)
+
+
+def test_wrong_module_arguments():
+    layer = make_rank1()
+    x = torch.randn(T, K * B, C, dtype=torch.float64)
+    zeros = (x.new_zeros(1, K * B, H),) * 2
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((K * B,), T))
+    with pytest.raises(NotImplementedError, match="Rank1LSTM: input must be a padded tensor, got a PackedSequence"):
+        layer(packed)
+    for error, message, call in (
+        (ValueError, r"input must be \[T, K·B, 4\], got shape \[6, 4\]", lambda: layer(x[0])),
+        (ValueError, r"input.size\(1\)=5 is not divisible by num_members=3", lambda: layer(x[:, :5])),
+        (ValueError, r"hx must be \(h, c\), each \[1, 6, 6\]", lambda: layer(x, (x[:1], x[:1]))),
+        (NotImplementedError, "rank1_lstm: h0 must be torch.float32", lambda: layer(x.float(), zeros)),
+        (NotImplementedError, "bidirectional must be False", lambda: Rank1LSTM(C, H, K, bidirectional=True)),
+        (ValueError, "num_members must be at least 1", lambda: Rank1LSTM(C, H, 0)),
+        (TypeError, "module must be an LSTM, got GRU", lambda: Rank1LSTM.from_module(nn.GRU(C, H), K)),
+        (ValueError, "collapse: mode must be", lambda: layer.collapse("best")),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    "position, wrong, error, message",
+    [
+        (0, [1.0], TypeError, "input must be a Tensor, got list"),
+        (0, torch.zeros(T, 6, C, dtype=torch.int64), NotImplementedError, "input must be float32"),
+        (0, torch.zeros(0, 6, C), ValueError, r"input must be \[T, K·B, in\] with at least one step"),
+        (0, torch.zeros(T, 5, C), ValueError, r"input.size\(1\)=5 is not divisible by the 3 members"),
+        (1, torch.zeros(5, H), ValueError, r"h0 must have shape \[6, 6\] for 3 members, 6 units"),
+        (2, None, TypeError, "c0 must be a Tensor, got NoneType"),
+        (3, torch.zeros(4 * H, C + 1), ValueError, r"weight_ih must have shape \[24, 4\]"),
+        (4, torch.zeros(4 * H), ValueError, r"weight_hh must be \[4H, H\]"),
+        (5, torch.zeros(C), ValueError, r"input_gain_ih must be \[K, in\] with at least one member"),
+        (8, torch.zeros(K, H), ValueError, r"output_gain_hh must have shape \[3, 24\]"),
+        (8, torch.zeros(K, 4 * H).double(), NotImplementedError, "output_gain_hh must be torch.float32 for"),
+        (9, torch.zeros(K), ValueError, r"bias must have shape \[3, 24\] or \[24\]"),
+        (9, torch.zeros(4 * H, device="meta"), ValueError, "bias is on meta, input on cpu"),
+    ],
+)
+def test_wrong_arguments(position, wrong, error, message):
+    arguments = make_arguments(dtype=torch.float32)
+    arguments[position] = wrong
+    with pytest.raises(error, match="rank1_lstm: " + message):
+        lp.functional.rank1_lstm(*arguments)

@@ -125,6 +125,12 @@ def test_resuming_is_exact_at_every_step(swa):
     assert not torch.equal(states_of(other)[0], states_of(truth)[0])
 
 
+def test_averaging_may_begin_with_the_late_phase():
+    """The epoch that ends at T0 trained the plain model, whose weights have no average with the members'."""
+    trainer = run(Trainer(recipe(late=Late(start=2, members=K), swa=Swa(2)), data()))
+    assert int(trainer.averaged.n_averaged) == 1 and trainer.minibatch == 18
+
+
 def test_averaging_over_epochs():
     trainer = Trainer(recipe(swa=Swa(1.0), late=Late(start=None), epochs=4), data())
     history = []

@@ -28,6 +28,11 @@ class WideBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(activated))
 
 
+def _stage(blocks: int, in_channels: int, out_channels: int, stride: int, dropout: float) -> nn.Sequential:
+    first = WideBlock(in_channels, out_channels, stride, dropout)
+    return nn.Sequential(first, *(WideBlock(out_channels, out_channels, 1, dropout) for _ in range(blocks - 1)))
+
+
 class WideResNet(nn.Module):
     """WRN-depth-width: three stages of (depth − 4) / 6 blocks with 16, 32 and 64 times width channels.
 
@@ -48,15 +53,11 @@ class WideResNet(nn.Module):
         if remainder or blocks < 1:
             raise ValueError(f"WideResNet: depth must be 6·n + 4 (10, 16, 22, 28, 40, …), got {depth}")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        channels = 16
-        for stage, stride in enumerate((1, 2, 2), start=1):
-            out_channels = 16 * width * 2 ** (stage - 1)
-            layers = [WideBlock(channels, out_channels, stride, dropout)]
-            layers += [WideBlock(out_channels, out_channels, 1, dropout) for _ in range(blocks - 1)]
-            self.add_module(f"stage{stage}", nn.Sequential(*layers))
-            channels = out_channels
-        self.bn = nn.BatchNorm2d(channels)
-        self.fc = nn.Linear(channels, num_classes)
+        self.stage1 = _stage(blocks, 16, 16 * width, 1, dropout)
+        self.stage2 = _stage(blocks, 16 * width, 32 * width, 2, dropout)
+        self.stage3 = _stage(blocks, 32 * width, 64 * width, 2, dropout)
+        self.bn = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -187,7 +187,7 @@ def _fake_forward(input, h0, c0, weight_ih, weight_hh, s_ih, r_ih, input_gain_hh
 
 
 def _fake_backward(dy, dc_n, *tensors):
-    *arguments, output, cells, gates, needs = tensors
+    arguments, needs = tensors[:10], tensors[-1]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else arguments[0].new_empty(0)
         for t, need in zip(arguments, needs)
@@ -230,7 +230,7 @@ def _gradients(ctx, dy, dc_n, *_):
     return tuple(gradient if need else None for gradient, need in zip(found, needs))
 
 
-def _differentiable_gradients(dy, dc_n, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple:
+def _differentiable_gradients(dy, dc_n, arguments: list, needs: Sequence[bool]) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
     # Aliases: where h0 was computed from a weight, that path is not the weight's gradient here.
     arguments = [None if t is None else t.view_as(t) for t in arguments]
@@ -288,24 +288,15 @@ def rank1_lstm(
 
     Source: von Oswald et al., ICLR 2021, sections 2 and 3 (rank-1 late-phase weights for an LSTM).
     """
-    others = {
-        "h0": h0,
-        "c0": c0,
-        "weight_ih": weight_ih,
-        "weight_hh": weight_hh,
-        "input_gain_ih": input_gain_ih,
-        "output_gain_ih": output_gain_ih,
-        "input_gain_hh": input_gain_hh,
-        "output_gain_hh": output_gain_hh,
-        "bias": bias,
-    }
+    gains = (input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh)
     check_input("rank1_lstm", input)
     device = input.device.type
     if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
         input = input.to(torch.get_autocast_dtype(device))
-    check_arguments(input, others)
+    check_arguments(input, h0, c0, weight_ih, weight_hh, *gains, bias)
     if torch._C._are_functorch_transforms_active():
-        output, c_n = reference.rank1_lstm(input, *others.values())
+        output, c_n = reference.rank1_lstm(input, h0, c0, weight_ih, weight_hh, *gains, bias)
     else:
-        output, c_n, _, _ = torch.ops.latephase_kernels.rank1_lstm.default(input, *others.values())
+        forward = torch.ops.latephase_kernels.rank1_lstm.default
+        output, c_n, _, _ = forward(input, h0, c0, weight_ih, weight_hh, *gains, bias)
     return output, output[-1].clone(), c_n  # a copy: a state that is kept must not keep the whole sequence

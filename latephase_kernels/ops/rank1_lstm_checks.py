@@ -4,15 +4,27 @@ import torch
 from torch import Tensor
 
 _OP = "rank1_lstm"
+_NAMES = (
+    "h0",
+    "c0",
+    "weight_ih",
+    "weight_hh",
+    "input_gain_ih",
+    "output_gain_ih",
+    "input_gain_hh",
+    "output_gain_hh",
+    "bias",
+)
 
 
-def check_arguments(input: Tensor, others: dict[str, Tensor | None]) -> None:
+def check_arguments(input: Tensor, *arguments: Tensor | None) -> None:
     """Raise the exception that names what does not fit and the remedy.
 
     Args:
-        input: the first argument, which check_input has seen.
-        others: the rest by name; only bias may be None.
+        input: the op's first argument, which check_input has seen.
+        arguments: the rest; only the last, bias, may be None.
     """
+    others = dict(zip(_NAMES, arguments))
     for name, tensor in others.items():
         if not isinstance(tensor, Tensor) and (name != "bias" or tensor is not None):
             raise TypeError(f"{_OP}: {name} must be a Tensor, got {type(tensor).__name__}")

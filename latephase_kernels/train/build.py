@@ -1,5 +1,7 @@
 """From a recipe's words to data, network and optimizer."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -49,19 +51,20 @@ def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module
         ImportError: the library it is from is not installed.
     """
     library, _, name = model.name.rpartition(":")
+    options: dict[str, Any] = dict(model.options)
     try:
         if not library and name == "wide_resnet":
-            return WideResNet(num_classes=num_classes, in_channels=in_channels, **model.options)
+            return WideResNet(num_classes=num_classes, in_channels=in_channels, **options)
         if not library and name == "small_resnet":
-            return SmallResNet(num_classes=num_classes, in_channels=in_channels, **model.options)
+            return SmallResNet(num_classes=num_classes, in_channels=in_channels, **options)
         if library == "torchvision":
             import torchvision
 
-            return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **model.options)
+            return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
         if library == "timm":
             import timm
 
-            return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **model.options)
+            return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
     except ModuleNotFoundError:
         raise ImportError(f"train: model.name {model.name} needs {library}; pip install {library}") from None
     except (TypeError, RuntimeError, ValueError) as error:  # each library has its own for an unknown name or option

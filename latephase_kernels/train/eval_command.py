@@ -8,7 +8,7 @@ import math
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,29 +95,32 @@ def load_final_model(folder: Path, recipe: Recipe, train: ImageSet, device: str)
             if not plain.exists():
                 raise
             warnings.warn(f"{error}; evaluating {plain.name} instead", stacklevel=2)
-    try:
-        if saved is not None:
-            trainer = Trainer(dataclasses.replace(recipe, compile=False), train, device)
+    if saved is not None:
+        trainer = Trainer(dataclasses.replace(recipe, compile=False), train, device)
+        with _fitting(checkpoints):
             # The generators' states are of the training machine's devices, and nothing here draws from them.
             trainer.load_state_dict({**saved[0], "random": random_state()})
-            source = {"weights": "checkpoint", "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
-            return trainer.final_model(), source
-        if plain.exists():
-            from safetensors import SafetensorError
-
-            model = build_network(recipe.model, len(train.classes), train.images.size(1)).to(device)
-            try:
-                load_model(model, plain)
-            except SafetensorError as error:
-                raise RunError(f"eval: {plain} is damaged ({error}); train again") from None
-            return model, {"weights": plain.name, "epoch": None, "finished": True}
-    except RunError:
-        raise
-    except (RuntimeError, KeyError, ValueError) as error:  # torch's, for other keys or shapes
-        raise RunError(
-            f"eval: what was saved in {folder} does not fit its config.yaml, was that changed? ({error!s:.200})"
-        ) from error
+        source = {"weights": "checkpoint", "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
+        return trainer.final_model(), source
+    if plain.exists():
+        model = build_network(recipe.model, len(train.classes), train.images.size(1)).to(device)
+        with _fitting(plain):
+            load_model(model, plain)
+        return model, {"weights": plain.name, "epoch": None, "finished": True}
     raise RunError(f"eval: {folder} has neither a checkpoint nor {plain.name}; train first, or resume")
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Name the file where its content has other keys or shapes than the recipe's model, or none."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        raise RunError(
+            f"eval: {path} does not fit the run's config.yaml, or is damaged; was one of them changed? ({error!s:.200})"
+        ) from error
 
 
 class Evaluation:

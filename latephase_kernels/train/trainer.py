@@ -54,7 +54,7 @@ class Trainer:
             seed=recipe.seed,
         )
         network = build_network(recipe.model, len(train.classes), train.images.size(1))
-        self.model: nn.Module = network.to(self.device, memory_format=memory_format)
+        self.model: nn.Module = network.to(self.device).to(memory_format=memory_format)
         self.optimizer = build_optimizer(recipe.optimizer, self.model, skips_steps=recipe.skip_nonfinite)
         self.averaged: AveragedModel | None = None
         self.expanded = False
@@ -107,7 +107,8 @@ class Trainer:
             loss += part_loss.detach()
         finite = torch.isfinite(loss)
         if self.recipe.skip_nonfinite:
-            self.optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where it is 1
+            # The fused step leaves everything as it is where this is 1.
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             for buffer, old in zip(statistics, before):
                 torch.where(finite, buffer, old, out=buffer)
             self._skipped += ~finite
@@ -200,7 +201,8 @@ class Trainer:
         per_epoch = self.batches.minibatches_per_epoch
         swa_start = self.recipe.swa.start
         ended = start // per_epoch != self.minibatch // per_epoch or self.minibatch == self.total
-        if swa_start is None or not ended or self.epoch < swa_start:
+        before_t0 = self.t0 is not None and not self.expanded  # the step that ends at T0 still trained the plain model
+        if swa_start is None or not ended or self.epoch < swa_start or before_t0:
             return
         if self.averaged is None:
             self.averaged = AveragedModel(self.model)
