@@ -102,6 +102,12 @@ def test_plain_checkpoints_load_into_an_expanded_model():
     assert torch.equal(other.eval()(images(2)), model.eval()(images(2)))
 
 
+def test_a_checkpoint_of_another_number_of_members_says_so():
+    state = lp.expand(small_net(), 2).state_dict()
+    with pytest.raises(RuntimeError, match=r"1.weight has 2 members in the checkpoint and 3 in the model; expand the"):
+        lp.expand(small_net(), 3).load_state_dict(state)
+
+
 def test_flags_hooks_and_types_survive():
     model = small_net()
     model[1].eval().weight.requires_grad_(False)

@@ -129,6 +129,17 @@ def test_low_precision_is_as_good_as_pytorch(dtype, gains):
         assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cells_gather_small_increments(dtype):
+    """Gates wide open and tanh(g) = 1/4, exactly: 200 + 16 · 1/4, where bfloat16 (steps of 1) would stay at 200."""
+    arguments = [torch.zeros_like(t, dtype=dtype) for t in make_arguments()]
+    arguments[0] = torch.zeros(16, K * B, C, dtype=dtype)
+    arguments[2] += 200
+    arguments[9] = torch.tensor([50.0, 50.0, 0.25541281, 50.0]).repeat_interleave(H)  # atanh(1/4)
+    c_n = lp.functional.rank1_lstm(*arguments)[2]
+    torch.testing.assert_close(c_n, torch.full_like(c_n, 204))
+
+
 def test_members_are_isolated():
     for bad in (float("nan"), 1e30):
         clean, dirty = make_arguments("own", dtype=torch.float32), make_arguments("own", dtype=torch.float32)

@@ -58,6 +58,7 @@ def expand(
             "rank1": a pair of gains around every nn.Linear and nn.Conv2d of exactly these types, but where attention
                 reads a weight without calling its layer; input_gain and output_gain join the state dict; a layer that
                 another target names too is the other's;
+            "embedding": the embeddings of hypernetwork layers (HyperConv2d, HyperLinear); their templates stay shared;
             callables (name, module) -> bool, or "rank1" to give that layer gains.
             All but batch norms take dim 0 of what reaches them for the batch.
         noise_std: σ0.

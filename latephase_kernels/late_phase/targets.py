@@ -18,6 +18,10 @@ from ..nn import (
     EnsembleRMSNorm,
     EnsembleSyncBatchNorm,
     EnsembleSyncBatchNormAct,
+    HyperConv2d,
+    HyperLinear,
+    MemberHyperConv2d,
+    MemberHyperLinear,
     MemberLinear,
     Rank1Conv2d,
     Rank1Linear,
@@ -42,6 +46,8 @@ MEMBER_TYPES: dict[type, type] = {
     nn.LayerNorm: EnsembleLayerNorm,
     nn.GroupNorm: EnsembleGroupNorm,
     nn.RMSNorm: EnsembleRMSNorm,
+    HyperConv2d: MemberHyperConv2d,
+    HyperLinear: MemberHyperLinear,
 }
 RANK1_TYPES: dict[type, type] = {nn.Linear: Rank1Linear, nn.Conv2d: Rank1Conv2d, nn.LSTM: Rank1LSTM}
 SHARED_TYPES: dict[type, type] = {
@@ -129,6 +135,7 @@ _NAMED: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "group_norm": lambda model: _norms(model, lambda module: isinstance(module, nn.GroupNorm)),
     "rms_norm": lambda model: _norms(model, is_rms_norm),
     "rank1": _rank1,
+    "embedding": lambda model: [module for module in model.modules() if isinstance(module, (HyperConv2d, HyperLinear))],
 }
 
 

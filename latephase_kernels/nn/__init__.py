@@ -1,6 +1,7 @@
 """Modules whose parameters, [K, …], and statistics exist once for every member."""
 
 from .batch_norm import EnsembleBatchNorm1d, EnsembleBatchNorm2d, EnsembleBatchNorm3d
+from .hypernetwork import HyperConv2d, HyperLinear, MemberHyperConv2d, MemberHyperLinear, TemplateBank
 from .linear import MemberLinear
 from .norm_act import EnsembleBatchNormAct2d, EnsembleSyncBatchNormAct, SharedBatchNormAct2d, SharedSyncBatchNormAct
 from .norms import EnsembleGroupNorm, EnsembleLayerNorm, EnsembleLayerNorm2d, EnsembleRMSNorm, MemberwiseNorm
@@ -20,6 +21,10 @@ __all__ = [
     "EnsembleRMSNorm",
     "EnsembleSyncBatchNorm",
     "EnsembleSyncBatchNormAct",
+    "HyperConv2d",
+    "HyperLinear",
+    "MemberHyperConv2d",
+    "MemberHyperLinear",
     "MemberLinear",
     "MemberwiseNorm",
     "Rank1Conv2d",
@@ -31,4 +36,5 @@ __all__ = [
     "SharedBatchNormAct2d",
     "SharedSyncBatchNorm",
     "SharedSyncBatchNormAct",
+    "TemplateBank",
 ]

@@ -161,8 +161,16 @@ class MemberModule(Routed):
         """Load, giving every member a copy of a tensor that comes without the leading K (a plain checkpoint)."""
         for name, own in [*self.replicated_parameters().items(), *self._buffers.items()]:
             loaded = state_dict.get(prefix + name)
-            if own is not None and isinstance(loaded, Tensor) and loaded.shape == own.shape[1:]:
+            if own is None or not isinstance(loaded, Tensor):
+                continue
+            if loaded.shape == own.shape[1:]:
                 state_dict[prefix + name] = replicate(loaded, self.num_members)
+            elif loaded.dim() == own.dim() and loaded.shape[1:] == own.shape[1:] and loaded.size(0) != own.size(0):
+                error_messages = args[-1]
+                error_messages.append(
+                    f"{prefix}{name} has {loaded.size(0)} members in the checkpoint and {own.size(0)} in the model; "
+                    f"expand the plain model with num_members={loaded.size(0)} before loading"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._mark()
 

@@ -251,5 +251,5 @@ class Rank1LSTM(MemberModule, nn.LSTM):
         for name, weight in zip(self._flat_weights_names, weights):
             if name.startswith("weight"):
                 plain._parameters[name] = plain_parameter(weight, self._parameters[name])
-        plain._init_flat_weights()
+        plain._init_flat_weights()  # for cuDNN, which wants them in one piece of memory
         return plain

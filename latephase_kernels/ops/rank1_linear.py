@@ -1,0 +1,315 @@
+"""A linear layer with rank-1 gains: one weight, shared by the members, and gains of each member's own.
+
+    y_k = ((x_k ∘ s_k) · Wᵀ) ∘ r_k + bias,   that is   x_k · W_kᵀ + bias with W_k = W ∘ (r_k s_kᵀ)
+
+Symbols: s = input_gain, r = output_gain, W = weight. Shapes: K members, R rows a member (all leading dimensions).
+
+Two ways to the same numbers. With few rows a member, the gains go over the rows and all members share one product;
+with many, they go into the weight, K times, and no pass over rows is left. Neither keeps the product before its gain
+or divides by a gain.
+
+Registered ops: `rank1_linear` and `rank1_linear_backward`, made of PyTorch's own operators and of member_gain, the
+same on every device.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import backend as _backend
+from ..reference import member_gain as member_gain_reference
+from ..reference import rank1_linear as reference
+from ..reference.precision import accumulation_dtype
+from . import registry
+from .rank1_linear_checks import check_arguments
+
+# ---------------------------------------------------------------------------------------------- which way
+
+_ENOUGH_ROWS = 128
+
+
+def _folds(rows: int, in_features: int, out_features: int) -> bool:
+    """Whether the gains go into the weight: when 1 / R ≤ 1 / 128 + 1 / in + 1 / out.
+
+    Folding moves some 10 · in · out values a member, in cache; not folding moves some 10 · R · (in + out), and takes
+    the product a second time, 2 · R · in · out operations, about as long as moving in · out values for R = 13.
+    K has no say: a member's result must not depend on how many others there are.
+    """
+    return rows * (in_features * out_features + _ENOUGH_ROWS * (in_features + out_features)) >= (
+        _ENOUGH_ROWS * in_features * out_features
+    )
+
+
+def _chunks(num_members: int, device: torch.device) -> Iterator[slice]:
+    """Members whose folded weights exist at one time: one on the CPU, where that stays in cache, else all."""
+    at_once = 1 if device.type == "cpu" else num_members
+    return (slice(first, first + at_once) for first in range(0, num_members, at_once))
+
+
+def _folded(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return every member's W ∘ (r_k s_kᵀ), [K, out, in]; gains in the accumulation type."""
+    return (weight * input_gain.unsqueeze(1)).mul_(output_gain.unsqueeze(2)).to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------- passes over rows
+
+
+def _multiply(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x ∘ gain_k + bias, x [K·R, C]."""
+    backend = _backend.backend_for(x, "member_gain")
+    if backend == "reference":
+        return member_gain_reference.member_gain(x, gain, bias, 1, "none")
+    return registry.op(_NAMESPACES[backend], "member_gain")(x, gain, bias, 1, "none")
+
+
+def _multiply_backward(dy: Tensor, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dy ∘ gain_k, and each member's column sums of dy ∘ x and of dy, [K, C]."""
+    backend = _backend.backend_for(x, "member_gain")
+    if backend == "reference":
+        by_member = (gain.size(0), x.size(0) // gain.size(0), x.size(1))
+        wide = dy.to(accumulation_dtype(x.dtype)).view(by_member)
+        dx = member_gain_reference.member_gain(dy, gain, None, 1, "none")
+        return dx, (wide * x.view(by_member)).sum(1), wide.sum(1)
+    return registry.op(_NAMESPACES[backend], "member_gain_backward")(dy, x, gain, None, 1, "none")
+
+
+_NAMESPACES = {"native": registry.NATIVE, "triton": registry.TRITON}
+
+# ---------------------------------------------------------------------------------------------- forward
+
+
+def _rows(tensor: Tensor, num_members: int) -> Tensor:
+    """[K·B, *, C] to a contiguous [K, R, C]."""
+    *leading, channels = tensor.shape
+    return tensor.reshape(num_members, torch.Size(leading).numel() // num_members, channels).contiguous()
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """The types are settled when an op runs: autocast would round its float32 sums."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _forward(input, weight, input_gain, output_gain, bias) -> Tensor:
+    num_members, accumulate = input_gain.size(0), accumulation_dtype(input.dtype)
+    x = _rows(input, num_members)
+    _, rows, in_features = x.shape
+    out_features = weight.size(0)
+    y = x.new_empty(num_members, rows, out_features)
+    with _without_autocast(x.device):
+        if _folds(rows, in_features, out_features):
+            s, r = input_gain.to(accumulate), output_gain.to(accumulate)
+            shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
+            for some in _chunks(num_members, x.device):
+                weights = _folded(weight, s[some], r[some], x.dtype).mT
+                if shift is None:
+                    torch.bmm(x[some], weights, out=y[some])
+                else:
+                    torch.baddbmm(shift[some], x[some], weights, out=y[some])
+        else:
+            scaled = _multiply(x.flatten(0, 1), input_gain.contiguous())
+            product = scaled @ weight.to(x.dtype).t()
+            y = _multiply(product, output_gain.contiguous(), None if bias is None else bias.contiguous())
+    return y.view(*input.shape[:-1], out_features)
+
+
+# ---------------------------------------------------------------------------------------------- backward
+
+
+def _backward_folded(dy, x, weight, input_gain, output_gain, needs) -> list[Tensor | None]:
+    """Return dx, dW, ds, dr and None; the last three from H_k = dy_kᵀ x_k.
+
+    dW = Σ_k (r_k s_kᵀ) ∘ H_k,   ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k)
+    """
+    needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
+    num_members, accumulate = input_gain.size(0), accumulation_dtype(x.dtype)
+    s, r = input_gain.to(accumulate), output_gain.to(accumulate)
+    dx = torch.empty_like(x) if needs_input else None
+    dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
+    ds, dr = torch.empty_like(s), torch.empty_like(r)
+    for some in _chunks(num_members, x.device):
+        if dx is not None:
+            torch.bmm(dy[some], _folded(weight, s[some], r[some], x.dtype), out=dx[some])
+        if not (needs_weight or needs_input_gain or needs_output_gain):
+            continue
+        product = torch.bmm(dy[some].mT, x[some]).to(accumulate)  # H_k, [members, out, in]
+        if needs_input_gain or needs_output_gain:
+            of_gains = product * weight
+            torch.bmm(r[some].unsqueeze(1), of_gains, out=ds[some].unsqueeze(1))
+            torch.bmm(of_gains, s[some].unsqueeze(2), out=dr[some].unsqueeze(2))
+        if dweight is not None:
+            for of_member, gain in zip(product.mul_(r[some].unsqueeze(2)), s[some]):
+                dweight.addcmul_(of_member, gain)
+    return [dx, dweight, ds, dr, None]
+
+
+def _backward_by_rows(dy, x, weight, input_gain, output_gain, needs) -> list[Tensor | None]:
+    """Return dx, dW, ds, dr and dbias [K, out]; dr from the product before its gain, computed once more."""
+    needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
+    s, r, weight = input_gain.contiguous(), output_gain.contiguous(), weight.to(x.dtype)
+    dy, x = dy.flatten(0, 1), x.flatten(0, 1)
+    dx = dweight = ds = dr = dbias = None
+    scaled = _multiply(x, s) if needs_weight or needs_output_gain else None
+    if needs_output_gain:
+        dproduct, dr, dbias = _multiply_backward(dy, scaled @ weight.t(), r)
+    else:
+        dproduct = _multiply(dy, r)
+    if needs_weight:
+        dweight = dproduct.t() @ scaled
+    if needs_input_gain:
+        dx, ds, _ = _multiply_backward(dproduct @ weight, x, s)
+    elif needs_input:
+        dx = _multiply(dproduct @ weight, s)
+    return [dx, dweight, ds, dr, dbias]
+
+
+def _backward(dy, input, weight, input_gain, output_gain, bias, needs: Sequence[bool]) -> list[Tensor]:
+    """Return the gradients of the five arguments of `_forward`, empty tensors for those that need none."""
+    num_members = input_gain.size(0)
+    x, dy = _rows(input, num_members), _rows(dy, num_members)
+    backward = _backward_folded if _folds(x.size(1), *reversed(weight.shape)) else _backward_by_rows
+    with _without_autocast(x.device):
+        gradients = backward(dy, x, weight, input_gain, output_gain, needs)
+    if needs[4]:
+        dbias = dy.sum(1, dtype=accumulation_dtype(dy.dtype)) if gradients[4] is None else gradients[4]
+        gradients[4] = dbias if bias.dim() == 2 else dbias.sum(0)
+    arguments = (input, weight, input_gain, output_gain, bias)
+    return [
+        gradient.view(argument.shape).to(argument.dtype) if need else input.new_empty(0)
+        for gradient, argument, need in zip(gradients, arguments, needs)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- registration
+
+
+def _fake_forward(input, weight, input_gain, output_gain, bias):
+    return input.new_empty(*input.shape[:-1], weight.size(0))
+
+
+def _fake_backward(dy, input, weight, input_gain, output_gain, bias, needs):
+    arguments = (input, weight, input_gain, output_gain, bias)
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else input.new_empty(0)
+        for t, need in zip(arguments, needs)
+    ]
+
+
+_ARGUMENTS = "Tensor input, Tensor weight, Tensor input_gain, Tensor output_gain, Tensor? bias"
+_FORWARD, _BACKWARD = f"{registry.NATIVE}::rank1_linear", f"{registry.NATIVE}::rank1_linear_backward"
+torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(_BACKWARD, f"(Tensor dy, {_ARGUMENTS}, bool[] needs) -> Tensor[]")
+for _name, _implementation, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
+    torch.library.impl(_name, "default", _implementation)
+    torch.library.register_fake(_name, _fake)
+
+# ---------------------------------------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
+    """Return the gradients of the five arguments; backward: the op, or its implementation."""
+    arguments = ctx.saved_tensors
+    if dy is None:
+        return (None,) * len(arguments)
+    needs = [bool(need) for need in ctx.needs_input_grad]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, *arguments)):
+        return _differentiable_gradients(dy, arguments, needs)
+    return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, needs), needs))
+
+
+def _differentiable_gradients(dy: Tensor, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple:
+    """The same gradients by the reference formula, so that they can be differentiated again."""
+    # Aliases: where one argument was computed from another, that path is not the other's gradient here.
+    arguments = [None if t is None else t.view_as(t) for t in arguments]
+    needed = [argument for argument, need in zip(arguments, needs) if need]
+    with _without_autocast(dy.device):
+        found = iter(torch.autograd.grad(reference.rank1_linear(*arguments), needed, dy, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
+
+
+class _Rank1Linear(torch.autograd.Function):
+    """The eager path: less overhead a call than the registered op's generated autograd."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        _setup_context(ctx, arguments, None)
+        return _forward(*arguments)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradients(ctx, dy, _backward)
+
+
+def _registered_gradients(ctx, dy):
+    return _gradients(ctx, dy, torch.ops.latephase_kernels.rank1_linear_backward.default)
+
+
+torch.library.register_autograd(_FORWARD, _registered_gradients, setup_context=_setup_context)
+
+# ---------------------------------------------------------------------------------------------- public
+
+
+def rank1_linear(
+    input: Tensor,  # [K·B, …, in]
+    weight: Tensor,  # [out, in]
+    input_gain: Tensor,  # [K, in]
+    output_gain: Tensor,  # [K, out]
+    bias: Tensor | None = None,  # [K, out] or [out]
+) -> Tensor:
+    """Apply a linear layer to each member's rows with that member's own weight W ∘ (r_k s_kᵀ).
+
+        y_k = ((x_k ∘ s_k) · Wᵀ) ∘ r_k + bias
+
+    Equals `F.linear(x_k, weight * output_gain[k][:, None] * input_gain[k], bias)` on each member's slice.
+
+    Args:
+        input: member-major (row i is member i // B's); float32, bfloat16, float16 or float64, any strides. Under
+            autocast it joins autocast's type, as in F.linear.
+        weight: shared by the members; float32 or input's type, as everything that follows.
+        input_gain, output_gain: s and r, any sign or zero.
+        bias: [out] shared by the members, or one for each, or None.
+
+    Returns:
+        [K·B, …, out], input's type.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: an argument has the wrong Python type.
+        NotImplementedError: a dtype or tensor layout that is not supported.
+
+    Cost:
+        With many rows a member (R; 1 / R ≤ 1 / 128 + 1 / in + 1 / out): the plain layer's products, and some ten passes
+        over [out, in] a member. With few: forward two passes over rows; backward three, and one more product. Saved for
+        backward: the arguments. Gradients that are to be differentiated again come from the plain formula.
+
+    Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
+    """
+    arguments = _autocast(input, weight, input_gain, output_gain, bias)
+    check_arguments(*arguments)
+    if torch._C._are_functorch_transforms_active():
+        with _without_autocast(input.device):
+            return reference.rank1_linear(*arguments)
+    if torch.compiler.is_compiling():
+        return torch.ops.latephase_kernels.rank1_linear.default(*arguments)
+    return _Rank1Linear.apply(*arguments)
+
+
+def _autocast(input, *parameters):
+    """Under autocast: input in autocast's type, parameters in it or in float32, whose digits are of use."""
+    if not isinstance(input, Tensor) or input.dtype == torch.float64:
+        return input, *parameters
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return input, *parameters
+    dtype = torch.get_autocast_dtype(device)
+    halves = (torch.bfloat16, torch.float16)
+    cast = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in halves else t for t in parameters)
+    return input.to(dtype), *cast

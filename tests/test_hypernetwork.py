@@ -1,0 +1,238 @@
+"""Hypernetwork embeddings as late-phase weights; shapes: K members, B rows each, T templates, S slices."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import latephase_kernels as lp
+from latephase_kernels.late_phase import SequentialTrainer
+from latephase_kernels.models import HyperWideResNet, WideResNet
+from latephase_kernels.nn import HyperConv2d, HyperLinear, MemberHyperConv2d, MemberHyperLinear, TemplateBank
+from latephase_kernels.nn.hypernetwork import orthogonal_embeddings_
+
+K, B = 3, 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def explicit_sum(templates, embedding):
+    """Σ_t c_{t,s} T_t for each slice s, side by side along the input channels, in loops."""
+    slices = [sum(c * template for c, template in zip(column, templates)) for column in embedding.T]
+    return torch.cat(slices, 1)
+
+
+def make_network(depth=10, dtype=torch.float64, **options):
+    """Templates of the bias start at zero, and statistics at their standard values: everything is made to matter."""
+    model = HyperWideResNet(depth, 1, 3, **options).to(dtype)
+    nn.init.normal_(model.fc.bank.bias_templates)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def scatter_members(model, std=0.2):
+    """Make the members of every embedding differ."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("embedding"):
+            parameter.data += std * torch.randn_like(parameter)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("num_slices", [1, 2, 3])
+def test_weights_are_the_sum_of_templates(num_slices):
+    bank = TemplateBank(4, (5, 2, 3, 3), dtype=torch.float64)
+    conv = HyperConv2d(bank, num_slices, stride=2, padding=1)
+    weight = explicit_sum(bank.templates, conv.embedding)
+    x = torch.randn(B, 2 * num_slices, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(conv.weight_and_bias()[0], weight)
+    torch.testing.assert_close(conv(x), F.conv2d(x, weight, None, 2, 1))
+
+    bank = TemplateBank(4, (5, 2), bias=True, dtype=torch.float64)
+    nn.init.normal_(bank.bias_templates)
+    linear = HyperLinear(bank, num_slices)
+    bias = sum(c * template for c, template in zip(linear.embedding.sum(1), bank.bias_templates))
+    x = torch.randn(B, 4, 2 * num_slices, dtype=torch.float64)
+    torch.testing.assert_close(linear(x), F.linear(x, explicit_sum(bank.templates, linear.embedding), bias))
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("members", [range(K), range(1, 3)])
+def test_every_member_is_the_layer_with_its_own_embedding(kind, members):
+    """Values and gradients; a chunk of the members leaves the others without gradient. Channels_last as well."""
+    if kind == "conv":
+        plain = HyperConv2d(TemplateBank(4, (5, 2, 3, 3), dtype=torch.float64), 2, padding=1)
+        x = torch.randn(len(members) * B, 4, 5, 6, dtype=torch.float64).to(memory_format=torch.channels_last)
+    else:
+        plain = HyperLinear(TemplateBank(4, (5, 2), bias=True, dtype=torch.float64), 2)
+        nn.init.normal_(plain.bank.bias_templates)
+        x = torch.randn(len(members) * B, 3, 4, dtype=torch.float64)
+    model = lp.expand(nn.Sequential(copy.deepcopy(plain)), K, targets="embedding", noise_std=0.5)
+    layer = model[0]
+    assert type(layer) is {"conv": MemberHyperConv2d, "linear": MemberHyperLinear}[kind]
+    x.requires_grad_()
+    with lp.members(model, members):
+        y = model(x)
+    dy = torch.randn_like(y)
+    tensors = [x, *layer.parameters()]
+    gradients = torch.autograd.grad(y, tensors, dy)
+
+    outputs = []
+    own = layer.embedding.detach().clone().requires_grad_()
+    bank = plain.bank
+    bank.load_state_dict(layer.bank.state_dict())
+    for part, k in zip(x.chunk(len(members)), members):
+        weight = explicit_sum(bank.templates, own[k])
+        if kind == "conv":
+            outputs.append(F.conv2d(part, weight, None, 1, 1))
+        else:
+            outputs.append(F.linear(part, weight, own[k].sum(1) @ bank.bias_templates))
+    expected = torch.cat(outputs)
+    torch.testing.assert_close(y, expected)
+    expected_gradients = torch.autograd.grad(expected, [x, own, *bank.parameters()], dy)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_gradients_of_a_shared_bank_add_up_over_layers():
+    bank = TemplateBank(3, (4, 2, 3, 3), dtype=torch.float64)
+    model = nn.Sequential(HyperConv2d(bank, padding=1), HyperConv2d(bank, 2, padding=1)).double()
+    assert [name for name, _ in model.named_parameters()] == [
+        "0.embedding",
+        "0.bank.templates",
+        "0.bank.bias_templates",
+        "1.embedding",
+    ][:2] + ["1.embedding"]
+    x = torch.randn(B, 2, 5, 5, dtype=torch.float64)
+    own = [bank.templates.detach().clone().requires_grad_() for _ in range(2)]
+    y = x
+    for conv, templates in zip(model, own):
+        y = F.conv2d(y, explicit_sum(templates, conv.embedding.detach()), padding=1)
+    y.square().sum().backward()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(bank.templates.grad, own[0].grad + own[1].grad)
+
+
+def test_initial_embeddings_and_templates():
+    """Orthogonal among layers of equal bank and shape, mean slice norm 1; the weights have Kaiming's variance."""
+    model = HyperWideResNet(28, 1, 10)
+    groups = {}
+    for module in model.modules():
+        if isinstance(module, (HyperConv2d, HyperLinear)):
+            groups.setdefault((module.bank, module.embedding.shape), []).append(module.embedding.detach())
+    # n = 4 blocks a stage: at width 1 all 8 convolutions of the first stage have two slices, later 7 and one shortcut.
+    counts = sorted((tuple(shape), len(group)) for (_, shape), group in groups.items())
+    assert counts == [((7, 1), 1)] * 2 + [((10, 1), 1)] * 2 + [((14, 1), 1)] * 2 + [((14, 2), 7)] * 2 + [((14, 2), 8)]
+    for group in groups.values():
+        rows = torch.stack(group).flatten(1)
+        products = rows @ rows.T
+        torch.testing.assert_close(products, products.diag().diag(), rtol=0, atol=1e-5)
+        for embedding in group:
+            assert embedding.norm(dim=0).mean().item() == pytest.approx(1, abs=1e-5)
+    conv = model.stage3[2].conv1  # 64 · 32 · 9 elements of each template
+    std = conv.bank.templates.std().item()
+    assert std == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.01)  # 1 / sqrt(2 · 258048) is 0.0014
+
+    few = [HyperConv2d(TemplateBank(2, (3, 2, 1, 1))) for _ in range(1)]
+    few += [HyperConv2d(few[0].bank) for _ in range(4)]  # five layers, two coefficients: the coefficients' columns
+    orthogonal_embeddings_(few)
+    for layer in few:
+        assert layer.embedding.norm().item() == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+
+def test_parameters_of_wrn_28_10():
+    """Worked out by hand, n = 4 blocks a stage, 2n − 1 = 7 templates, 14 where they cover half of the input channels.
+
+    input     10 · 16·3·9                                     4 320
+    stage 1    7 · 160·16·9 (first conv1, a bank of its own)  161 280
+              14 · 160·80·9                                   1 612 800,  shortcut 7 · 160·16       17 920
+    stage 2   14 · 320·160·9 (with the first conv1)           6 451 200,  shortcut 7 · 320·160     358 400
+    stage 3   14 · 640·320·9                                 25 804 800,  shortcut 7 · 640·320   1 433 600
+    head      10 · (10·640 + 10)                              64 100
+    norms     2 · ((16 + 7·160) + (160 + 7·320) + (320 + 7·640) + 640)   17 952
+    embeddings  input and head 10 + 10; stage 1: 7 + 7·28 + 7; stages 2 and 3: 14 + 7·28 + 7 each   664
+    """
+    with torch.device("meta"):
+        model = HyperWideResNet(28, 10, 10)
+    templates = 4320 + 161_280 + 1_612_800 + 17_920 + 6_451_200 + 358_400 + 25_804_800 + 1_433_600 + 64_100
+    names = model.no_weight_decay()
+    assert sum(p.numel() for name, p in model.named_parameters() if name in names) == 664
+    assert sum(p.numel() for p in model.parameters()) == templates + 17_952 + 664 == 35_927_036
+    # the state holds every bank once: 3 numbers of the norms' statistics are no parameters
+    assert sum(t.numel() for t in model.state_dict().values()) == 35_927_036 + 17_952 + 25
+
+
+@pytest.mark.parametrize("depth, width", [(10, 1), (16, 2), (10, 3)])  # 3: the first convolution has a bank of its own
+def test_the_network_is_a_wide_resnet(depth, width):
+    """Equal to the WideResNet of explicit sums, and of its own writing; bit for bit the same state, strictly loaded."""
+    model = HyperWideResNet(depth, width, 4, in_channels=2).double().eval()
+    nn.init.normal_(model.fc.bank.bias_templates)
+    state = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (HyperConv2d, HyperLinear)):
+            state[f"{name}.weight"] = explicit_sum(module.bank.templates, module.embedding)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            state |= module.state_dict(prefix=f"{name}.")
+    state["fc.bias"] = model.fc.embedding[:, 0] @ model.fc.bank.bias_templates
+    expected = WideResNet(depth, width, 4, in_channels=2).double().eval()
+    expected.load_state_dict(state)
+    x = torch.randn(3, 2, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(model(x), expected(x))
+
+    written = model.to_wide_resnet()
+    assert type(written) is WideResNet and not written.training
+    assert all(parameter.requires_grad for parameter in written.parameters())
+    assert torch.equal(written(x), model(x))
+    expected.load_state_dict(written.state_dict())
+    assert torch.equal(expected(x), model(x))
+    with torch.no_grad():  # nothing is shared
+        before = model(x)
+        for tensor in [*written.parameters(), *written.buffers()]:
+            tensor.zero_()
+    assert torch.equal(model(x), before)
+
+
+def test_state_copies_and_conversions_keep_banks_shared():
+    model = make_network(16, torch.float32).eval()
+    lp.expand(model, K, targets="embedding", noise_std=0.1)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    layers = [module for module in model.modules() if isinstance(module, MemberHyperConv2d)]
+    banks = len({id(layer.bank) for layer in layers})
+    storages = [tensor.data_ptr() for tensor in model.state_dict().values()]
+    assert len(storages) == len(set(storages))  # what safetensors demands, and averages of states
+    other = lp.expand(HyperWideResNet(16, 1, 3), K, targets="embedding").eval()
+    other.load_state_dict(model.state_dict())
+    pair = nn.ModuleList([copy.deepcopy(model)])  # inside another module, keys have a prefix
+    pair.load_state_dict(nn.ModuleList([model]).state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other, pair[0]):
+        assert torch.equal(twin(x), expected)
+        found = [module for module in twin.modules() if isinstance(module, MemberHyperConv2d)]
+        assert len({id(layer.bank) for layer in found}) == banks < len(found)
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    with pytest.raises(RuntimeError, match=r"Missing key.*stage1.0.conv1.bank.templates"):
+        other.load_state_dict({k: v for k, v in model.state_dict().items() if "stage1.0.conv1.bank" not in k})
+    converted = copy.deepcopy(model).to(memory_format=torch.channels_last).double()  # templates have five dimensions
+    torch.testing.assert_close(converted(x.double()).float(), expected)
+    assert all(layer.embedding.num_members == K for layer in converted.modules() if isinstance(layer, type(layers[0])))
