@@ -11,15 +11,15 @@ demo: $(VENV)/.installed
 
 test: test-native test-triton test-compile
 
-# Everything that runs natively, then the op's tests again on each older instruction set.
+# Everything that runs natively, then the ops' tests again on each older instruction set.
 test-native: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*'
-	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py
-	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py
+	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py tests/test_member_gain.py
+	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py tests/test_member_gain.py
 
 # Triton kernels in the interpreter, in a process of its own.
 test-triton: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton_ensemble_batch_norm.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton_ensemble_batch_norm.py tests/test_triton_member_gain.py
 
 # Triton kernels compiled ahead of time for GPUs that need not be there.
 test-compile: $(VENV)/.installed
@@ -41,6 +41,7 @@ wheel: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_ensemble_batch_norm.py
+	$(BIN)/python benchmarks/bench_member_gain.py
 
 # torch first, then the package without isolation: an isolated build would download torch a second time.
 $(VENV)/.installed: $(SOURCES)

@@ -27,7 +27,7 @@ ISA_FLAGS = (
     else {"baseline": ""}
 )
 NVCC_FLAGS = (
-    "-std=c++20 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden -DUSE_CUDA --threads 0 "
+    "-std=c++20 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden -DUSE_CUDA --threads 0 --compress-mode=size "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 "
     "-gencode arch=compute_100,code=[sm_100,compute_100]"
 )

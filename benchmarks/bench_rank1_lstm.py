@@ -1,9 +1,9 @@
-"""CPU time of an LSTM layer with rank-1 gains, forward and backward, beside what a user would otherwise write.
+"""Time of an LSTM layer with rank-1 gains, forward and backward, beside what a user would otherwise write.
 
-    python benchmarks/bench_rank1_lstm.py [--seconds 60] [--members 10] [--batch 32] [--steps 100] [--units 500]
+    python benchmarks/bench_rank1_lstm.py [--device cuda] [--dtype bfloat16] [--members 10] [--batch 32] [--steps 100]
 
-Every row is timed in turn with the others in one run; `ratio` is to the loop over members, each an nn.LSTM call with
-that member's folded weights W ∘ (r_k s_kᵀ).
+Every row is timed in turn with the others in one run. Ratios are taken round by round, to the loop over members: an
+nn.LSTM call each, with the member's folded weights W ∘ (r_k s_kᵀ). Their quartiles stand in brackets.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import os
 import platform
 
 import torch
-from timing import interleaved, summarize
+from timing import interleaved, quartiles, ratios
 from torch import nn
 
 import latephase_kernels as lp
@@ -50,15 +50,16 @@ def plain_formula(x, h, c, weight_ih, weight_hh, s_ih, r_ih, s_hh, r_hh, bias):
     return torch.stack(outputs)
 
 
+LOOP = "loop over members"
 FUNCTIONS = {
-    "loop over members": loop_over_members,
-    "plain, no members": one_plain_lstm,
+    LOOP: loop_over_members,
+    "one LSTM, no members": one_plain_lstm,
     "plain formula": plain_formula,
     "ours": lambda *arguments: lp.functional.rank1_lstm(*arguments)[0],
 }
 
 
-def bench(arguments):
+def make_tensors(arguments):
     torch.manual_seed(0)
     rows, units, num_members = arguments.members * arguments.batch, arguments.units, arguments.members
     template = nn.LSTM(arguments.inputs, units)
@@ -71,41 +72,53 @@ def bench(arguments):
         *(1 + 0.1 * torch.randn(num_members, size) for size in (arguments.inputs, 4 * units, units, 4 * units)),
         template.bias_ih_l0.detach(),
     ]
-    tensors = [tensor.requires_grad_() for tensor in tensors]
-    dy = torch.randn(arguments.steps, rows, units)
+    options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
+    return [tensor.to(**options).requires_grad_() for tensor in tensors]
+
+
+def bench(arguments):
+    """Return {contender: figures}."""
+    tensors = make_tensors(arguments)
+    expected = loop_over_members(*tensors)
+    dy = torch.randn_like(expected)
+    for name in ("plain formula", "ours"):
+        torch.testing.assert_close(FUNCTIONS[name](*tensors), expected, rtol=0.02, atol=0.02)
+    del expected
 
     def step(function):
-        def run():
-            for tensor in tensors:
-                tensor.grad = None
-            function(*tensors).backward(dy)
+        for tensor in tensors:
+            tensor.grad = None
+        function(*tensors).backward(dy)
 
-        return run
-
-    functions = {name: step(function) for name, function in FUNCTIONS.items() if name not in arguments.skip}
-    return summarize(interleaved(functions, seconds=arguments.seconds, warmup=1), "loop over members")
+    functions = {name: lambda f=f: step(f) for name, f in FUNCTIONS.items()}
+    times = interleaved(functions, torch.device(arguments.device), seconds=arguments.seconds)
+    return {
+        name: {"ms": [1e3 * t for t in quartiles(t)], "to_loop": ratios(t, times[LOOP]), "rounds": len(t)}
+        for name, t in times.items()
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("members", 10), ("batch", 32), ("steps", 100), ("units", 500), ("inputs", 205)):
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    shape = {"members": 10, "batch": 32, "steps": 100, "units": 500, "inputs": 205}
+    for name, default in shape.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["plain formula", "plain, no members"])
     parser.add_argument("--output", help="write the figures here as JSON")
     arguments = parser.parse_args()
     rows = bench(arguments)
-    shape = {name: getattr(arguments, name) for name in ("members", "batch", "steps", "units", "inputs")}
-    print(", ".join(f"{name} {value}" for name, value in shape.items()))
-    print(f"threads {torch.get_num_threads()}, load {os.getloadavg()[0]:.1f}")
+    settings = {name: getattr(arguments, name) for name in ("device", "dtype", *shape)}
+    settings |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
     for name, row in rows.items():
-        spread = f"({row['low_ms']:.1f} … {row['high_ms']:.1f})"
-        print(f"  {name:18} {row['median_ms']:9.1f} ms  × {row['ratio']:.2f}  {spread}")
+        low, ratio, high = row["to_loop"]
+        print(f"  {name:22} {row['ms'][1]:9.1f} ms   × {ratio:.2f} ({low:.2f} … {high:.2f})")
     if arguments.output:
         machine = platform.processor() or platform.machine()
-        report = {"torch": torch.__version__, "machine": machine, "threads": torch.get_num_threads(), **shape}
         with open(arguments.output, "w") as file:
-            json.dump(report | {"rows": rows}, file, indent=1)
+            json.dump({**settings, "machine": machine, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,41 @@
-"""Interleaved timing: what is compared is timed in turn, in one run, and reported as ratios of medians."""
+"""Interleaved timing: what is compared is timed in turn, in one run, on the CPU or a GPU."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
+_FLUSH_BYTES = 256 << 20  # written between two timings on a GPU: more than its L2 cache
+
+
+class Timer:
+    """Seconds of one call on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self.on_gpu else None
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        if self.flush is None:
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        self.flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], *, seconds: float = 5.0, warmup: int = 2
+    functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Time each function in turn until `seconds` are over; return every time in seconds, by name."""
+    """Time each function in turn until `seconds` are over, five rounds at least; return all seconds, by name."""
+    timer = Timer(device)
     for function in functions.values():
         for _ in range(warmup):
             function()
@@ -16,20 +43,26 @@ def interleaved(
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timer(function))
     return times
 
 
-def summarize(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds, quartiles and the ratio to the baseline's median, by name."""
-    base = statistics.median(times[baseline])
-    rows = {}
-    for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        rows[name] = {
-            "median_ms": 1e3 * median, "low_ms": 1e3 * low, "high_ms": 1e3 * high,
-            "ratio": median / base, "samples": len(values),
-        }  # fmt: skip
-    return rows
+def quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return statistics.quantiles(values, n=4)
+
+
+def ratios(times: list[float], baseline: list[float]) -> list[float]:
+    """Quartiles of the ratio within each round: a slow spell of the machine slows both."""
+    return quartiles([a / b for a, b in zip(times, baseline, strict=True)])
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def copy_bandwidth(device: torch.device, *, size: int = 256 << 20) -> float:
+    """Bytes read and written in a second by a copy between two tensors of `size` bytes that stand already."""
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
+    return 2 * size / statistics.median(times)

@@ -3,41 +3,13 @@
 
 #include <cmath>
 
+#include "checks.h"
 #include "ensemble_batch_norm_arguments.h"
 #include "stable.h"
 
 namespace latephase::ensemble_batch_norm {
 
-inline ScalarType accumulation_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline DataType data_type(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return DataType::Float;
-    case ScalarType::Double:
-      return DataType::Double;
-    case ScalarType::BFloat16:
-      return DataType::BFloat16;
-    case ScalarType::Half:
-      return DataType::Half;
-    default:
-      STD_TORCH_CHECK(false, "ensemble_batch_norm: input must be float32, float64, bfloat16 or float16");
-  }
-}
-
-// True if `t` is dense with channels innermost; size-1 dimensions do not count.
-inline bool is_channels_last(const Tensor& t) {
-  int64_t expected = t.size(1);
-  if (t.size(1) != 1 && t.stride(1) != 1) return false;
-  for (int64_t d = t.dim() - 1; d >= 0; --d) {
-    if (d == 1) continue;
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
+constexpr const char* kOp = "ensemble_batch_norm";
 
 inline Sizes sizes_of(const Tensor& input, int64_t num_members) {
   STD_TORCH_CHECK(input.dim() >= 2, "ensemble_batch_norm: input must be [K·B, C, *]");
@@ -53,36 +25,10 @@ inline Sizes sizes_of(const Tensor& input, int64_t num_members) {
   return s;
 }
 
-// Raises unless `t` has exactly the input's sizes, type and, where they matter, strides.
-inline const void* data_like(const char* name, const Tensor& t, const Tensor& input) {
-  bool same = t.dim() == input.dim() && t.scalar_type() == input.scalar_type();
-  for (int64_t d = 0; same && d < input.dim(); ++d)
-    same = t.size(d) == input.size(d) && (t.stride(d) == input.stride(d) || t.size(d) == 1 || t.numel() == 0);
-  STD_TORCH_CHECK(same, "ensemble_batch_norm: ", name, " must have input's shape, type and strides");
-  return t.const_data_ptr();
-}
-
-inline Affine affine(const char* name, const OptionalTensor& t, const Tensor& input, const Sizes& s) {
-  if (!t.has_value()) return {};
-  const bool per_member = t->dim() == 2 && t->size(0) == s.K && t->size(1) == s.C;
-  const bool shared = t->dim() == 1 && t->size(0) == s.C;
-  STD_TORCH_CHECK((per_member || shared) && t->is_contiguous(), "ensemble_batch_norm: ", name,
-                  " must be contiguous, [K, C] or [C]");
-  const ScalarType dtype = t->scalar_type();
-  STD_TORCH_CHECK(dtype == input.scalar_type() || dtype == accumulation_type(input.scalar_type()),
-                  "ensemble_batch_norm: ", name, " must have input's type or the accumulation type");
-  return {t->const_data_ptr(), per_member ? s.C : 0, data_type(dtype)};
-}
-
 inline void check_statistic(const char* name, const Tensor& t, const Tensor& input, const Sizes& s) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == s.K && t.size(1) == s.C && t.is_contiguous() &&
                       t.scalar_type() == accumulation_type(input.scalar_type()),
                   "ensemble_batch_norm: ", name, " must be contiguous [K, C] in the accumulation type");
-}
-
-inline bool is_relu(const std::string& activation) {
-  STD_TORCH_CHECK(activation == "relu" || activation == "none", "ensemble_batch_norm: unknown activation ", activation);
-  return activation == "relu";
 }
 
 // The six ops for one device; Device has static forward(const Forward&), backward(const Backward&), and
@@ -99,7 +45,7 @@ struct Ops {
   }
 
   static Forward forward_of(const Tensor& input, const Sizes& s, bool compute, const Tensor& mean) {
-    Forward f{s, data_type(input.scalar_type()), input.const_data_ptr()};
+    Forward f{s, data_type(kOp, input.scalar_type()), input.const_data_ptr()};
     f.compute_statistics = compute;
     f.mean = mean.mutable_data_ptr();
     f.like = &input;
@@ -109,10 +55,10 @@ struct Ops {
   static std::tuple<Tensor, Tensor> normalize(Forward& f, const Tensor& input, const OptionalTensor& weight,
                                               const OptionalTensor& bias, const OptionalTensor& residual,
                                               const std::string& activation) {
-    f.relu = is_relu(activation);
-    f.weight = affine("weight", weight, input, f.sizes);
-    f.bias = affine("bias", bias, input, f.sizes);
-    if (residual.has_value()) f.residual = data_like("residual", *residual, input);
+    f.relu = is_relu(kOp, activation);
+    f.weight = affine(kOp, "weight", weight, input, f.sizes);
+    f.bias = affine(kOp, "bias", bias, input, f.sizes);
+    if (residual.has_value()) f.residual = data_like(kOp, "residual", *residual, input);
     Tensor y = torch::stable::empty_like(input);
     Tensor mask = new_mask(input, f.sizes, f.relu && residual.has_value());
     f.y = y.mutable_data_ptr();
@@ -175,14 +121,14 @@ struct Ops {
     check_statistic("sum_dz", sum_dz, input, s);
     check_statistic("sum_dz_xhat", sum_dz_xhat, input, s);
     Backward b{s,
-               data_type(input.scalar_type()),
-               data_like("dy", dy, input),
+               data_type(kOp, input.scalar_type()),
+               data_like(kOp, "dy", dy, input),
                input.const_data_ptr(),
                mean.const_data_ptr(),
                rstd.const_data_ptr(),
-               affine("weight", weight, input, s),
-               affine("bias", bias, input, s)};
-    b.relu = is_relu(activation);
+               affine(kOp, "weight", weight, input, s),
+               affine(kOp, "bias", bias, input, s)};
+    b.relu = is_relu(kOp, activation);
     if (mask.numel()) {
       STD_TORCH_CHECK(mask.numel() == s.rows() * s.mask_row_bytes() && mask.scalar_type() == ScalarType::Byte,
                       "ensemble_batch_norm: mask does not belong to this input");

@@ -29,12 +29,33 @@ SHAPES = (
     (1, 300, 1, (5, 3)),
 )
 
+# Groups beside the edges of the tiers on devices with 228 KiB of shared memory a multiprocessor: one block or a cluster
+# of two, of four, of sixteen with half and with all of a multiprocessor a block, and too large for the chip.
+LARGE_SHAPES = (
+    (2, 64, 3, (21, 21)),  # 56 KB in bfloat16: just more than a quarter of the shared memory
+    (2, 64, 2, (28, 28)),
+    (1, 64, 2, (56, 56)),
+    (1, 13, 2, (257, 255)),
+    (1, 8, 1, (450, 450)),
+    (1, 8, 1, (500, 500)),
+    (2, 40, 72, (14, 14)),  # channels_last: slabs of 64 channels, of which the second has 8
+)
+
+# What the shared memory of a block is lowered to, so that small groups take every tier.
+TIERS = {"as they fit": None, "clusters": "6", "streaming": "0"}
+
 
 @pytest.fixture(autouse=True)
 def _native():
     backend.set_backend("native")
     yield
     backend.set_backend("auto")
+
+
+@pytest.fixture(params=TIERS)
+def _tier(request, monkeypatch):
+    if TIERS[request.param] is not None:
+        monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", TIERS[request.param])
 
 
 def _memory_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -149,6 +170,24 @@ def test_values_and_gradients(shape, layout, dtype, training):
             _check(_case(shape, dtype, layout, residual), shape[0], training, activation)
 
 
+@pytest.mark.parametrize("shared_kib", (0, 1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ((2, 29, 5, (7, 7)), (2, 10, 24, (14, 14)), (1, 37, 9, (8, 8))), ids=str)
+def test_every_cut_of_the_same_data(shape, layout, shared_kib, monkeypatch):
+    """Several groups a block, one, clusters of every size with uneven splits, and streaming."""
+    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", str(shared_kib))
+    for dtype in DTYPES:
+        _check(_case(shape, dtype, layout, residual=True), shape[0], True, "relu")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+def test_groups_beside_the_edges_of_the_tiers(shape, layout, dtype):
+    _check(_case(shape, dtype, layout, residual=True), shape[0], True, "relu")
+    _check(_case(shape, dtype, layout), shape[0], True, "none")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", (False, True), ids=("per member", "shared"))
 def test_parameters_in_either_type_and_shape(dtype, shared):
@@ -179,7 +218,7 @@ def test_mask_holds_the_bits_of_the_stored_output(shape, layout, dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", ((4, 5, 13, (7, 7)), (4, 2, 3, (129, 131)), (4, 16, 64, (16, 16))), ids=str)
-def test_a_member_depends_on_itself_alone(shape, layout):
+def test_a_member_depends_on_itself_alone(shape, layout, _tier):
     """Bit for bit: alone or in the ensemble, permuted, beside NaN and 1e30."""
     K, B, *_ = shape
     for dtype in DTYPES:
@@ -206,7 +245,7 @@ def test_a_member_depends_on_itself_alone(shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeats_are_bit_equal(layout):
+def test_repeats_are_bit_equal(layout, _tier):
     case = _case((2, 16, 24, (33, 31)), torch.bfloat16, layout, residual=True)
     first = _run(case, 2, True, "relu")
     for _ in range(5):
@@ -215,7 +254,7 @@ def test_repeats_are_bit_equal(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_of_data_far_from_zero(layout):
+def test_statistics_of_data_far_from_zero(layout, _tier):
     """Mean / deviation = 10⁴ in float32."""
     x = _random((2 * 16, 8, 32, 32), torch.float32, layout, shift=1e4)
     mean, var = registry.op(registry.NATIVE, "ensemble_batch_norm_statistics")(x, 2)
@@ -225,7 +264,7 @@ def test_statistics_of_data_far_from_zero(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_huge_values_do_not_become_nan(layout):
+def test_huge_values_do_not_become_nan(layout, _tier):
     x = _random((2 * 4, 8, 6, 6), torch.float32, layout)
     x[0, 0, 0, 0] = 1e30
     mean, var = registry.op(registry.NATIVE, "ensemble_batch_norm_statistics")(x, 2)
@@ -233,27 +272,37 @@ def test_huge_values_do_not_become_nan(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_in_dy_stays_in_place_in_eval(layout):
+def test_nan_in_dy_stays_in_place_in_eval(layout, _tier):
     case = _case((2, 4, 8, (6, 6)), torch.float32, layout)
     case["dy"][0, 0, 0, 0] = float("nan")
     assert _run(case, 2, False, "none")["dinput"].isnan().sum() == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", (1, 2, 4))
-def test_operands_off_alignment(offset):
+def test_operands_off_alignment(offset, layout, _tier):
     """Storage that starts between vector boundaries."""
+    forward = registry.op(registry.NATIVE, "ensemble_batch_norm")
+    backward = registry.op(registry.NATIVE, "ensemble_batch_norm_backward")
+
+    def step(case):
+        y, mean, rstd, var, mask = forward(*_op_arguments(case, 2, "relu"))
+        saved = (case["dy"], case["input"], mean, rstd, case["weight"], case["bias"], mask)
+        return y, mean, var, mask, *backward(*saved, True, 2, "relu", True)
+
     for dtype in DTYPES:
-        case = _case((2, 4, 16, (8, 8)), dtype, "contiguous", residual=True)
-        expected = _run(case, 2, True, "relu")
-        input = case["input"]
-        storage = torch.empty(input.numel() + offset, dtype=dtype, device="cuda")
-        case["input"] = storage[offset:].view(input.shape).copy_(input)
-        y = registry.op(registry.NATIVE, "ensemble_batch_norm")(*_op_arguments(case, 2, "relu"))[0]
-        assert torch.equal(y, expected["y"])
+        case = _case((2, 4, 16, (8, 8)), dtype, layout, residual=True)
+        expected = step(case)
+        for name in ("input", "residual", "dy"):
+            aligned = case[name]
+            storage = torch.full((aligned.numel() + offset,), float("nan"), dtype=dtype, device="cuda")
+            case[name] = storage.as_strided(aligned.shape, aligned.stride(), offset).copy_(aligned)
+            assert all(torch.equal(*pair) for pair in zip(step(case), expected)), name
+            case[name] = aligned
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_halves_equal_the_whole(layout):
+def test_halves_equal_the_whole(layout, _tier):
     case = _case((3, 4, 13, (7, 7)), torch.bfloat16, layout, residual=True)
     dy, input, weight, bias, residual = (case[name] for name in ("dy", "input", "weight", "bias", "residual"))
 
@@ -282,7 +331,7 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_cuda_graph(layout):
+def test_cuda_graph(layout, _tier):
     """Captured on a side stream, replayed on new data."""
     shape = (2, 16, 24, (33, 31))
     case = _case(shape, torch.bfloat16, layout, residual=True)
@@ -303,6 +352,27 @@ def test_cuda_graph(layout):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(*pair) for pair in zip(captured, step()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", ((3, 8, 12, (7, 7)), (3, 12, 8, (14, 14))), ids=str)
+def test_one_launch_each_way(shape, layout):
+    """No second pass over memory, and nothing beside the kernel, for groups that fit on chip."""
+    case = _case(shape, torch.bfloat16, layout, residual=True)
+    forward = registry.op(registry.NATIVE, "ensemble_batch_norm")
+    backward = registry.op(registry.NATIVE, "ensemble_batch_norm_backward")
+    expected = forward(*_op_arguments(case, shape[0], "relu"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        y, mean, rstd, _, mask = forward(*_op_arguments(case, shape[0], "relu"))
+        backward(
+            case["dy"], case["input"], mean, rstd, case["weight"], case["bias"], mask, True, shape[0], "relu", True
+        )
+        torch.cuda.synchronize()
+    launches = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launches) == 2
+    for kernel in ("resident_forward_kernel", "resident_backward_kernel"):
+        assert sum(kernel in name for name in launches) == 1
+    assert torch.equal(y, expected[0])
 
 
 def test_runs_on_the_current_stream():

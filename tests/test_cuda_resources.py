@@ -12,7 +12,19 @@ import latephase_kernels
 LIBRARY = Path(latephase_kernels.__file__).parent / "lib" / "liblatephase_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"float": "f", "half": "6__half", "bfloat16": "13__nv_bfloat16"}
-VECTOR_KERNELS = ("statistics_kernel", "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel")
+WIDTHS = {None: "", "1": ", wide", "2": ", narrow"}  # enum Width of unit.cuh
+GAIN_KERNELS = ("gain_kernel", "gain_backward_kernel")
+STREAMING_KERNELS = ("statistics_kernel", "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel")
+RESIDENT_KERNELS = ("resident_forward_kernel", "resident_backward_kernel")
+# Of each kernel, by its template's last flag: for norms, for gains.
+VARIANTS = {False: ("contiguous", "channels_last"), True: ("short runs", "long runs")}
+# Threads that a multiprocessor must have registers for: blocks of them together (see ensemble_batch_norm_plan.cuh).
+THREADS = 512
+RESIDENT_CONTIGUOUS_THREADS = 1024
+# Bytes of static shared memory: what block_reduce needs, and none where a plan counts the bytes of a block.
+STREAMING_SHARED_BYTES = 8 * 8 * 17 * 4
+GAIN_BACKWARD_SHARED_BYTES = 17 * 1024
+RESERVED_SHARED_BYTES = 1024  # of every block, by the system
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -30,16 +42,26 @@ def _library_is_built():
 
 
 def _short_name(mangled: str) -> str:
-    """backward_apply_kernel<bfloat16, channels_last> from its mangled name."""
-    kernel = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)Lb([01])E)?", mangled)
+    """backward_apply_kernel<bfloat16, channels_last> from its mangled name; resident ones end in wide or narrow."""
+    kernel = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)Lb([01])E(?:LNS_5WidthE([12])E)?)?", mangled)
     if kernel is None:
         return mangled
-    name, code, channels_last = kernel.groups()
+    name, code, flag, width = kernel.groups()
     dtype = {mangled: dtype for dtype, mangled in DTYPES.items()}.get(code)
     if dtype is not None:
-        return f"{name}<{dtype}, {'channels_last' if channels_last == '1' else 'contiguous'}>"
+        return f"{name}<{dtype}, {VARIANTS[name in GAIN_KERNELS][int(flag)]}{WIDTHS[width]}>"
     partial = re.search(r"_kernelI\w*?(Moments|Sums)", mangled)
     return f"{name}<{partial.group(1)}>" if partial else name
+
+
+def _expected_kernels() -> set[str]:
+    names = {"inverse_deviation_kernel", "finalize_kernel<Moments>", "finalize_kernel<Sums>", "gain_merge_kernel"}
+    for dtype in DTYPES:
+        names |= {f"{kernel}<{dtype}, {runs}>" for kernel in GAIN_KERNELS for runs in VARIANTS[True]}
+        for layout in VARIANTS[False]:
+            names |= {f"{kernel}<{dtype}, {layout}>" for kernel in STREAMING_KERNELS}
+            names |= {f"{k}<{dtype}, {layout}, {width}>" for k in RESIDENT_KERNELS for width in ("wide", "narrow")}
+    return names
 
 
 def _resources() -> list[tuple[str, str, dict[str, int]]]:
@@ -61,26 +83,41 @@ def test_no_kernel_spills():
     print(f"{'kernel':60} {'architecture':>12} {'registers':>10} {'shared':>7} {'stack':>6} {'local':>6}")
     for architecture, name, used in sorted(rows, key=lambda row: (row[1], ARCHITECTURES.index(row[0]))):
         print(f"{name:60} {architecture:>12} {used['REG']:10} {used['SHARED']:7} {used['STACK']:6} {used['LOCAL']:6}")
-    kernels = {architecture: {name for at, name, _ in rows if at == architecture} for architecture in ARCHITECTURES}
-    assert {architecture for architecture, *_ in rows} == set(ARCHITECTURES)
-    assert kernels["sm_80"] == kernels["sm_90"] == kernels["sm_100"]
-    for kernel in VECTOR_KERNELS:
-        for dtype in DTYPES:
-            for layout in ("contiguous", "channels_last"):
-                assert f"{kernel}<{dtype}, {layout}>" in kernels["sm_90"]
+    for architecture in ARCHITECTURES:
+        assert {name for at, name, _ in rows if at == architecture} == _expected_kernels(), architecture
+    assert len(rows) == len(ARCHITECTURES) * len(_expected_kernels())
     assert [row for row in rows if row[2]["STACK"] or row[2]["LOCAL"]] == []
+    for architecture, name, used in rows:
+        many = name.startswith(RESIDENT_KERNELS) and "contiguous" in name
+        assert used["REG"] <= 65536 // (RESIDENT_CONTIGUOUS_THREADS if many else THREADS), (architecture, name)
+        reserved = 0 if architecture == "sm_80" else RESERVED_SHARED_BYTES
+        static = 0 if name.startswith(RESIDENT_KERNELS) else STREAMING_SHARED_BYTES
+        static = GAIN_BACKWARD_SHARED_BYTES if name.startswith("gain_backward_kernel") else static
+        assert used["SHARED"] <= reserved + static, (architecture, name)
 
 
-def test_vector_paths_use_128_bit_accesses():
-    loads: dict[str, int] = {}
-    stores: dict[str, int] = {}
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vector_paths_use_128_bit_accesses(architecture):
+    """Resident kernels read straight into shared memory (LDGSTS); wide ones move data in no other width."""
+    accesses: dict[str, list[str]] = {}
     name = ""
-    for line in _cuobjdump("--dump-sass", "--gpu-architecture", "sm_90").splitlines():
+    for line in _cuobjdump("--dump-sass", "--gpu-architecture", architecture).splitlines():
         if found := re.search(r"Function : (\S+)", line):
             name = _short_name(found.group(1))
-        loads[name] = loads.get(name, 0) + bool(re.search(r"\bLDG\.E\.128", line))
-        stores[name] = stores.get(name, 0) + bool(re.search(r"\bSTG\.E\.128", line))
-    vector_kernels = [name for name in loads if name.startswith(VECTOR_KERNELS)]
-    assert len(vector_kernels) == len(VECTOR_KERNELS) * len(DTYPES) * 2
-    assert [name for name in vector_kernels if loads[name] < 2] == []
-    assert [name for name in vector_kernels if "apply_kernel" in name and stores[name] < 1] == []
+        elif found := re.search(r"\b((?:LDG|LDGSTS|STG)\.E\S*)", line):
+            accesses.setdefault(name, []).append(found.group(1))
+
+    def count(kernel: str, access: str, width: str) -> int:
+        return sum(bool(re.fullmatch(rf"{access}\.E\b(?:\.\w+)*", a)) and width in a for a in accesses[kernel])
+
+    for kernel in _expected_kernels():
+        if kernel.startswith(STREAMING_KERNELS):
+            assert count(kernel, "LDG", ".128") >= 2, kernel
+            assert "apply_kernel" not in kernel or count(kernel, "STG", ".128") >= 1, kernel
+        elif kernel.startswith(GAIN_KERNELS):
+            assert count(kernel, "LDG", ".128") >= 2 and count(kernel, "STG", ".128") >= 1, kernel
+        elif kernel.startswith(RESIDENT_KERNELS):
+            wide = kernel.endswith("wide>")
+            assert (count(kernel, "LDGSTS", ".128") >= 1) == wide, kernel
+            assert (count(kernel, "STG", ".128") >= 1) == wide, kernel
+            assert (count(kernel, "LDGSTS", ".64") == 0) == wide, kernel

@@ -164,8 +164,14 @@ def test_shared_affine_weights():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_large_mean(channels_last):
+@pytest.mark.parametrize("kind", ["large mean", "drifting mean", "outlier first"])
+def test_ill_conditioned_statistics(channels_last, kind):
+    """Many tiles of values: their sums are taken about a mean that must be each tile's own."""
     inputs = make_inputs(2, 4, 3, (40, 40), torch.float32, offset=1e4, channels_last=channels_last)
+    if kind == "drifting mean":
+        inputs["x"] += torch.linspace(0, 1e3, 1600).view(40, 40)
+    if kind == "outlier first":
+        inputs["x"][::4, :, 0, 0] = -1e6
     compare(inputs, num_members=2, training=True, activation="none")
 
 
@@ -212,8 +218,9 @@ def test_a_poisoned_member_leaves_the_others_bit_identical(channels_last, poison
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)
-def test_member_alone_and_permuted_is_bit_identical(channels_last):
-    inputs = make_inputs(4, 3, 67, (6, 6), torch.float32, residual=True, channels_last=channels_last)
+@pytest.mark.parametrize("size", [6, 23])  # one tile of rows, and many: a member alone is shared out among the threads
+def test_member_alone_and_permuted_is_bit_identical(channels_last, size):
+    inputs = make_inputs(4, 3, 67, (size, size), torch.float32, residual=True, channels_last=channels_last)
     options = dict(training=True, activation="relu")
     stacked = run(ensemble_batch_norm, inputs, num_members=4, **options)
     again = run(ensemble_batch_norm, inputs, num_members=4, **options)
@@ -236,16 +243,17 @@ def test_member_alone_and_permuted_is_bit_identical(channels_last):
             assert torch.equal(part, alone[name]), name
 
 
-def test_threads_do_not_change_results(backend):
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_threads_do_not_change_results(backend, channels_last):
     if backend == "reference":
         pytest.skip("PyTorch's own reductions may depend on the number of threads")
     threads = torch.get_num_threads()
-    inputs = make_inputs(2, 8, 67, (33, 9), torch.float32)
+    inputs = make_inputs(3, 8, 67, (33, 9), torch.float32, residual=True, channels_last=channels_last)
     try:
         results = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4):  # 3 members: all alone, one left over, all alone, all left over
             torch.set_num_threads(count)
-            results.append(run(ensemble_batch_norm, inputs, num_members=2, training=True, activation="relu"))
+            results.append(run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu"))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -361,11 +369,12 @@ def test_opcheck(backend):
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)
-def test_halves_equal_the_whole(backend, channels_last):
+@pytest.mark.parametrize("size", [3, 23])  # one tile of rows and many
+def test_halves_equal_the_whole(backend, channels_last, size):
     if backend == "reference":
         pytest.skip("the reference is no registered op")
     ops = torch.ops.latephase_kernels
-    t = make_inputs(2, 3, 67, (3, 3), torch.float32, residual=True, channels_last=channels_last)
+    t = make_inputs(2, 3, 67, (size, size), torch.float32, residual=True, channels_last=channels_last)
     x, weight, bias, residual, dy = (t[n] for n in ("x", "weight", "bias", "residual", "dy"))
     y, mean, rstd, var, mask = ops.ensemble_batch_norm(x, None, None, weight, bias, residual, True, 1e-5, 2, "relu")
     half_mean, half_var = ops.ensemble_batch_norm_statistics(x, 2)
@@ -375,7 +384,9 @@ def test_halves_equal_the_whole(backend, channels_last):
     saved = (dy, x, mean, rstd, weight, bias, mask)
     dx, dweight, dbias, dresidual = ops.ensemble_batch_norm_backward(*saved, True, 2, "relu", True)
     sum_dz, sum_dz_xhat = ops.ensemble_batch_norm_backward_reduce(*saved, 2, "relu")
-    half_dx, half_dr = ops.ensemble_batch_norm_backward_apply(*saved, sum_dz, sum_dz_xhat, 27.0, 2, "relu", True)
+    half_dx, half_dr = ops.ensemble_batch_norm_backward_apply(
+        *saved, sum_dz, sum_dz_xhat, 3.0 * size**2, 2, "relu", True
+    )
     assert all(map(torch.equal, (sum_dz, sum_dz_xhat, half_dx, half_dr), (dbias, dweight, dx, dresidual)))
 
 

@@ -113,13 +113,9 @@ def test_every_member_is_the_layer_with_its_own_embedding(kind, members):
 
 def test_gradients_of_a_shared_bank_add_up_over_layers():
     bank = TemplateBank(3, (4, 2, 3, 3), dtype=torch.float64)
-    model = nn.Sequential(HyperConv2d(bank, padding=1), HyperConv2d(bank, 2, padding=1)).double()
-    assert [name for name, _ in model.named_parameters()] == [
-        "0.embedding",
-        "0.bank.templates",
-        "0.bank.bias_templates",
-        "1.embedding",
-    ][:2] + ["1.embedding"]
+    model = nn.Sequential(HyperConv2d(bank, padding=1), HyperConv2d(bank, 2, padding=1))
+    names = [name for name, _ in model.named_parameters()]
+    assert names == ["0.embedding", "0.bank.templates", "1.embedding"]
     x = torch.randn(B, 2, 5, 5, dtype=torch.float64)
     own = [bank.templates.detach().clone().requires_grad_() for _ in range(2)]
     y = x
@@ -150,11 +146,11 @@ def test_initial_embeddings_and_templates():
     std = conv.bank.templates.std().item()
     assert std == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.01)  # 1 / sqrt(2 · 258048) is 0.0014
 
-    few = [HyperConv2d(TemplateBank(2, (3, 2, 1, 1))) for _ in range(1)]
-    few += [HyperConv2d(few[0].bank) for _ in range(4)]  # five layers, two coefficients: the coefficients' columns
-    orthogonal_embeddings_(few)
-    for layer in few:
-        assert layer.embedding.norm().item() == pytest.approx(1)
+    bank = TemplateBank(2, (3, 2, 1, 1))
+    many = [HyperConv2d(bank) for _ in range(5)]  # more layers than coefficients: these are orthogonal before scaling
+    orthogonal_embeddings_(many)
+    for layer in many:
+        assert layer.embedding.norm().item() == pytest.approx(1, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- the network
@@ -178,7 +174,7 @@ def test_parameters_of_wrn_28_10():
     names = model.no_weight_decay()
     assert sum(p.numel() for name, p in model.named_parameters() if name in names) == 664
     assert sum(p.numel() for p in model.parameters()) == templates + 17_952 + 664 == 35_927_036
-    # the state holds every bank once: 3 numbers of the norms' statistics are no parameters
+    # every bank once; the norms' statistics, and 25 counts of batches, are no parameters
     assert sum(t.numel() for t in model.state_dict().values()) == 35_927_036 + 17_952 + 25
 
 
@@ -236,3 +232,167 @@ def test_state_copies_and_conversions_keep_banks_shared():
     converted = copy.deepcopy(model).to(memory_format=torch.channels_last).double()  # templates have five dimensions
     torch.testing.assert_close(converted(x.double()).float(), expected)
     assert all(layer.embedding.num_members == K for layer in converted.modules() if isinstance(layer, type(layers[0])))
+
+
+# ---------------------------------------------------------------------------------------------- late phase
+
+
+@pytest.mark.parametrize("depth, targets", [(10, "embedding"), (16, ("embedding", "batch_norm"))])
+def test_stacked_training_equals_the_loop_over_members(depth, targets):
+    """Also fused; a batch norm that is no target keeps one weight, and the running statistics of the loop."""
+    plain = make_network(depth)
+    model = lp.fuse(lp.expand(copy.deepcopy(plain), K, targets=targets))
+
+    def make_optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+
+    trainer = SequentialTrainer(plain, K, optimizer=make_optimizer, targets=targets)
+    optimizer = make_optimizer(model.parameters())
+    for _ in range(20):
+        x = torch.randn(K * B, 3, 8, 8, dtype=torch.float64)
+        labels = torch.randint(3, (K * B,))
+        optimizer.zero_grad()
+        lp.member_loss(F.cross_entropy, model(x), labels, num_members=K).backward()
+        optimizer.step()
+        trainer.step(F.cross_entropy, list(zip(x.chunk(K), labels.chunk(K))))
+    state = model.state_dict()
+    for k, member in enumerate(trainer.members):
+        for name, tensor in member.state_dict().items():
+            own = state[name] if state[name].shape == tensor.shape else state[name][k]
+            late = name.endswith("embedding") or (targets != "embedding" and "bn" in name)
+            assert (state[name].dim() > tensor.dim()) == late
+            torch.testing.assert_close(own, tensor, rtol=1e-9, atol=1e-9)
+    spread = model.stage2[0].conv2.embedding.detach().std(0)
+    assert spread.min() > 1e-3  # the members have gone their own ways
+    averaged = lp.collapse(copy.deepcopy(model.eval()))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(x), averaged(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(averaged.to_wide_resnet()(x), averaged(x), rtol=1e-9, atol=1e-9)
+
+
+def test_answers_in_eval_mode():
+    """On average: the network of the mean embeddings, bit for bit the collapsed one's; one member: its own network."""
+    plain = make_network(16).eval()
+    model = scatter_members(lp.expand(copy.deepcopy(plain), K, targets="embedding"))
+    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    state = model.state_dict()
+
+    def network_of(choose):
+        own = copy.deepcopy(plain)
+        own.load_state_dict({n: choose(t) if n.endswith("embedding") else t for n, t in state.items()})
+        return own(x)
+
+    torch.testing.assert_close(model(x), network_of(lambda t: t.mean(0)))
+    members = torch.stack([network_of(lambda t, k=k: t[k]) for k in range(K)])
+    torch.testing.assert_close(lp.predict(model, x, members="all"), members)
+    assert (members - members.mean(0)).abs().max() > 0.01
+    expected = model(x)
+    assert torch.equal(lp.collapse(model)(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["exact", "weights"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_collapse_gives_back_the_hypernetwork(mode, dtype):
+    """Keys, shapes, classes, flags; identical members their bits, also those written out as a WideResNet."""
+    plain = make_network(16, dtype)
+    plain.stage2[1].conv2.embedding.requires_grad_(False)
+    plain.stage3[1].conv2.embedding = plain.stage3[1].conv1.embedding
+    model = lp.expand(copy.deepcopy(plain), K, targets=("embedding", "batch_norm"))
+    assert model.stage3[1].conv2.embedding is model.stage3[1].conv1.embedding
+    with pytest.raises(RuntimeError, match="to_wide_resnet: model is expanded; collapse it first"):
+        model.to_wide_resnet()
+    lp.collapse(model, mode=mode)
+    before, after = plain.state_dict(), model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    assert flags == [parameter.requires_grad for parameter in plain.parameters()] and not all(flags)
+    written, expected = model.to_wide_resnet().state_dict(), plain.to_wide_resnet().state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+
+
+def test_embeddings_do_not_decay():
+    model = lp.expand(make_network(10), K, targets="embedding")
+    names = model.no_weight_decay()
+    assert len(names) == 1 + 3 * 2 + 2 + 1  # input, one block a stage, two shortcuts, head
+    groups = lp.param_groups(model, lr=0.1, weight_decay=1e-2, no_decay=lambda name, _: name in names)
+    assert [group["name"] for group in groups] == ["base", "member_no_decay"]
+    assert len(groups[1]["params"]) == len(names) and groups[1]["weight_decay"] == 0
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.SGD(groups).step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (1 if name in names else 1 - 1e-3))
+
+
+def test_members_differ_by_less_than_bfloat16_resolves():
+    """Under autocast the mixing stays in float32: a difference of 1e-4 between members still reaches their outputs."""
+    bank = TemplateBank(4, (32, 8, 3, 3))
+    layer = MemberHyperConv2d(bank, 2, padding=1)
+    assert torch.equal(layer.embedding[0], layer.embedding[1])
+    with torch.no_grad():
+        layer.embedding[1] *= 1 + 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        weight, _ = layer.weight_and_bias()
+        y = layer(torch.randn(1, 8, 5, 5).repeat(2, 1, 1, 1))
+    assert weight.dtype == torch.float32 and y.dtype == torch.bfloat16
+    torch.testing.assert_close(weight[1], weight[0] * (1 + 1e-4), rtol=1e-6, atol=1e-7)
+    assert not torch.equal(y[0], y[1])
+
+
+def test_compiles_without_graph_breaks():
+    model = scatter_members(lp.expand(make_network(10, torch.float32), K, targets="embedding"))
+    x = torch.randn(K * B, 3, 8, 8)
+    expected = copy.deepcopy(model)(x)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def test_errors_say_what_to_do():
+    bank = TemplateBank(2, (3, 2, 1, 1))
+    layer = MemberHyperConv2d(bank, K)
+    with pytest.raises(
+        ValueError, match=r"MemberHyperConv2d: input must be \[K·B, 2, H, W\], got shape \[3, 4, 5, 5\]"
+    ):
+        layer(torch.zeros(3, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"input.size\(0\)=4 is not divisible by num_members=3; stack 3"):
+        layer(torch.zeros(4, 2, 5, 5))
+    with pytest.raises(ValueError, match="num_members must be at least 1"):
+        MemberHyperConv2d(bank, 0)
+    with pytest.raises(ValueError, match=r"HyperLinear: bank must hold templates of 2 dimensions, got shape \[3, 2, 1"):
+        HyperLinear(bank)
+    with pytest.raises(TypeError, match="HyperConv2d: bank must be a TemplateBank, got Linear"):
+        HyperConv2d(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="num_slices must be at least 1, got 0"):
+        HyperConv2d(bank, 0)
+    with pytest.raises(ValueError, match="num_templates must be at least 1, got 0"):
+        TemplateBank(0, (2, 2))
+    with pytest.raises(ValueError, match=r"weight_shape must be \[out, in\] or"):
+        TemplateBank(1, (2, 2, 3))
+    with pytest.raises(TypeError, match="from_module: module must be a HyperConv2d, got Conv2d"):
+        MemberHyperConv2d.from_module(nn.Conv2d(2, 2, 1), K)
+
+
+@pytest.mark.parametrize("change", ["forward", "parametrization", "child"])
+def test_a_layer_that_does_more_is_refused_and_nothing_changed(change):
+    class Scaled(HyperConv2d):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    bank = TemplateBank(2, (3, 2, 1, 1))
+    model = nn.Sequential(
+        HyperConv2d(TemplateBank(2, (2, 2, 1, 1))), (Scaled if change == "forward" else HyperConv2d)(bank)
+    )
+    if change == "parametrization":
+        nn.utils.parametrizations.weight_norm(model[1], "embedding")
+    if change == "child":
+        model[1].extra = nn.Linear(1, 1)
+    before = list(model)
+    with pytest.raises(
+        NotImplementedError, match=r"expand: 1: .* which replacing it would lose; use a plain HyperConv2d"
+    ):
+        lp.expand(model, K, targets="embedding")
+    assert list(model) == before and type(model[0]) is HyperConv2d

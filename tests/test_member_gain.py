@@ -19,7 +19,7 @@ def poison_unwritten_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference"], autouse=True)
+@pytest.fixture(params=["native", "reference"], autouse=True)
 def backend(request):
     lp.set_backend(request.param)
     yield request.param
@@ -100,7 +100,7 @@ def compare(inputs, **options):
     return result
 
 
-SHAPES = [  # shape, K, channel_dim: odd everything, 7×7 planes, a register and one more, channels inside, long rows
+SHAPES = [  # shape, K, channel_dim: odd everything, 7×7 planes, long runs, channels inside, several parts of a member
     ((4, 3, 5, 5), 1, 1),
     ((6, 5, 7, 7), 3, 1),
     ((6, 64, 4, 4), 2, 1),
@@ -113,6 +113,8 @@ SHAPES = [  # shape, K, channel_dim: odd everything, 7×7 planes, a register and
     ((4, 3, 5, 6), 2, 2),
     ((6, 1, 9), 2, 1),
     ((700, 35), 2, -1),
+    ((4, 530), 2, 1),
+    ((6, 70, 8, 8), 2, 1),
 ]
 
 

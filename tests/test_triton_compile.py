@@ -4,6 +4,7 @@ The compiler runs in processes of its own (`python test_triton_compile.py 90` pr
 TRITON_INTERPRET, which other tests set, turns every kernel of its process into an interpreted one.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -17,42 +18,51 @@ pytest.importorskip("triton")
 
 CAPABILITIES = (80, 90, 100)
 ELEMENTS = ("x", "y", "dy", "dx", "residual", "dresidual")
-STATISTICS = ("mean", "var", "rstd", "weight", "bias", "sum_dz", "sum_dz_xhat", "partials")
+PER_MEMBER = ("mean", "var", "rstd", "weight", "bias", "sum_dz", "sum_dz_xhat", "gain", "dgain", "dbias")
+SUMS = ("first", "second", "partials")
 BLOCKS = dict(BLOCK_SPLITS=64, BLOCK_GROUPS=16)
 FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, RELU=True, BATCH_STATISTICS=True)
-VARIANTS = {  # row of the table: kernel, the optional tensors that it goes without
-    "statistics": ("_statistics_kernel", ["partials"]),
-    "statistics, split": ("_statistics_kernel", []),
-    "merge statistics": ("_merge_statistics_kernel", []),
-    "apply + ReLU": ("_apply_kernel", ["residual", "mask"]),
-    "apply + residual + ReLU": ("_apply_kernel", []),
-    "backward reduce, ReLU recomputed": ("_backward_reduce_kernel", ["mask", "partials"]),
-    "backward reduce, ReLU bits, split": ("_backward_reduce_kernel", []),
-    "merge sums": ("_merge_sums_kernel", []),
-    "backward apply, ReLU recomputed": ("_backward_apply_kernel", ["mask", "dresidual"]),
-    "backward apply, ReLU bits": ("_backward_apply_kernel", []),
+APPLY_KERNELS = ("_apply_kernel", "_backward_apply_kernel")  # tiles of their own; the others have a reduction's
+NORM, GAIN, TILES = "ensemble_batch_norm", "member_gain", "tiles"
+VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goes without
+    "statistics": (NORM, "_statistics_kernel", ["partials"]),
+    "statistics, split": (NORM, "_statistics_kernel", []),
+    "merge statistics": (NORM, "_merge_statistics_kernel", []),
+    "apply + ReLU": (NORM, "_apply_kernel", ["residual", "mask"]),
+    "apply + residual + ReLU": (NORM, "_apply_kernel", []),
+    "backward reduce, ReLU recomputed": (NORM, "_backward_reduce_kernel", ["mask", "partials"]),
+    "backward reduce, ReLU bits, split": (NORM, "_backward_reduce_kernel", []),
+    "backward apply, ReLU recomputed": (NORM, "_backward_apply_kernel", ["mask", "dresidual"]),
+    "backward apply, ReLU bits": (NORM, "_backward_apply_kernel", []),
+    "merge sums": (TILES, "merge_sums_kernel", []),
+    "gain + bias + ReLU": (GAIN, "_forward_kernel", []),
+    "gain backward": (GAIN, "_backward_kernel", ["partials"]),
+    "gain backward without bias, split": (GAIN, "_backward_kernel", ["bias"]),
 }
 
 
-def _layouts(kernels):
+def _layouts():
     import torch
 
+    from latephase_kernels.triton_kernels.tiles import Sizes
+
     for dtype in (torch.float32, torch.bfloat16):
-        yield "contiguous 56×56", kernels._Sizes(4, 64, 64, 3136, False, dtype)
-        yield "contiguous 7×7", kernels._Sizes(4, 64, 512, 49, False, dtype)
-        yield "channels_last", kernels._Sizes(4, 64, 256, 196, True, dtype)
+        yield "contiguous 56×56", Sizes(4, 64, 64, 3136, False, dtype)
+        yield "contiguous 7×7", Sizes(4, 64, 512, 49, False, dtype)
+        yield "channels_last", Sizes(4, 64, 256, 196, True, dtype)
 
 
-def _compile(kernels, kernel_name, without, sizes, capability):
-    """Return the compiled kernel as the launch in triton_kernels/ensemble_batch_norm.py would specialize it."""
+def _compile(file, kernel_name, without, sizes, capability):
+    """Return the compiled kernel as the launch in triton_kernels/<file>.py would specialize it."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(kernels, kernel_name)
-    reduction = kernel_name in ("_statistics_kernel", "_backward_reduce_kernel")
-    plan = kernels._reduction(sizes) if reduction else kernels._apply(sizes)
+    from latephase_kernels.triton_kernels import ensemble_batch_norm, tiles
+
+    kernel = getattr(importlib.import_module(f"latephase_kernels.triton_kernels.{file}"), kernel_name)
+    plan = ensemble_batch_norm._apply(sizes) if kernel_name in APPLY_KERNELS else tiles.reduction(sizes)
     element = "*fp32" if sizes.dtype == torch.float32 else "*bf16"
     values = dict(
         FLAGS, **BLOCKS, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
@@ -64,7 +74,7 @@ def _compile(kernels, kernel_name, without, sizes, capability):
         if name in without or name in values:
             signature[name] = "constexpr"
             constants[name] = values.get(name)
-        elif name in ELEMENTS or name in STATISTICS or name == "mask":
+        elif name in (*ELEMENTS, *PER_MEMBER, *SUMS, "mask"):
             signature[name] = element if name in ELEMENTS else "*u8" if name == "mask" else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
@@ -91,12 +101,10 @@ def _resources(compiled):
 
 
 def _print_table(capability):
-    from latephase_kernels.triton_kernels import ensemble_batch_norm as kernels
-
     print("target | kernel | layout | type | registers | shared | stack | local | warps")
-    for row, (kernel_name, without) in VARIANTS.items():
-        for layout, sizes in _layouts(kernels):
-            compiled = _compile(kernels, kernel_name, without, sizes, capability)
+    for row, variant in VARIANTS.items():
+        for layout, sizes in _layouts():
+            compiled = _compile(*variant, sizes, capability)
             used = _resources(compiled)
             shared = compiled.metadata.shared
             cells = (used["REG"], shared, used["STACK"], used["LOCAL"], compiled.metadata.num_warps)

@@ -22,6 +22,7 @@ from latephase_kernels.ops import registry
 from latephase_kernels.ops.ensemble_batch_norm import mask_shape
 from latephase_kernels.reference import ensemble_batch_norm as reference
 from latephase_kernels.triton_kernels import ensemble_batch_norm as kernels
+from latephase_kernels.triton_kernels.tiles import reduction
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the values that overflow
 
@@ -171,7 +172,7 @@ def test_float64_is_computed_in_float64(num_members, shape, memory_format, train
 @pytest.mark.parametrize("num_members, shape, memory_format", SEVERAL_SPLITS, ids=str)
 def test_reductions_of_several_splits(num_members, shape, memory_format, dtype):
     tensors = make(num_members, shape, memory_format, dtype)
-    assert kernels._reduction(kernels._sizes(tensors[0], num_members)).splits > 1
+    assert reduction(kernels._sizes(tensors[0], num_members)).splits > 1
     check_against_pytorch(num_members, tensors, True, "relu")
 
 

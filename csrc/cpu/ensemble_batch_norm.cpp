@@ -2,14 +2,14 @@
 #include "../ensemble_batch_norm.h"
 
 #include "instruction_set.h"
+#include "parallel.h"
 
 namespace latephase {
 
-#define LATEPHASE_DECLARE(isa)                                                     \
-  namespace isa {                                                                  \
-  int64_t items(const ensemble_batch_norm::Sizes&, ensemble_batch_norm::DataType); \
-  void forward(const ensemble_batch_norm::Forward&, int64_t begin, int64_t end);   \
-  void backward(const ensemble_batch_norm::Backward&, int64_t begin, int64_t end); \
+#define LATEPHASE_DECLARE(isa)                                          \
+  namespace isa {                                                       \
+  void forward(const ensemble_batch_norm::Forward&, const Parallel&);   \
+  void backward(const ensemble_batch_norm::Backward&, const Parallel&); \
   }
 LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
 
@@ -17,27 +17,25 @@ namespace ensemble_batch_norm {
 namespace {
 
 struct Kernels {
-  decltype(&baseline::items) items;
   decltype(&baseline::forward) forward;
   decltype(&baseline::backward) backward;
 };
 
 const Kernels& kernels() {
-#define LATEPHASE_KERNELS(isa) {isa::items, isa::forward, isa::backward},
+#define LATEPHASE_KERNELS(isa) {isa::forward, isa::backward},
   static const Kernels table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_KERNELS)};
   static const Kernels& chosen = table[chosen_instruction_set()];
   return chosen;
 }
 
-constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a second thread
+void loop(int64_t count, int64_t grain, Parallel::Body body, void* context) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, grain),
+                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
 
 template <class Arguments, class Kernel>
 void run(const Arguments& arguments, const Kernel& kernel) {
-  const Sizes& s = arguments.sizes;
-  if (s.numel() == 0) return;
-  const int64_t items = kernels().items(s, arguments.dtype);
-  const int64_t grain = std::max<int64_t>(1, kGrainValues * items / s.numel());
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+  if (arguments.sizes.numel() != 0) kernel(arguments, Parallel(torch::stable::get_num_threads(), &loop));
 }
 
 template <class A>

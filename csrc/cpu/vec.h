@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -85,11 +86,14 @@ inline Vec<A> keep(Vec<A> v, Mask<A> mask) {
   return (Vec<A>)((Mask<A>)v & mask);
 }
 
+// In pairs, in double: as accurate as it is short.
 template <class A>
 inline double lane_sum(Vec<A> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
-  return sum;
+  double lanes[kLanes<A>];
+  for (int i = 0; i < kLanes<A>; ++i) lanes[i] = v[i];
+  for (int width = kLanes<A> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 // A sum in double of registers of A, lane by lane.
@@ -187,7 +191,11 @@ inline Bits16 narrow(Vec<float> v, Half) {
 #endif
 }
 
-// ---- memory: whole registers, and the first `count` lanes (the others read as zero)
+// ---- memory: whole registers, and the first `count` lanes (the others read as zero). A count of type Whole<A> is
+// known to be all of them when compiled.
+
+template <class A>
+using Whole = std::integral_constant<int, kLanes<A>>;
 
 inline void load(const float* p, Vec<float>& v) { std::memcpy(&v, p, sizeof v); }
 inline void load(const double* p, Vec<double>& v) { std::memcpy(&v, p, sizeof v); }
@@ -213,6 +221,10 @@ inline Vec<typename Accumulation<T>::type> load(const T* p) {
   return v;
 }
 template <class T>
+inline Vec<typename Accumulation<T>::type> load(const T* p, Whole<typename Accumulation<T>::type>) {
+  return load(p);
+}
+template <class T>
 inline Vec<typename Accumulation<T>::type> load(const T* p, int count) {
   using A = typename Accumulation<T>::type;
 #if defined(__AVX512F__)
@@ -221,6 +233,10 @@ inline Vec<typename Accumulation<T>::type> load(const T* p, int count) {
   T lanes[kLanes<A>] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
   return load(lanes);
+}
+template <class T, class V>
+inline void store(T* p, V v, Whole<typename Accumulation<T>::type>) {
+  store(p, v);
 }
 template <class T, class V>
 inline void store(T* p, V v, int count) {

@@ -12,7 +12,7 @@ namespace latephase {
 
 constexpr int kUnit = 8;
 
-// How two values of a type share a 32-bit word, and what rounds to zero in it.
+// How two values of a type share a 32-bit word, and what rounds to zero in it. Rectified: max(value, 0), or NaN.
 template <class scalar_t>
 struct Packing;
 
@@ -23,6 +23,11 @@ struct Packing<__half> {
   static __device__ float high(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
   static __device__ uint32_t pack(float low, float high) {
     return __half_as_ushort(__float2half_rn(low)) | uint32_t{__half_as_ushort(__float2half_rn(high))} << 16;
+  }
+  static __device__ uint32_t pack_rectified(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
   }
 };
 
@@ -35,11 +40,21 @@ struct Packing<__nv_bfloat16> {
     return __bfloat16_as_ushort(__float2bfloat16_rn(low)) | uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(high))}
                                                                 << 16;
   }
+  static __device__ uint32_t pack_rectified(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+  }
 };
 
 template <>
 struct Packing<float> {
   static constexpr float kRoundsToZero = 0;
+  static __device__ float rectified(float value) {
+    float result;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
+    return result;
+  }
 };
 
 __device__ __forceinline__ float widen(float value) { return value; }
@@ -69,6 +84,52 @@ struct Unit {
         unit.words[w] = __float_as_uint(values[w]);
       } else {
         unit.words[w] = Packing<scalar_t>::pack(values[2 * w], values[2 * w + 1]);
+      }
+    }
+    return unit;
+  }
+
+  // The ReLU of values; NaN stays NaN.
+  static __device__ __forceinline__ Unit rectified(const float (&values)[kUnit]) {
+    Unit unit;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (kPerWord == 1) {
+        unit.words[w] = __float_as_uint(Packing<scalar_t>::rectified(values[w]));
+      } else {
+        unit.words[w] = Packing<scalar_t>::pack_rectified(values[2 * w], values[2 * w + 1]);
+      }
+    }
+    return unit;
+  }
+
+  // Which of the first `valid` values are not zero, a bit each: of a rectified unit, those that the ReLU let through.
+  __device__ __forceinline__ uint32_t nonzero(int valid) const {
+    uint32_t bits = 0;
+    if constexpr (kPerWord == 1) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) bits |= uint32_t{words[w] << 1 != 0} << w;
+    } else {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {  // the addition carries into the sign bits, bits 15 and 31
+        const uint32_t carried = (words[w] & 0x7fff7fff) + 0x7fff7fff;
+        bits |= (carried & 0x80008000) >> (15 - 2 * w);
+      }
+      bits |= bits >> 15;
+    }
+    return bits & ((1u << valid) - 1);
+  }
+
+  // The values whose bit in `kept` is set, and 0 for the others.
+  __device__ __forceinline__ Unit keep(uint32_t kept) const {
+    Unit unit;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (kPerWord == 1) {
+        unit.words[w] = kept >> w & 1 ? words[w] : 0;
+      } else {
+        const uint32_t low = kept >> 2 * w & 1 ? 0xffffu : 0, high = kept >> (2 * w + 1) & 1 ? 0xffff0000u : 0;
+        unit.words[w] = words[w] & (low | high);
       }
     }
     return unit;
@@ -128,22 +189,27 @@ struct Unit {
   }
 };
 
-// A run-time width of access, uniform over the grid, turned into a compile-time one: body(AccessBytes<bytes>).
+// Which widths of access a kernel is compiled for: any, 16 bytes only, or those below.
+enum class Width { kAny, kWide, kNarrow };
+
 template <int bytes>
 struct AccessBytes {
   static constexpr int value = bytes;
 };
 
-template <class scalar_t, class Body>
-__device__ __forceinline__ void with_access(int bytes, Body body) {
-  if (bytes == 16) {
+// A run-time width of access, uniform over the grid, turned into a compile-time one: body(AccessBytes<bytes>).
+template <class scalar_t, Width width = Width::kAny, class Body>
+__device__ __forceinline__ void with_access(int bytes, const Body& body) {
+  if (width == Width::kWide || (width == Width::kAny && bytes == 16)) {
     body(AccessBytes<16>{});
-  } else if (bytes == 8) {
-    body(AccessBytes<8>{});
-  } else if (bytes == 4) {
-    body(AccessBytes<4>{});
-  } else if constexpr (sizeof(scalar_t) == 2) {
-    body(AccessBytes<2>{});
+  } else if constexpr (width != Width::kWide) {
+    if (bytes == 8) {
+      body(AccessBytes<8>{});
+    } else if (bytes == 4) {
+      body(AccessBytes<4>{});
+    } else if constexpr (sizeof(scalar_t) == 2) {
+      body(AccessBytes<2>{});
+    }
   }
 }
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.member_gain import member_gain
+from ..ops.rank1_linear import rank1_linear
 from .member_module import (
     MemberModule,
     check_mode,
@@ -57,6 +58,10 @@ class _Rank1(MemberModule):
         """The plain layer with this weight and bias."""
         raise NotImplementedError
 
+    def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
+        """The layer of a stacked input, with gains [K, in] and [K, out] of its members."""
+        raise NotImplementedError
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer of input: [K·B, …] stacked, or [N, …] by the exact average of the members' weights.
 
@@ -72,14 +77,7 @@ class _Rank1(MemberModule):
             return self._apply_weight(input, *self.averaged())
         check_rows(type(self).__name__, input, len(members))
         input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
-        y = self._apply_weight(self._multiply(input, input_gain), self.weight, None)
-        return self._multiply(y, output_gain, self.bias)
-
-    def _multiply(self, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x ∘ gain_k + bias; low-precision gains join a float32 x, as weights do under autocast."""
-        dtype = torch.promote_types(x.dtype, gain.dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return member_gain(x, gain.to(dtype), bias, channel_dim=self._channel_dim)
+        return self._apply_gains(input, input_gain, output_gain)
 
     def averaged(self, mode: str = "exact") -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the plain layer.
@@ -183,6 +181,9 @@ class Rank1Linear(_Rank1, nn.Linear):
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
+    def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
+        return rank1_linear(input, self.weight, input_gain, output_gain, self.bias)
+
 
 class Rank1Conv2d(_Rank1, nn.Conv2d):
     """A convolution with gains of each member's own, input_gain [K, in] and output_gain [K, out], over [K·B, in, H, W].
@@ -206,3 +207,13 @@ class Rank1Conv2d(_Rank1, nn.Conv2d):
 
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
+
+    def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
+        y = self._apply_weight(self._multiply(input, input_gain), self.weight, None)
+        return self._multiply(y, output_gain, self.bias)
+
+    def _multiply(self, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x ∘ gain_k + bias; low-precision gains join a float32 x, as weights do under autocast."""
+        dtype = torch.promote_types(x.dtype, gain.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return member_gain(x, gain.to(dtype), bias, channel_dim=self._channel_dim)

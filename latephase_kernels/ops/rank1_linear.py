@@ -13,7 +13,7 @@ same on every device.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,30 +27,37 @@ from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
 
-_ENOUGH_ROWS = 128
+_ENOUGH_ROWS = 192
+_CACHED_VALUES = 1 << 18
 
 
 def _folds(rows: int, in_features: int, out_features: int) -> bool:
-    """Whether the gains go into the weight: when 1 / R ≤ 1 / 128 + 1 / in + 1 / out.
+    """Whether the gains go into the weight: when 1 / R ≤ 1 / 192 + 1 / in + 1 / out.
 
-    Folding moves some 10 · in · out values a member, in cache; not folding moves some 10 · R · (in + out), and takes
-    the product a second time, 2 · R · in · out operations, about as long as moving in · out values for R = 13.
+    Folding moves some 10 · in · out values a member, in cache. Not folding moves about 10 · R · (in + out), and takes the
+    product once more: R · in · out multiplications, measured to last as long as the folding does at R = 192.
     K has no say: a member's result must not depend on how many others there are.
     """
-    return rows * (in_features * out_features + _ENOUGH_ROWS * (in_features + out_features)) >= (
-        _ENOUGH_ROWS * in_features * out_features
-    )
+    size = in_features * out_features
+    return rows * (size + _ENOUGH_ROWS * (in_features + out_features)) >= _ENOUGH_ROWS * size
 
 
-def _chunks(num_members: int, device: torch.device) -> Iterator[slice]:
-    """Members whose folded weights exist at one time: one on the CPU, where that stays in cache, else all."""
-    at_once = 1 if device.type == "cpu" else num_members
-    return (slice(first, first + at_once) for first in range(0, num_members, at_once))
+def _chunks(num_members: int, weight: Tensor) -> list[slice]:
+    """Members whose folded weights exist at one time: on the CPU no more than stay in cache, else all."""
+    at_once = num_members
+    if weight.device.type == "cpu":
+        at_once = min(num_members, max(1, _CACHED_VALUES // max(1, weight.numel())))
+    return [slice(first, min(first + at_once, num_members)) for first in range(0, num_members, at_once)]
 
 
-def _folded(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return every member's W ∘ (r_k s_kᵀ), [K, out, in]; gains in the accumulation type."""
-    return (weight * input_gain.unsqueeze(1)).mul_(output_gain.unsqueeze(2)).to(dtype)
+def _buffer(weight: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:
+    """[members of one chunk, out, in], which every chunk uses again: fresh memory would not be in cache."""
+    return weight.new_empty(chunks[0].stop, *weight.shape, dtype=dtype)
+
+
+def _fold(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
+    """Return W ∘ (r_k s_kᵀ) of a chunk of members in dtype; gains and `out` in the accumulation type."""
+    return torch.mul(weight, input_gain.unsqueeze(1), out=out).mul_(output_gain.unsqueeze(2)).to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------- passes over rows
@@ -103,8 +110,10 @@ def _forward(input, weight, input_gain, output_gain, bias) -> Tensor:
         if _folds(rows, in_features, out_features):
             s, r = input_gain.to(accumulate), output_gain.to(accumulate)
             shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
-            for some in _chunks(num_members, x.device):
-                weights = _folded(weight, s[some], r[some], x.dtype).mT
+            chunks = _chunks(num_members, weight)
+            buffer = _buffer(weight, chunks, accumulate)
+            for some in chunks:
+                weights = _fold(weight, s[some], r[some], x.dtype, buffer[: some.stop - some.start]).mT
                 if shift is None:
                     torch.bmm(x[some], weights, out=y[some])
                 else:
@@ -130,18 +139,21 @@ def _backward_folded(dy, x, weight, input_gain, output_gain, needs) -> list[Tens
     dx = torch.empty_like(x) if needs_input else None
     dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
     ds, dr = torch.empty_like(s), torch.empty_like(r)
-    for some in _chunks(num_members, x.device):
+    chunks = _chunks(num_members, weight)
+    buffer, product = (_buffer(weight, chunks, dtype) for dtype in (accumulate, x.dtype))
+    for some in chunks:
+        own = buffer[: some.stop - some.start]
         if dx is not None:
-            torch.bmm(dy[some], _folded(weight, s[some], r[some], x.dtype), out=dx[some])
+            torch.bmm(dy[some], _fold(weight, s[some], r[some], x.dtype, own), out=dx[some])
         if not (needs_weight or needs_input_gain or needs_output_gain):
             continue
-        product = torch.bmm(dy[some].mT, x[some]).to(accumulate)  # H_k, [members, out, in]
+        h = torch.bmm(dy[some].mT, x[some], out=product[: len(own)]).to(accumulate)
         if needs_input_gain or needs_output_gain:
-            of_gains = product * weight
+            of_gains = torch.mul(h, weight, out=own)
             torch.bmm(r[some].unsqueeze(1), of_gains, out=ds[some].unsqueeze(1))
             torch.bmm(of_gains, s[some].unsqueeze(2), out=dr[some].unsqueeze(2))
         if dweight is not None:
-            for of_member, gain in zip(product.mul_(r[some].unsqueeze(2)), s[some]):
+            for of_member, gain in zip(h.mul_(r[some].unsqueeze(2)), s[some]):
                 dweight.addcmul_(of_member, gain)
     return [dx, dweight, ds, dr, None]
 
@@ -286,7 +298,7 @@ def rank1_linear(
         NotImplementedError: a dtype or tensor layout that is not supported.
 
     Cost:
-        With many rows a member (R; 1 / R ≤ 1 / 128 + 1 / in + 1 / out): the plain layer's products, and some ten passes
+        With many rows a member (R; 1 / R ≤ 1 / 192 + 1 / in + 1 / out): the plain layer's products, and some ten passes
         over [out, in] a member. With few: forward two passes over rows; backward three, and one more product. Saved for
         backward: the arguments. Gradients that are to be differentiated again come from the plain formula.
 

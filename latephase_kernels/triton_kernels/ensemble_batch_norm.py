@@ -5,17 +5,11 @@
 
 Shapes: K members, B rows a member, C channels, S = product of the spatial sizes, n = B·S values a statistic.
 Per-member tensors are [K, C]; G = K·C of them are counted as groups, group = k·C + c.
-Memory is seen as rows × columns, in the two layouts that `mask_shape` of ops/ensemble_batch_norm.py tells apart:
-
-    rows of channels     channels_last, [K·B, C], S = 1:   row = (k·B + b)·S + s,   column = c
-    rows of one channel  contiguous with S > 1:            row = (k·B + b)·C + c,   column = s
-
-A member's bits depend on that member alone. Tiles and splits of a reduction follow from (n, C, dtype, layout), never
-from K; arguments that know K are not specialized; bases are 16-byte aligned, so that the compiler's choices do not
-depend on an address; x → y is one explicit fma wherever it is computed. There are no atomics.
+Memory is seen as rows × columns, in the two layouts of `tiles.py`, which `mask_shape` of ops/ensemble_batch_norm.py
+tells apart. A member's bits depend on that member alone: besides what `tiles.py` does for it, x → y is one explicit fma
+wherever it is computed. There are no atomics.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -23,50 +17,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.ensemble_batch_norm import accumulation_dtype
+from ..reference.precision import accumulation_dtype
+from .tiles import (
+    CHANNEL_BYTES,
+    MAX_COLUMNS,
+    MERGE_GROUPS,
+    Sizes,
+    aligned,
+    contiguous,
+    is_shared,
+    jit,
+    member_tile,
+    merge_sums,
+    new_partials,
+    on_device,
+    over_tile,
+    reduction,
+    warps_for,
+)
 
-REDUCTION_TILE = 4096  # values
-APPLY_TILE = 2048
-CHANNEL_BYTES = 128  # width of a reduction's tile in rows of channels
-MAX_COLUMNS = 1024
-PROGRAMS = 512  # of a member that a reduction is split into, where it is large enough
-MAX_SPLITS = 128
-MERGE_GROUPS = 16
-
-_UNSPECIALIZED = ["batch", "n", "rows", "groups", "count", "splits", "tiles", "tiles_per_split", "block_count"]
-
-
-def _jit(function):
-    """triton.jit with the integers that K or B decide left out of specialization."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(do_not_specialize=[name for name in _UNSPECIALIZED if name in names])(function)
-
+APPLY_TILE = 2048  # values
 
 # ---------------------------------------------------------------------------------------------- tiles
-
-
-@triton.jit
-def _member_tile(
-    tile, member, channels, batch, num_channels, spatial, n,
-    ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Tile number `tile` of one member's channels [1, ·]: its memory rows, columns, validity and count a channel."""
-    if ROWS_OF_CHANNELS:
-        index = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-        row = member * n + index
-        column = channels
-        valid = (index < n) & (channels < num_channels)
-        count = tl.minimum(n - tile * BLOCK_R, BLOCK_R)
-    else:
-        tiles_across = tl.cdiv(spatial, BLOCK_C)
-        first_row = tile // tiles_across * BLOCK_R
-        first_column = tile % tiles_across * BLOCK_C
-        index = first_row + tl.arange(0, BLOCK_R)[:, None]
-        row = (member * batch + index) * num_channels + channels
-        column = first_column + tl.arange(0, BLOCK_C)[None, :]
-        valid = (index < batch) & (column < spatial)
-        count = tl.minimum(batch - first_row, BLOCK_R) * tl.minimum(spatial - first_column, BLOCK_C)
-    return row, column, valid, count
 
 
 @triton.jit
@@ -133,15 +105,6 @@ def _dz(dy, x, mean, scale, shift, mask, row, column, columns, valid, DTYPE: tl.
 
 
 @triton.jit
-def _over_tile(values, ROWS_OF_CHANNELS: tl.constexpr):
-    """Sum a tile for each of its channels: [1, channels]."""
-    total = tl.sum(values, 0, keep_dims=True)
-    if not ROWS_OF_CHANNELS:
-        total = tl.sum(total, 1, keep_dims=True)
-    return total
-
-
-@triton.jit
 def _pivot(
     x, member, channels, batch, num_channels, spatial, n, valid, ROWS_OF_CHANNELS: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
@@ -166,7 +129,7 @@ def _store_statistics(mean, var, rstd, group, valid, mean_value, squares, n, EPS
 # ---------------------------------------------------------------------------------------------- statistics
 
 
-@_jit
+@jit
 def _statistics_kernel(
     x, mean, var, rstd, partials, batch, num_channels, spatial, n, groups, tiles, tiles_per_split, splits,
     EPS: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -190,18 +153,18 @@ def _statistics_kernel(
     squares = tl.full([1, BLOCK_CHANNELS], 0.0, ACC)
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
-        row, column, valid, tile_count = _member_tile(
+        row, column, valid, tile_count = member_tile(
             tile, member, channels, batch, num_channels, spatial, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C
         )
         count = tl.full([1, 1], 0.0, ACC) + tile_count.to(ACC)
         value = tl.load(x + row * columns + column, valid, other=0.0).to(ACC) - pivot
         value = tl.where(valid, value, 0.0)
-        tile_center = _over_tile(value, ROWS_OF_CHANNELS) / count
+        tile_center = over_tile(value, ROWS_OF_CHANNELS) / count
         centred = tl.where(valid, value - tile_center, 0.0)
         merged = total + count
         delta = tile_center - center
         center += delta * (count / merged)
-        squares += _over_tile(centred * centred, ROWS_OF_CHANNELS) + delta * (delta * (total * (count / merged)))
+        squares += over_tile(centred * centred, ROWS_OF_CHANNELS) + delta * (delta * (total * (count / merged)))
         total = merged
 
     group = member * num_channels + channels
@@ -214,7 +177,7 @@ def _statistics_kernel(
         tl.store(partial + 2 * splits * groups, total + tl.zeros_like(center), in_range)
 
 
-@_jit
+@jit
 def _merge_statistics_kernel(
     x, mean, var, rstd, partials, batch, num_channels, spatial, n, groups, splits,
     EPS: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr,
@@ -241,7 +204,7 @@ def _merge_statistics_kernel(
 # ---------------------------------------------------------------------------------------------- apply
 
 
-@_jit
+@jit
 def _apply_kernel(
     x, mean, rstd, weight, bias, residual, y, mask, batch, num_channels, spatial, n, rows,
     WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
@@ -282,7 +245,7 @@ def _apply_kernel(
 # ---------------------------------------------------------------------------------------------- backward
 
 
-@_jit
+@jit
 def _backward_reduce_kernel(
     dy, x, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, partials,
     batch, num_channels, spatial, n, groups, tiles, tiles_per_split, splits,
@@ -309,7 +272,7 @@ def _backward_reduce_kernel(
     dot_value = tl.full([BLOCK_R, BLOCK_C], 0.0, ACC)
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, tiles)):
-        row, column, valid, _ = _member_tile(
+        row, column, valid, _ = member_tile(
             tile, member, channels, batch, num_channels, spatial, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C
         )
         offset = row * columns + column
@@ -319,8 +282,8 @@ def _backward_reduce_kernel(
         sum_value += dz
         dot_value = tl.fma(dz, value - mean_value, dot_value)
 
-    total = _over_tile(sum_value, ROWS_OF_CHANNELS)
-    dot = _over_tile(dot_value, ROWS_OF_CHANNELS) * rstd_value
+    total = over_tile(sum_value, ROWS_OF_CHANNELS)
+    dot = over_tile(dot_value, ROWS_OF_CHANNELS) * rstd_value
     if partials is None:
         tl.store(sum_dz + group, total, in_range)
         tl.store(sum_dz_xhat + group, dot, in_range)
@@ -330,20 +293,7 @@ def _backward_reduce_kernel(
         tl.store(partial + splits * groups, dot, in_range)
 
 
-@_jit
-def _merge_sums_kernel(
-    sum_dz, sum_dz_xhat, partials, groups, splits, BLOCK_SPLITS: tl.constexpr, BLOCK_GROUPS: tl.constexpr
-):
-    """Add the splits of partials [2, splits, G]."""
-    group = tl.program_id(0).to(tl.int64) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    valid = (split < splits) & (group < groups)[None, :]
-    partial = partials + split * groups + group[None, :]
-    tl.store(sum_dz + group, tl.sum(tl.load(partial, valid, other=0.0), 0), group < groups)
-    tl.store(sum_dz_xhat + group, tl.sum(tl.load(partial + splits * groups, valid, other=0.0), 0), group < groups)
-
-
-@_jit
+@jit
 def _backward_apply_kernel(
     dy, x, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, dx, dresidual,
     batch, num_channels, spatial, n, rows, count,
@@ -377,54 +327,6 @@ def _backward_apply_kernel(
 # ---------------------------------------------------------------------------------------------- plans
 
 
-class _Sizes(NamedTuple):
-    """How a dense input lies in memory."""
-
-    members: int
-    batch: int
-    channels: int
-    spatial: int
-    rows_of_channels: bool
-    dtype: torch.dtype
-
-    @property
-    def n(self) -> int:
-        """Values a statistic."""
-        return self.batch * self.spatial
-
-    @property
-    def rows(self) -> int:
-        """Rows of memory."""
-        return self.members * (self.n if self.rows_of_channels else self.batch * self.channels)
-
-    @property
-    def columns(self) -> int:
-        """Columns of memory."""
-        return self.channels if self.rows_of_channels else self.spatial
-
-    @property
-    def vectors(self) -> bool:
-        """Whether rows can be read in vectors; else each value takes an address, and a thread gets fewer values."""
-        return self.columns % 16 == 0
-
-    @property
-    def acc(self) -> tl.dtype:
-        """The type of statistics and sums."""
-        return tl.float64 if self.dtype == torch.float64 else tl.float32
-
-
-class _Reduction(NamedTuple):
-    """Tiles and splits of a reduction: functions of (n, C, dtype, layout) alone."""
-
-    block_r: int
-    block_c: int
-    num_warps: int
-    tiles: int
-    tiles_per_split: int
-    splits: int
-    channel_blocks: int
-
-
 class _Apply(NamedTuple):
     """Tiles of the kernels that write a tensor."""
 
@@ -434,32 +336,13 @@ class _Apply(NamedTuple):
     programs: int
 
 
-def _sizes(input: Tensor, num_members: int) -> _Sizes:
+def _sizes(input: Tensor, num_members: int) -> Sizes:
     spatial = input[0, 0].numel()
     rows_of_channels = spatial == 1 or not input.is_contiguous()
-    return _Sizes(num_members, input.size(0) // num_members, input.size(1), spatial, rows_of_channels, input.dtype)
+    return Sizes(num_members, input.size(0) // num_members, input.size(1), spatial, rows_of_channels, input.dtype)
 
 
-def _reduction(sizes: _Sizes) -> _Reduction:
-    tile = REDUCTION_TILE if sizes.vectors else REDUCTION_TILE // 2
-    if sizes.rows_of_channels:
-        block_c = min(triton.next_power_of_2(sizes.channels), CHANNEL_BYTES // sizes.dtype.itemsize)
-        block_r = min(triton.next_power_of_2(sizes.n), tile // block_c)
-        tiles = triton.cdiv(sizes.n, block_r)
-        channel_blocks = triton.cdiv(sizes.channels, block_c)
-    else:
-        block_c = min(triton.next_power_of_2(sizes.spatial), MAX_COLUMNS)
-        block_r = min(triton.next_power_of_2(sizes.batch), tile // block_c)
-        tiles = triton.cdiv(sizes.batch, block_r) * triton.cdiv(sizes.spatial, block_c)
-        channel_blocks = sizes.channels
-    splits = max(1, min(tiles // 4, triton.cdiv(PROGRAMS, channel_blocks), MAX_SPLITS))
-    tiles_per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, tiles_per_split)
-    num_warps = _num_warps(block_r, block_c, 16 if sizes.vectors else 8)
-    return _Reduction(block_r, block_c, num_warps, tiles, tiles_per_split, splits, channel_blocks)
-
-
-def _apply(sizes: _Sizes) -> _Apply:
+def _apply(sizes: Sizes) -> _Apply:
     tile = APPLY_TILE if sizes.vectors else APPLY_TILE // 2
     if sizes.rows_of_channels:
         block_c = max(8, min(triton.next_power_of_2(sizes.channels), CHANNEL_BYTES))  # whole bytes of the ReLU's bits
@@ -469,39 +352,12 @@ def _apply(sizes: _Sizes) -> _Apply:
         block_c = max(8, min(triton.next_power_of_2(sizes.spatial), MAX_COLUMNS))
         block_r = tile // block_c
         tiles_down = triton.cdiv(sizes.rows, block_r)
-    num_warps = _num_warps(block_r, block_c, 16 if sizes.vectors else 4)
+    num_warps = warps_for(block_r, block_c, 16 if sizes.vectors else 4)
     return _Apply(block_r, block_c, num_warps, tiles_down * triton.cdiv(sizes.columns, block_c))
-
-
-def _num_warps(block_r: int, block_c: int, values: int) -> int:
-    """Warps of a tile, at so many values a thread."""
-    return max(1, min(8, block_r * block_c // (32 * values)))
-
-
-def _aligned(tensor: Tensor | None) -> Tensor | None:
-    """Return tensor, or its copy at an address that is a multiple of 16."""
-    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
-def _shared(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.dim() == 1
-
-
-def _on_device(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _statistic(input: Tensor, num_members: int) -> Tensor:
     return input.new_empty((num_members, input.size(1)), dtype=accumulation_dtype(input.dtype))
-
-
-def _partials(input: Tensor, planes: int, splits: int, groups: int) -> Tensor | None:
-    """Room for what each split of a reduction found; None where there is one split."""
-    return input.new_empty((planes, splits, groups), dtype=accumulation_dtype(input.dtype)) if splits > 1 else None
 
 
 def _launch_statistics(input: Tensor, num_members: int, eps: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -511,13 +367,13 @@ def _launch_statistics(input: Tensor, num_members: int, eps: float | None) -> tu
     if input.numel() == 0:
         return mean.zero_(), var.zero_(), None if rstd is None else rstd.zero_()
     sizes = _sizes(input, num_members)
-    plan = _reduction(sizes)
+    plan = reduction(sizes)
     groups = mean.numel()
-    partials = _partials(input, 3, plan.splits, groups)
+    partials = new_partials(input, 3, plan.splits, groups)
     extents = (sizes.batch, sizes.channels, sizes.spatial, sizes.n, groups)
     settings = dict(EPS=eps or 0.0, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels)
-    with _on_device(input):
-        input = _aligned(input)
+    with on_device(input):
+        input = aligned(input)
         _statistics_kernel[(num_members * plan.splits * plan.channel_blocks,)](
             input, mean, var, rstd, partials, *extents, plan.tiles, plan.tiles_per_split, plan.splits,
             **settings, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, num_warps=plan.num_warps,
@@ -562,12 +418,12 @@ def ensemble_batch_norm_apply(
         return y, mask
     sizes = _sizes(input, num_members)
     plan = _apply(sizes)
-    with _on_device(input):
+    with on_device(input):
         _apply_kernel[(plan.programs,)](
-            _aligned(input), mean.contiguous(), rstd.contiguous(), _contiguous(weight), _contiguous(bias),
-            _aligned(residual), y, mask if mask.numel() else None,
+            aligned(input), mean.contiguous(), rstd.contiguous(), contiguous(weight), contiguous(bias),
+            aligned(residual), y, mask if mask.numel() else None,
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows,
-            WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
+            WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
             ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
             num_warps=plan.num_warps,
         )  # fmt: skip
@@ -590,24 +446,21 @@ def ensemble_batch_norm_backward_reduce(
     if input.numel() == 0:
         return sum_dz.zero_(), sum_dz_xhat.zero_()
     sizes = _sizes(input, num_members)
-    plan = _reduction(sizes)
+    plan = reduction(sizes)
     groups = sum_dz.numel()
-    partials = _partials(input, 2, plan.splits, groups)
-    with _on_device(input):
+    partials = new_partials(input, 2, plan.splits, groups)
+    with on_device(input):
         _backward_reduce_kernel[(num_members * plan.splits * plan.channel_blocks,)](
-            _aligned(dy), _aligned(input), _aligned(mean.contiguous()), _aligned(rstd.contiguous()),
-            _aligned(_contiguous(weight)), _aligned(_contiguous(bias)), mask if mask.numel() else None,
+            aligned(dy), aligned(input), aligned(mean.contiguous()), aligned(rstd.contiguous()),
+            aligned(contiguous(weight)), aligned(contiguous(bias)), mask if mask.numel() else None,
             sum_dz, sum_dz_xhat, partials, sizes.batch, sizes.channels, sizes.spatial, sizes.n, groups,
             plan.tiles, plan.tiles_per_split, plan.splits,
-            WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
+            WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
             ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
             num_warps=plan.num_warps,
         )  # fmt: skip
         if partials is not None:
-            _merge_sums_kernel[(triton.cdiv(groups, MERGE_GROUPS),)](
-                sum_dz, sum_dz_xhat, partials, groups, plan.splits,
-                BLOCK_SPLITS=triton.next_power_of_2(plan.splits), BLOCK_GROUPS=MERGE_GROUPS,
-            )  # fmt: skip
+            merge_sums(sum_dz, sum_dz_xhat, partials)
     return sum_dz, sum_dz_xhat
 
 
@@ -634,13 +487,13 @@ def ensemble_batch_norm_backward_apply(
     sizes = _sizes(input, num_members)
     plan = _apply(sizes)
     batch_statistics = count != float("inf")
-    with _on_device(input):
+    with on_device(input):
         _backward_apply_kernel[(plan.programs,)](
-            _aligned(dy), _aligned(input), mean.contiguous(), rstd.contiguous(), _contiguous(weight), _contiguous(bias),
+            aligned(dy), aligned(input), mean.contiguous(), rstd.contiguous(), contiguous(weight), contiguous(bias),
             mask if mask.numel() else None, sum_dz.contiguous(), sum_dz_xhat.contiguous(),
             dx, dresidual if residual_grad else None,
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows, int(count) if batch_statistics else 0,
-            BATCH_STATISTICS=batch_statistics, WEIGHT_SHARED=_shared(weight), BIAS_SHARED=_shared(bias),
+            BATCH_STATISTICS=batch_statistics, WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias),
             RELU=activation == "relu", ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
             BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, num_warps=plan.num_warps,
         )  # fmt: skip

@@ -1,0 +1,150 @@
+// Ensemble batch norm where columns are spatial (contiguous tensors): an item is one (member, channel), B rows of S
+// values, C·S apart. An item is small enough to be read again from cache. W = lanes of a register.
+#pragma once
+
+#include <algorithm>
+
+#include "ensemble_batch_norm_step.h"
+#include "parallel.h"
+
+namespace latephase::LATEPHASE_ISA {
+namespace {
+
+template <class T>
+class Spatial {
+  using A = typename Accumulation<T>::type;
+  static constexpr int W = kLanes<A>;
+  static constexpr int64_t kTile = 256 * W;  // values summed about the same shift
+  static constexpr int64_t kRun = 4;  // registers summed in the accumulation type before they are added in double
+
+ public:
+  static void forward(const Forward& f, const Parallel& parallel) {
+    with_step<T>(f, [&](const auto& step) {
+      for_items(f.sizes, parallel, [&](int64_t k, int64_t c) {
+        if (f.compute_statistics) statistics(f, k, c);
+        if (!f.y) return;
+        const Coefficients<Vec<A>> at = coefficients(f, k, c);
+        for_rows(f.sizes, k, c, 0, f.sizes.B, [&](int64_t row) {
+          uint8_t* mask = f.mask ? f.mask + row / f.sizes.S * f.sizes.mask_row_bytes() : nullptr;
+          for_columns<A>(0, f.sizes.S, [&](int64_t j, auto count) { step(row + j, mask, j, count, at); });
+        });
+      });
+    });
+  }
+
+  static void backward(const Backward& b, const Parallel& parallel) {
+    with_step<T>(b, [&](const auto& step) {
+      for_items(b.sizes, parallel, [&](int64_t k, int64_t c) {
+        const auto mask_of = [&](int64_t row) {
+          return b.mask ? b.mask + row / b.sizes.S * b.sizes.mask_row_bytes() : nullptr;
+        };
+        if (b.compute_sums) reduce(b, step, k, c, mask_of);
+        if (!b.dx) return;
+        const Coefficients<Vec<A>> at = coefficients(b, k, c);
+        for_rows(b.sizes, k, c, 0, b.sizes.B, [&](int64_t row) {
+          const uint8_t* mask = mask_of(row);
+          for_columns<A>(0, b.sizes.S, [&](int64_t j, auto count) { step(row + j, mask, j, count, at); });
+        });
+      });
+    });
+  }
+
+ private:
+  template <class Item>
+  static void for_items(const Sizes& s, const Parallel& parallel, const Item& item) {
+    parallel(s.K * s.C, kGrainValues / s.n(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) item(i / s.C, i % s.C);
+    });
+  }
+
+  // Calls body(index of the row's first value) for rows b0 … b1 of an item.
+  template <class Body>
+  static void for_rows(const Sizes& s, int64_t k, int64_t c, int64_t b0, int64_t b1, const Body& body) {
+    for (int64_t b = b0; b < b1; ++b) body(((k * s.B + b) * s.C + c) * s.S);
+  }
+
+  // Calls tile(first row, end row, first column, end column) over an item in tiles of about kTile values.
+  template <class Tile>
+  static void for_tiles(const Sizes& s, const Tile& tile) {
+    const int64_t rows = std::max<int64_t>(1, kTile / s.S), columns = rows > 1 ? s.S : kTile;
+    for (int64_t b = 0; b < s.B; b += rows)
+      for (int64_t j = 0; j < s.S; j += columns) tile(b, std::min(b + rows, s.B), j, std::min(j + columns, s.S));
+  }
+
+  // Adds Σa and Σab over columns [begin, end); values(column, count, b) gives a and sets b. Few registers are summed
+  // before they are added in double: one far value would swallow the digits of those after it.
+  template <class Values>
+  static void add_products(int64_t begin, int64_t end, DoubleSum<A>& sum, DoubleSum<A>& products,
+                           const Values& values) {
+    Vec<A> b;
+    int64_t first = begin;
+    for (; first + kRun * W <= end; first += kRun * W) {
+      Vec<A> total{}, product{};
+      for (int64_t j = first; j < first + kRun * W; j += W) {
+        const Vec<A> a = values(j, Whole<A>{}, b);
+        total += a;
+        product = fma(a, b, product);
+      }
+      sum.add(total);
+      products.add(product);
+    }
+    for_columns<A>(first, end, [&](int64_t j, auto count) {
+      const Vec<A> a = values(j, count, b);
+      sum.add(a);
+      products.add(a * b);
+    });
+  }
+
+  static void statistics(const Forward& f, int64_t k, int64_t c) {
+    const T* x = static_cast<const T*>(f.x);
+    double mean = 0, m2 = 0, before = 0;
+    for_tiles(f.sizes, [&](int64_t b0, int64_t b1, int64_t j0, int64_t j1) {
+      const double m = static_cast<double>((b1 - b0) * (j1 - j0));
+      double sum, squares;
+      const auto sums = [&](A shift) {
+        DoubleSum<A> total, square;
+        for_rows(f.sizes, k, c, b0, b1, [&](int64_t row) {
+          add_products(j0, j1, total, square, [&](int64_t j, auto count, Vec<A>& d) {
+            d = load(x + row + j, count) - shift;
+            for (int lane = count; lane < W; ++lane) d[lane] = 0;
+            return d;
+          });
+        });
+        sum = total.total(), squares = square.total();
+      };
+      if (before == 0) sums(0);
+      const A shift = static_cast<A>(before == 0 ? sum / m : mean);
+      sums(shift);
+      merge_moments(mean, m2, before, m, shift, sum, squares);
+      before += m;
+    });
+    write_statistics<A>(f, k * f.sizes.C + c, mean, m2 / before);
+  }
+
+  template <class Step, class MaskOf>
+  static void reduce(const Backward& b, const Step& step, int64_t k, int64_t c, const MaskOf& mask_of) {
+    const Coefficients<Vec<A>> at = coefficients(b, k, c);
+    DoubleSum<A> sum_dz, sum_dz_centred;
+    for_rows(b.sizes, k, c, 0, b.sizes.B, [&](int64_t row) {
+      const uint8_t* mask = mask_of(row);
+      add_products(0, b.sizes.S, sum_dz, sum_dz_centred, [&](int64_t j, auto count, Vec<A>& centred) {
+        return step.gradient(row + j, mask, j, count, at, centred);
+      });
+    });
+    const int64_t i = k * b.sizes.C + c;
+    static_cast<A*>(b.sum_dz)[i] = static_cast<A>(sum_dz.total());
+    static_cast<A*>(b.sum_dz_xhat)[i] = static_cast<A>(sum_dz_centred.total() * static_cast<const A*>(b.rstd)[i]);
+  }
+
+  template <class Arguments>
+  static Coefficients<Vec<A>> coefficients(const Arguments& f, int64_t k, int64_t c) {
+    Coefficients<A> one{};
+    const Coefficients<A*> out{&one.mean, &one.scale, &one.bias, &one.slope, &one.offset};
+    fill_affine<A>(out, f, k, c, 1);
+    if constexpr (std::is_same_v<Arguments, Backward>) fill_correction<A>(out, f, k, c, 1);
+    return {splat(one.mean), splat(one.scale), splat(one.bias), splat(one.slope), splat(one.offset)};
+  }
+};
+
+}  // namespace
+}  // namespace latephase::LATEPHASE_ISA

@@ -1,0 +1,186 @@
+// One register of values of ensemble batch norm, forward and backward: the arithmetic that both layouts share.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "../activation.h"
+#include "../ensemble_batch_norm_arguments.h"
+#include "vec.h"
+
+namespace latephase::LATEPHASE_ISA {
+namespace {
+
+using namespace latephase::ensemble_batch_norm;
+
+template <class T>
+constexpr typename Accumulation<T>::type kRoundsToZero = 0;
+template <>
+constexpr float kRoundsToZero<Half> = kRoundsToZeroHalf;
+template <>
+constexpr float kRoundsToZero<BFloat16> = kRoundsToZeroBFloat16;
+
+// Calls step(column, count) over [begin, end) in registers; count is Whole<A> but for a ragged end.
+template <class A, class Step>
+inline void for_columns(int64_t begin, int64_t end, const Step& step) {
+  int64_t j = begin;
+  for (; j + kLanes<A> <= end; j += kLanes<A>) step(j, Whole<A>{});
+  if (j < end) step(j, static_cast<int>(end - j));
+}
+
+constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a second thread
+
+// Merges a tile of m values into the mean and M2 = Σ(x − mean)² of `before` values (Chan, Golub, LeVeque 1979). `sum`
+// and `squares` are Σd and Σd² of d = x − shift over the tile; shift is near their mean, so that the cancellation in
+// Σd² − (Σd)²/m stays below the rounding of M2.
+inline void merge_moments(double& mean, double& m2, double before, double m, double shift, double sum, double squares) {
+  const double tile_mean = shift + sum / m, delta = tile_mean - mean, share = m / (before + m);
+  m2 += squares - sum * sum / m + delta * delta * before * share;
+  mean += delta * share;
+}
+
+template <class A>
+void write_statistics(const Forward& f, int64_t i, double mean, double var) {
+  if (var < 0) var = 0;  // NaN stays NaN
+  static_cast<A*>(f.mean)[i] = static_cast<A>(mean);
+  if (f.var) static_cast<A*>(f.var)[i] = static_cast<A>(var);
+  if (f.rstd) static_cast<A*>(f.rstd)[i] = static_cast<A>(1 / std::sqrt(var + f.eps));
+}
+
+// out[j] = member k's parameter for channel c0 + j.
+template <class A>
+void read_affine(const Affine& p, int64_t k, int64_t c0, int64_t count, A absent, A* out) {
+  const auto read = [&](auto type, const auto& convert) {
+    const auto* from = static_cast<const decltype(type)*>(p.data) + k * p.member_stride + c0;
+    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<A>(convert(from[j]));
+  };
+  const auto as_is = [](auto value) { return value; };
+  if (p.data == nullptr) {
+    for (int64_t j = 0; j < count; ++j) out[j] = absent;
+    return;
+  }
+  switch (p.dtype) {
+    case DataType::Float:
+      return read(float{}, as_is);
+    case DataType::Double:
+      return read(double{}, as_is);
+    case DataType::BFloat16:
+      return read(uint16_t{}, [](uint16_t bits) { return widen(Bits16{} + bits, BFloat16{})[0]; });
+    case DataType::Half:
+      return read(uint16_t{}, half_to_float);
+  }
+}
+
+// One (member, channel)'s coefficients, a channel or a register of them in each V:
+// y = (x − mean) · scale + bias; dx = dz · scale − ((x − mean) · slope + offset).
+template <class V>
+struct Coefficients {
+  V mean, scale, bias, slope, offset;
+};
+
+// Pointers to `count` channels' coefficients, filled for channels c0 … of member k: the part known before the backward
+// sums, and the part that needs them.
+template <class A, class Arguments>
+void fill_affine(const Coefficients<A*>& out, const Arguments& f, int64_t k, int64_t c0, int64_t count) {
+  const int64_t first = k * f.sizes.C + c0;
+  read_affine<A>(f.weight, k, c0, count, 1, out.scale);
+  read_affine<A>(f.bias, k, c0, count, 0, out.bias);
+  for (int64_t j = 0; j < count; ++j) {
+    out.mean[j] = static_cast<const A*>(f.mean)[first + j];
+    out.scale[j] *= static_cast<const A*>(f.rstd)[first + j];
+  }
+}
+
+template <class A>
+void fill_correction(const Coefficients<A*>& out, const Backward& b, int64_t k, int64_t c0, int64_t count) {
+  const int64_t first = k * b.sizes.C + c0;
+  const bool constant = std::isinf(b.count);
+  for (int64_t j = 0; j < count; ++j) {
+    const A mean_dz = static_cast<A>(static_cast<const A*>(b.sum_dz)[first + j] / b.count);
+    const A mean_dz_xhat = static_cast<A>(static_cast<const A*>(b.sum_dz_xhat)[first + j] / b.count);
+    out.offset[j] = constant ? 0 : out.scale[j] * mean_dz;
+    out.slope[j] = constant ? 0 : out.scale[j] * static_cast<const A*>(b.rstd)[first + j] * mean_dz_xhat;
+  }
+}
+
+// How a ReLU shows: not at all, recomputed from x, or in a mask that the forward pass wrote.
+enum class Relu { None, FromX, FromMask };
+
+template <class T, Relu kRelu, bool kResidual>
+struct ForwardStep {
+  using A = typename Accumulation<T>::type;
+  const T* x;
+  const T* residual;
+  T* y;
+
+  explicit ForwardStep(const Forward& f)
+      : x(static_cast<const T*>(f.x)), residual(static_cast<const T*>(f.residual)), y(static_cast<T*>(f.y)) {}
+
+  template <class Count>
+  inline void operator()(int64_t at, uint8_t* mask, int64_t column, Count count, const Coefficients<Vec<A>>& c) const {
+    Vec<A> z = fma(load(x + at, count) - c.mean, c.scale, c.bias);
+    if constexpr (kResidual) z += load(residual + at, count);
+    if constexpr (kRelu != Relu::None) {
+      const Mask<A> passed = ~(z <= splat<A>(kRoundsToZero<T>));
+      z = keep<A>(z, passed);
+      if constexpr (kRelu == Relu::FromMask) write_mask<A>(mask, column, passed, count);
+    }
+    store(y + at, z, count);
+  }
+};
+
+template <class T, Relu kRelu>
+struct BackwardStep {
+  using A = typename Accumulation<T>::type;
+  const T* x;
+  const T* dy;
+  T* dx;
+  T* dresidual;
+  bool constant;
+
+  explicit BackwardStep(const Backward& b)
+      : x(static_cast<const T*>(b.x)),
+        dy(static_cast<const T*>(b.dy)),
+        dx(static_cast<T*>(b.dx)),
+        dresidual(static_cast<T*>(b.dresidual)),
+        constant(std::isinf(b.count)) {}
+
+  // dz = dy where the activation passed; also returns x − mean.
+  template <class Count>
+  inline Vec<A> gradient(int64_t at, const uint8_t* mask, int64_t column, Count count, const Coefficients<Vec<A>>& c,
+                         Vec<A>& centred) const {
+    centred = load(x + at, count) - c.mean;
+    const Vec<A> dz = load(dy + at, count);
+    if constexpr (kRelu == Relu::None) return dz;
+    if constexpr (kRelu == Relu::FromMask) return keep<A>(dz, read_mask<A>(mask, column, count));
+    return keep<A>(dz, ~(fma(centred, c.scale, c.bias) <= splat<A>(kRoundsToZero<T>)));
+  }
+
+  template <class Count>
+  inline void operator()(int64_t at, const uint8_t* mask, int64_t column, Count count,
+                         const Coefficients<Vec<A>>& c) const {
+    Vec<A> centred;
+    const Vec<A> dz = gradient(at, mask, column, count, c, centred);
+    // Constant statistics pass no gradient on, so that a NaN elsewhere does not come in through 0 · NaN.
+    store(dx + at, constant ? dz * c.scale : fma(dz, c.scale, -fma(centred, c.slope, c.offset)), count);
+    if (dresidual) store(dresidual + at, dz, count);
+  }
+};
+
+// Calls body(step) with the step for these arguments.
+template <class T, class Body>
+void with_step(const Forward& f, const Body& body) {
+  if (!f.relu)
+    return f.residual ? body(ForwardStep<T, Relu::None, true>(f)) : body(ForwardStep<T, Relu::None, false>(f));
+  if (f.mask) return body(ForwardStep<T, Relu::FromMask, true>(f));
+  f.residual ? body(ForwardStep<T, Relu::FromX, true>(f)) : body(ForwardStep<T, Relu::FromX, false>(f));
+}
+
+template <class T, class Body>
+void with_step(const Backward& b, const Body& body) {
+  if (!b.relu) return body(BackwardStep<T, Relu::None>(b));
+  b.mask ? body(BackwardStep<T, Relu::FromMask>(b)) : body(BackwardStep<T, Relu::FromX>(b));
+}
+
+}  // namespace
+}  // namespace latephase::LATEPHASE_ISA

@@ -1,0 +1,194 @@
+// The mathematics of ensemble batch norm on a thread's unit, once for all tiers. The same bits in every kernel: where
+// the compiler could fuse a product and a sum or not, this says which.
+//
+//   z = (x − mean) · scale + bias + residual,   scale = rstd · weight,   y = activation(z)
+//   dx = (dz − Σdz / count − (x − mean) · rstd · Σ(dz · x̂) / count) · scale,   dz = dy where the activation let z pass
+#pragma once
+
+#include <cmath>
+
+#include "affine.cuh"
+#include "ensemble_batch_norm_walk.cuh"
+#include "reduce.cuh"
+
+namespace latephase::ensemble_batch_norm {
+
+struct Normalization {
+  const float* mean;
+  const float* rstd;
+  Parameter weight, bias;
+};
+
+// ---------------------------------------------------------------------------------------------- statistics
+
+struct FinishStatistics {
+  float* mean;
+  float* rstd;  // or null
+  float* var;   // or null
+  float eps;
+
+  __device__ static float variance(const Moments<1>& m) { return m.m2[0] / m.count; }
+  __device__ float inverse_deviation(const Moments<1>& m) const { return __frsqrt_rn(variance(m) + eps); }
+
+  __device__ void operator()(int64_t group, const Moments<1>& m) const {
+    mean[group] = m.count == 0 ? NAN : m.mean[0];
+    if (rstd != nullptr) rstd[group] = inverse_deviation(m);
+    if (var != nullptr) var[group] = variance(m);
+  }
+};
+
+// Moments of `count` values from a mean that may be off by rounding, and the sums of the differences from it and of
+// their squares.
+__device__ __forceinline__ Moments<1> corrected_moments(float count, float inverse_count, float mean, float differences,
+                                                        float squares) {
+  const float shift = __fmul_rn(differences, inverse_count);
+  if (!(squares < INFINITY)) return {count, {mean}, {squares}};  // the correction would turn infinities into NaN
+  return {count, {__fadd_rn(mean, shift)}, {fmaxf(__fmaf_rn(-differences, shift, squares), 0)}};
+}
+
+// ---------------------------------------------------------------------------------------------- forward
+
+template <class scalar_t>
+struct ForwardArguments {
+  const scalar_t* x;
+  const scalar_t* residual;  // or null
+  scalar_t* y;               // or null: statistics only
+  uint8_t* mask;             // or null
+  Normalization normalization;
+  bool relu;
+};
+
+// mean, scale and bias of each channel of a thread.
+template <class scalar_t, bool channels_last>
+struct Normalizer {
+  static constexpr int kCount = Channels<channels_last>::kCount;
+  float mean[kCount], scale[kCount], bias[kCount];
+
+  // From the statistics in memory.
+  __device__ Normalizer(const Normalization& of, const Geometry& g, const Part& part,
+                        const Channels<channels_last>& channels) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const bool live = j < channels.live;
+      const int64_t group = part.member * g.C + channels.first + j;
+      set(j, live ? of.mean[group] : 0, live ? of.rstd[group] : 0, of, part, channels);
+    }
+  }
+
+  __device__ Normalizer() {}  // set() completes it
+
+  __device__ __forceinline__ void set(int j, float channel_mean, float rstd, const Normalization& of, const Part& part,
+                                      const Channels<channels_last>& channels) {
+    const bool live = j < channels.live;
+    const int64_t channel = channels.first + j;
+    mean[j] = channel_mean;
+    scale[j] = live ? __fmul_rn(rstd, of.weight.template at<scalar_t>(part.member, channel, 1)) : 0;
+    bias[j] = live ? of.bias.template at<scalar_t>(part.member, channel, 0) : 0;
+  }
+
+  // j counts the values of a unit.
+  __device__ __forceinline__ float centred(float x, int j) const { return __fsub_rn(x, mean[channels_last ? j : 0]); }
+  __device__ __forceinline__ float normalized(float x, int j) const {
+    return __fmaf_rn(centred(x, j), scale[channels_last ? j : 0], bias[channels_last ? j : 0]);
+  }
+};
+
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t>& a,
+                                                 const Normalizer<scalar_t, channels_last>& normalizer,
+                                                 const Unit<scalar_t>& x, const Unit<scalar_t>& residual) {
+  float z[kUnit];
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) {
+    z[j] = normalizer.normalized(x.get(j), j);
+    if (a.residual != nullptr) z[j] = __fadd_rn(z[j], residual.get(j));
+  }
+  return a.relu ? Unit<scalar_t>::rectified(z) : Unit<scalar_t>::of(z);
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+enum class Gate { kOpen, kMask, kRecompute };
+
+template <class scalar_t>
+struct BackwardArguments {
+  const scalar_t* dy;
+  const scalar_t* x;
+  const uint8_t* mask;
+  scalar_t* dx;         // or null: sums only
+  scalar_t* dresidual;  // or null
+  Normalization normalization;
+  const float* sum_dz;
+  const float* sum_dz_xhat;
+  float inverse_count;       // 1 / the values that a statistic was taken over
+  bool constant_statistics;  // they were given, not taken over x
+  Gate gate;
+};
+
+struct FinishSums {
+  float* sum_dz;
+  float* sum_dz_xhat;
+  const float* rstd;
+
+  // sums: of dz and of dz · (x − mean)
+  __device__ void operator()(int64_t group, const Sums<1>& sums) const {
+    sum_dz[group] = sums.first[0];
+    sum_dz_xhat[group] = sums.second[0] * rstd[group];
+  }
+};
+
+// Which values of a unit the activation let through, found again from x.
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ uint32_t recomputed_gate(const Normalizer<scalar_t, channels_last>& normalizer,
+                                                    const Unit<scalar_t>& x) {
+  uint32_t passed = 0;
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j)
+    passed |= uint32_t{relu_passes(normalizer.normalized(x.get(j), j), Packing<scalar_t>::kRoundsToZero)} << j;
+  return passed;
+}
+
+// Adds dz and dz · (x − mean) of a unit; both are 0 where no value is.
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ void add_to(Sums<Channels<channels_last>::kCount>& sums,
+                                       const Normalizer<scalar_t, channels_last>& normalizer, const Unit<scalar_t>& dz,
+                                       const Unit<scalar_t>& x) {
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) {
+    const int c = channels_last ? j : 0;
+    sums.first[c] += dz.get(j);
+    sums.second[c] = fmaf(dz.get(j), normalizer.centred(x.get(j), j), sums.second[c]);
+  }
+}
+
+// How the statistics carry gradients back to x: the mean of dz, and the slope over x − mean. Zeros if they are
+// constants.
+template <bool channels_last>
+struct ThroughStatistics {
+  static constexpr int kCount = Channels<channels_last>::kCount;
+  float mean_dz[kCount], slope[kCount];
+
+  __device__ __forceinline__ void set(int j, float sum_dz, float sum_dz_xhat, float rstd, float inverse_count) {
+    mean_dz[j] = sum_dz * inverse_count;
+    slope[j] = sum_dz_xhat * inverse_count * rstd;
+  }
+};
+
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ Unit<scalar_t> input_gradient(const Normalizer<scalar_t, channels_last>& normalizer,
+                                                         const ThroughStatistics<channels_last>& through,
+                                                         bool constant_statistics, const Unit<scalar_t>& dz,
+                                                         const Unit<scalar_t>& x) {
+  float dx[kUnit];
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) {
+    const int c = channels_last ? j : 0;
+    // Not computed for constants: a NaN in x − mean, times zero, would not be zero.
+    const float share =
+        constant_statistics ? 0 : fmaf(normalizer.centred(x.get(j), j), through.slope[c], through.mean_dz[c]);
+    dx[j] = (dz.get(j) - share) * normalizer.scale[c];
+  }
+  return Unit<scalar_t>::of(dx);
+}
+
+}  // namespace latephase::ensemble_batch_norm

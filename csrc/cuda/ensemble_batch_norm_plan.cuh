@@ -1,0 +1,81 @@
+// The dispatch: which tier a call takes, and how its groups are cut into blocks.
+//
+// A group is the values of one member and channel; in channels_last, of a slab of 128 bytes of channels, or of 64 where
+// that makes the slab fit. The first of these tiers that fits is taken:
+//
+//   several groups a block   a group is less than four warps of work (contiguous data only)
+//   one group a block        the group fits the shared memory of a block
+//   thread-block cluster     it fits that of 2, 4, 8 or 16 blocks, as far as clusters of that size fill the device
+//   streaming                any size (ensemble_batch_norm_streaming.cuh)
+//
+// first with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then one.
+// All of it depends on one member's sizes, the type, the layout, the direction and the device, never on the number of
+// members: member k of an ensemble is computed as it would be alone.
+#pragma once
+
+#include <cstdlib>
+#include <optional>
+
+#include "ensemble_batch_norm_walk.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
+
+namespace latephase::ensemble_batch_norm {
+
+// On a multiprocessor: as many as the registers are enough for, more of them with one channel a thread than with eight.
+constexpr int resident_threads(bool channels_last) { return channels_last ? 512 : 1024; }
+constexpr int kUnitsPerThread = 4;     // wished for, at least
+constexpr int kMinBlockThreads = 128;  // where groups are small enough to share a block
+
+struct Plan {
+  Geometry geometry;
+  int iterations;  // units of each thread
+  Grid grid;
+};
+
+// Shared memory of a block: slots of each operand; backward, a byte of gate a slot; sums (see Resident::add_up).
+inline int64_t resident_bytes(const Sizes& s, const Plan& plan, int element_size, int operands) {
+  const int64_t slots = int64_t{plan.iterations} * plan.grid.threads;
+  const int64_t parts = plan.grid.threads / plan.geometry.threads, warps = plan.grid.threads / kWarp;
+  const int64_t widest = plan.geometry.lanes * (s.channels_last ? kUnit : 1) * 2;
+  return slots * kUnit * element_size * operands + (operands == 2 ? slots : 0) +
+         (warps + 2 + parts) * widest * int64_t{sizeof(float)};
+}
+
+// A part cut over a cluster, with at most this many threads a block.
+inline Plan resident_plan(const Sizes& s, int lanes, int cluster, int max_threads, int element_size, int operands) {
+  Plan plan{Geometry(s, lanes), 0, {}};
+  Geometry& g = plan.geometry;
+  const int64_t units = divide_up(g.positions, cluster) * lanes;
+  g.cut(cluster, round_up_to_power_of_two(divide_up(units, kUnitsPerThread), kWarp, max_threads));
+  const int parts = s.channels_last || cluster > 1 ? 1 : std::max(1, kMinBlockThreads / g.threads);
+  plan.iterations = static_cast<int>(divide_up(g.positions_per_split, g.workers));
+  plan.grid = {divide_up(g.parts, parts), g.threads * parts, 0, cluster};
+  plan.grid.shared_bytes = resident_bytes(s, plan, element_size, operands);
+  return plan;
+}
+
+// The plan of the on-chip tiers, or nothing: streaming. `operands` are kept on chip: x, or x and dy.
+// LATEPHASE_CUDA_SHARED_KIB lowers the shared memory of a block: tests of every tier on small data; 0 always streams.
+inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operands, const Device& device) {
+  if (s.n() == 0) return std::nullopt;
+  const char* cap = std::getenv("LATEPHASE_CUDA_SHARED_KIB");
+  const int64_t most = cap != nullptr ? std::atoll(cap) * 1024 : INT64_MAX;
+  for (const int row_bytes : {128, 64}) {
+    const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));
+    for (const int blocks : {4, 2, 1}) {  // on a multiprocessor
+      const int64_t budget = std::min(most, device.shared_bytes(blocks));
+      for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+        const int64_t values = divide_up(s.n(), cluster) * (s.channels_last ? lanes * kUnit : 1);
+        if (values * element_size * operands > budget) continue;
+        const Plan plan =
+            resident_plan(s, lanes, cluster, resident_threads(s.channels_last) / blocks, element_size, operands);
+        if (plan.grid.shared_bytes <= budget) return plan;
+      }
+    }
+    if (!s.channels_last) break;
+  }
+  return std::nullopt;
+}
+
+}  // namespace latephase::ensemble_batch_norm

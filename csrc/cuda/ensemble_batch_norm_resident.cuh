@@ -1,0 +1,286 @@
+// The on-chip tier: a part is read from memory once, kept in shared memory, reduced, and written once.
+//
+// Several small groups share a block, a group has a block, or it is split over the blocks of a thread-block cluster,
+// which add up their sums through each other's shared memory. Means first, then squares around them.
+#pragma once
+
+#include "ensemble_batch_norm_formulas.cuh"
+#include "ensemble_batch_norm_plan.cuh"
+#include "launch.cuh"
+#include "slots.cuh"
+
+namespace latephase::ensemble_batch_norm {
+
+extern __shared__ uint4 on_chip[];
+
+// A part, a thread's place in it, and the block's shared memory: slots of each operand, bits of the gate, sums.
+template <class scalar_t, bool channels_last>
+struct Resident {
+  static constexpr int kCount = Channels<channels_last>::kCount;
+  const Geometry& g;
+  int iterations;  // of the block
+  Part part;
+  Channels<channels_last> channels;
+  int units;  // of this thread
+
+  __device__ Resident(const Geometry& g, int iterations)
+      : g(g),
+        iterations(iterations),
+        part(g, int64_t{blockIdx.x} * (blockDim.x / g.threads) + threadIdx.x / g.threads, threadIdx.x % g.threads),
+        channels(g, part),
+        units((max(cursor().left, 0) + g.workers - 1) / g.workers) {}
+
+  __device__ Cursor<channels_last> cursor() const { return Cursor<channels_last>(g, part, channels); }
+
+  __device__ char* memory() const { return reinterpret_cast<char*>(on_chip); }
+  __device__ int operand_bytes() const { return iterations * static_cast<int>(blockDim.x) * Slots<scalar_t>::kBytes; }
+  __device__ Slots<scalar_t> operand(int i) const { return Slots<scalar_t>(memory() + i * operand_bytes()); }
+  // The gate's bits of this thread's unit of iteration i; behind two operands.
+  __device__ uint8_t& gate(int i) const {
+    return reinterpret_cast<uint8_t*>(memory() + 2 * operand_bytes())[i * blockDim.x + threadIdx.x];
+  }
+  template <int operands>
+  __device__ float* sums() const {
+    const int gates = operands == 2 ? iterations * static_cast<int>(blockDim.x) : 0;
+    return reinterpret_cast<float*>(memory() + operands * operand_bytes() + gates);
+  }
+
+  // Whether this thread writes the results of its channels.
+  __device__ bool writes() const { return part.split == 0 && part.thread < g.lanes; }
+
+  // The sums of each thread's values over the threads of the same part (and cluster) and channels, for all of them.
+  // `round` counts the calls of a kernel.
+  template <int N>
+  __device__ void add_up(float (&values)[N], float* sums, int round) const {
+    const int warps = blockDim.x / kWarp, warps_of_part = g.threads / kWarp, parts = warps / warps_of_part;
+    const int width = g.lanes * N, widest = g.lanes * 2 * kCount;
+    float* of_warps = sums;
+    float* of_this_block = of_warps + (warps + round) * widest;  // rounds apart: other blocks may still read the last
+    float* totals = of_warps + (warps + 2) * widest;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+      for (int offset = kWarp / 2; offset >= g.lanes; offset /= 2)
+        values[j] += __shfl_down_sync(~0u, values[j], offset);
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    if (lane < g.lanes)
+#pragma unroll
+      for (int j = 0; j < N; ++j) of_warps[warp * width + lane * N + j] = values[j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < parts * width; i += blockDim.x) {
+      const float* first = of_warps + i / width * warps_of_part * width + i % width;
+      float sum = 0;
+      for (int other = 0; other < warps_of_part; ++other) sum += first[other * width];
+      (g.splits > 1 ? of_this_block : totals)[i] = sum;
+    }
+    if (g.splits > 1) {
+      cluster_arrive<true>();
+      cluster_wait();
+      for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float sum = 0;
+        for (int rank = 0; rank < g.splits; ++rank) sum += of_block(rank, of_this_block + i);
+        totals[i] = sum;
+      }
+    }
+    __syncthreads();
+    const float* mine = totals + warp / warps_of_part * width + part.thread % g.lanes * N;
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] = mine[j];
+  }
+
+  // No block of a cluster may end while another reads its sums: after the last add_up, and at the end.
+  __device__ void arrive_at_end() const {
+    if (g.splits > 1) cluster_arrive<false>();
+  }
+  __device__ void wait_at_end() const {
+    if (g.splits > 1) cluster_wait();
+  }
+};
+
+template <Width width, class scalar_t, bool channels_last>
+__device__ __forceinline__ void fetch(const Resident<scalar_t, channels_last>& r, int operand, const scalar_t* data) {
+  with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
+    const Slots<scalar_t> slots = r.operand(operand);
+    Cursor<channels_last> cursor = r.cursor();
+    for (int i = 0; i < r.iterations; ++i) {
+      slots.template fetch<decltype(access)::value>(i, data, cursor.offset, cursor.valid(r.g));
+      cursor.advance(r.g);
+    }
+  });
+}
+
+template <Width width, class scalar_t, bool channels_last>
+__device__ __forceinline__ void store(const Resident<scalar_t, channels_last>& r, int operand, int i,
+                                      const Unit<scalar_t>& unit, scalar_t* data, const Cursor<channels_last>& cursor) {
+  with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
+    r.operand(operand).template store<decltype(access)::value>(i, unit, data, cursor.offset, cursor.valid(r.g));
+  });
+}
+
+// Units whose residual a thread loads before it works on the first.
+template <class scalar_t, Width width>
+constexpr int kBatch = width == Width::kWide && sizeof(scalar_t) == 2 ? 4 : 2;
+constexpr int kGateBatch = 8;  // the same, of bits of the gate
+
+// ---------------------------------------------------------------------------------------------- forward
+
+// The moments of the thread's channels.
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
+    const Resident<scalar_t, channels_last>& r) {
+  constexpr int count = Channels<channels_last>::kCount;
+  const Slots<scalar_t> x = r.operand(0);
+  float* shared_sums = r.template sums<1>();
+  const float n = static_cast<float>(r.g.n);
+  const float inverse_n = 1 / n;
+  float mean[count] = {};
+#pragma unroll 4
+  for (int i = 0; i < r.units; ++i) {
+    const Unit<scalar_t> unit = x.get(i);
+    if constexpr (channels_last) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) mean[j] += unit.get(j);
+    } else {
+      mean[0] += ((unit.get(0) + unit.get(1)) + (unit.get(2) + unit.get(3))) +
+                 ((unit.get(4) + unit.get(5)) + (unit.get(6) + unit.get(7)));  // 0 where there is no value
+    }
+  }
+  r.add_up(mean, shared_sums, 0);
+#pragma unroll
+  for (int c = 0; c < count; ++c) mean[c] = __fmul_rn(mean[c], inverse_n);
+
+  float sums[2 * count] = {};  // of differences from the mean, and of their squares
+  const auto add_differences = [&](auto ragged) {
+    Cursor<channels_last> cursor = r.cursor();
+#pragma unroll 4
+    for (int i = 0; i < r.units; ++i) {
+      const Unit<scalar_t> unit = x.get(i);
+      const int valid = cursor.valid(r.g);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        const int c = channels_last ? j : 0;
+        const float difference = !decltype(ragged)::value || j < valid ? unit.get(j) - mean[c] : 0;
+        sums[2 * c] += difference;
+        sums[2 * c + 1] = fmaf(difference, difference, sums[2 * c + 1]);
+      }
+      cursor.advance(r.g);
+    }
+  };
+  if (!channels_last && r.g.last_unit != kUnit) {
+    add_differences(std::true_type{});
+  } else {
+    add_differences(std::false_type{});
+  }
+  r.add_up(sums, shared_sums, 1);
+  Moments<count> moments;
+  moments.count = n;
+#pragma unroll
+  for (int c = 0; c < count; ++c) {
+    const Moments<1> m = corrected_moments(n, inverse_n, mean[c], sums[2 * c], sums[2 * c + 1]);
+    moments.mean[c] = m.mean[0];
+    moments.m2[c] = m.m2[0];
+  }
+  return moments;
+}
+
+template <class scalar_t, bool channels_last, Width width>
+__global__ void __launch_bounds__(resident_threads(channels_last), 1)
+    resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish) {
+  const Resident<scalar_t, channels_last> r(g, iterations);
+  fetch<width>(r, 0, a.x);
+  wait_for_copies();
+  Normalizer<scalar_t, channels_last> normalizer;
+  {
+    const auto moments = moments_of(r);
+    r.arrive_at_end();
+#pragma unroll
+    for (int j = 0; j < r.kCount; ++j) {
+      const Moments<1> m = moments.channel(j);
+      if (r.writes() && j < r.channels.live) finish(r.part.member * g.C + r.channels.first + j, m);
+      normalizer.set(j, m.mean[0], finish.inverse_deviation(m), a.normalization, r.part, r.channels);
+    }
+  }
+  Cursor<channels_last> cursor = r.cursor();
+  for (int first = 0; a.y != nullptr && first < iterations; first += kBatch<scalar_t, width>) {
+    Unit<scalar_t> residual[kBatch<scalar_t, width>];
+    if (a.residual != nullptr) load_tile<width>(residual, a.residual, g, cursor);
+#pragma unroll
+    for (int k = 0; k < kBatch<scalar_t, width>; ++k) {
+      const int i = first + k;
+      if (i >= iterations) break;
+      const Unit<scalar_t> y = output(a, normalizer, r.operand(0).get(i), residual[k]);
+      store<width>(r, 0, i, y, a.y, cursor);
+      if (a.mask != nullptr && cursor.more()) a.mask[cursor.mask_offset] = y.nonzero(cursor.valid(g));
+      cursor.advance(g);
+    }
+  }
+  r.wait_at_end();
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ void fetch_gate(const Resident<scalar_t, channels_last>& r, const uint8_t* mask) {
+  Cursor<channels_last> cursor = r.cursor();
+  for (int first = 0; first < r.iterations; first += kGateBatch) {
+    uint32_t passed[kGateBatch];
+#pragma unroll
+    for (int k = 0; k < kGateBatch; ++k) {
+      passed[k] = cursor.more() ? __ldg(mask + cursor.mask_offset) : 0;
+      cursor.advance(r.g);
+    }
+#pragma unroll
+    for (int k = 0; k < kGateBatch; ++k)
+      if (first + k < r.iterations) r.gate(first + k) = passed[k];
+  }
+}
+
+template <class scalar_t, bool channels_last, Width width>
+__global__ void __launch_bounds__(resident_threads(channels_last), 1)
+    resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish) {
+  constexpr int count = Channels<channels_last>::kCount;
+  const Resident<scalar_t, channels_last> r(g, iterations);
+  fetch<width>(r, 0, a.x);
+  fetch<width>(r, 1, a.dy);
+  if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
+  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
+  wait_for_copies();
+
+  const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
+  auto sums = Sums<count>::zero();
+#pragma unroll 2
+  for (int i = 0; i < r.units; ++i) {
+    const Unit<scalar_t> x_unit = x.get(i);
+    Unit<scalar_t> dz_unit = dz.get(i);
+    if (a.gate != Gate::kOpen) {
+      dz_unit = dz_unit.keep(a.gate == Gate::kMask ? r.gate(i) : recomputed_gate(normalizer, x_unit));
+      dz.put(i, dz_unit);
+    }
+    add_to(sums, normalizer, dz_unit, x_unit);
+  }
+  float totals[2 * count];
+#pragma unroll
+  for (int j = 0; j < count; ++j) totals[2 * j] = sums.first[j], totals[2 * j + 1] = sums.second[j];
+  r.add_up(totals, r.template sums<2>(), 0);
+  r.arrive_at_end();
+
+  ThroughStatistics<channels_last> through;
+#pragma unroll
+  for (int j = 0; j < count; ++j) {
+    through.set(j, 0, 0, 0, 0);
+    if (j >= r.channels.live) continue;
+    const int64_t group = r.part.member * g.C + r.channels.first + j;
+    if (r.writes()) finish(group, {{totals[2 * j]}, {totals[2 * j + 1]}});
+    const float rstd = finish.rstd[group];
+    if (!a.constant_statistics) through.set(j, totals[2 * j], totals[2 * j + 1] * rstd, rstd, a.inverse_count);
+  }
+  Cursor<channels_last> cursor = r.cursor();
+  for (int i = 0; a.dx != nullptr && i < iterations; ++i) {
+    const Unit<scalar_t> x_unit = x.get(i), dz_unit = dz.get(i);
+    store<width>(r, 0, i, input_gradient(normalizer, through, a.constant_statistics, dz_unit, x_unit), a.dx, cursor);
+    if (a.dresidual != nullptr) store<width>(r, 1, i, dz_unit, a.dresidual, cursor);
+    cursor.advance(g);
+  }
+  r.wait_at_end();
+}
+
+}  // namespace latephase::ensemble_batch_norm

@@ -1,0 +1,181 @@
+// How one member's data is cut into parts and how the threads of a part walk over it; host and device.
+//
+// A part is (member, channels, split). A thread owns one channel (contiguous data) or the eight of a unit
+// (channels_last) and walks over units of its part. Where parts begin and end depends on one member's sizes only.
+#pragma once
+
+#include <algorithm>
+
+#include "../ensemble_batch_norm_arguments.h"
+#include "unit.cuh"
+
+namespace latephase::ensemble_batch_norm {
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int round_up_to_power_of_two(int64_t value, int low, int high) {
+  int power = low;
+  while (power < high && power < value) power *= 2;
+  return power;
+}
+
+// The widest access, at most 16 bytes, that every row of every operand is aligned to.
+inline int access_bytes(const Sizes& s, int element_size, std::initializer_list<const void*> operands) {
+  uint64_t bits = 16 | static_cast<uint64_t>(s.columns() * element_size);
+  for (const void* operand : operands) bits |= reinterpret_cast<uint64_t>(operand);
+  return static_cast<int>(bits & -bits);
+}
+
+// A row of units has units_per_row units in contiguous data; in channels_last it is a single unit: positions are then
+// rows, and threads side by side (lanes) take the units of a row.
+struct Geometry {
+  int64_t C, columns, n;
+  int64_t row_stride, mask_row_stride;        // elements and mask bytes between rows of one channel
+  int64_t member_stride, mask_member_stride;  // ... and between members
+  int64_t positions, parts;
+  int splits, channel_blocks, lanes, workers;
+  int threads;                             // of a part
+  int positions_per_split, units_per_row;  // data for which these are too large fits no device
+  int last_unit;                           // values of a row's last unit
+  // A thread's step of `workers` positions, in units of a row and in elements, and what to add behind the row's end.
+  int step_units;
+  int64_t step, mask_step, wrap, mask_wrap;
+  int access_bytes = 0;
+
+  // Of `lanes` units of channels a part; cut() completes it.
+  Geometry(const Sizes& s, int lanes) : C(s.C), columns(s.columns()), n(s.n()), lanes(lanes) {
+    const int64_t units = s.mask_row_bytes(), rows = s.channels_last ? s.n() : s.B;
+    row_stride = s.channels_last ? s.C : s.C * s.S;
+    mask_row_stride = s.channels_last ? units : s.C * units;
+    member_stride = rows * row_stride;
+    mask_member_stride = rows * mask_row_stride;
+    units_per_row = s.channels_last ? 1 : static_cast<int>(std::max<int64_t>(1, units));
+    last_unit = static_cast<int>(columns - (units - 1) * kUnit);
+    positions = rows * units_per_row;
+    channel_blocks = static_cast<int>(s.channels_last ? divide_up(units, lanes) : s.C);
+    parts = s.K * channel_blocks;
+  }
+
+  void cut(int into_splits, int threads_per_part) {
+    splits = into_splits;
+    threads = threads_per_part;
+    parts *= splits;
+    positions_per_split = static_cast<int>(divide_up(positions, splits));
+    workers = threads / lanes;
+    const int64_t step_rows = workers / units_per_row;
+    step_units = workers % units_per_row;
+    step = step_rows * row_stride + step_units * kUnit;
+    mask_step = step_rows * mask_row_stride + step_units;
+    wrap = row_stride - int64_t{units_per_row} * kUnit;
+    mask_wrap = mask_row_stride - units_per_row;
+  }
+};
+
+// The lanes of a part, at most `most`.
+inline int lanes_of(const Sizes& s, int most) {
+  return s.channels_last ? round_up_to_power_of_two(s.mask_row_bytes(), 1, most) : 1;
+}
+
+// Which part of the data a thread works on, and as which of the part's threads.
+struct Part {
+  int64_t member, split, channel_block;
+  int thread;
+  bool exists;
+
+  __device__ Part(const Geometry& g, int64_t part, int thread) : thread(thread), exists(part < g.parts) {
+    split = part % g.splits;
+    channel_block = part / g.splits % g.channel_blocks;
+    member = part / g.splits / g.channel_blocks;
+  }
+};
+
+// The channels of a thread: one, or those of a unit, of which `live` exist.
+template <bool channels_last>
+struct Channels {
+  static constexpr int kCount = channels_last ? kUnit : 1;
+  int64_t first;
+  int live;
+
+  __device__ Channels(const Geometry& g, const Part& part) {
+    if constexpr (channels_last) {
+      first = (part.channel_block * g.lanes + part.thread % g.lanes) * kUnit;
+      live = static_cast<int>(min(max(g.C - first, int64_t{0}), int64_t{kUnit}));
+    } else {
+      first = part.channel_block;
+      live = 1;
+    }
+    if (!part.exists) live = 0;
+  }
+};
+
+// A thread's walk over the units of its part.
+template <bool channels_last>
+struct Cursor {
+  int64_t offset, mask_offset;  // of the unit in the data and in the mask
+  int left;                     // positions from here to the end of the part
+  int unit;                     // of the row
+  int live_channels;
+
+  __device__ Cursor(const Geometry& g, const Part& part, const Channels<channels_last>& channels) {
+    const int64_t position = part.split * g.positions_per_split + part.thread / g.lanes;
+    const int64_t end = min((part.split + 1) * g.positions_per_split, g.positions);
+    const int64_t row = channels_last ? position : position / g.units_per_row;
+    unit = static_cast<int>(position - row * g.units_per_row);
+    offset = part.member * g.member_stride + row * g.row_stride;
+    mask_offset = part.member * g.mask_member_stride + row * g.mask_row_stride;
+    if constexpr (channels_last) {
+      offset += channels.first;
+      mask_offset += channels.first / kUnit;
+    } else {
+      offset += channels.first * g.columns + unit * kUnit;
+      mask_offset += channels.first * g.units_per_row + unit;
+    }
+    live_channels = channels.live;
+    left = live_channels == 0 ? 0 : static_cast<int>(end - position);
+  }
+
+  __device__ __forceinline__ bool more() const { return left > 0; }
+
+  // Values of the unit that exist.
+  __device__ __forceinline__ int valid(const Geometry& g) const {
+    if (left <= 0) return 0;
+    if constexpr (channels_last) return live_channels;
+    return unit + 1 == g.units_per_row ? g.last_unit : kUnit;
+  }
+
+  __device__ __forceinline__ void advance(const Geometry& g) {
+    left -= g.workers;
+    offset += g.step;
+    mask_offset += g.mask_step;
+    if constexpr (!channels_last) {
+      unit += g.step_units;
+      if (unit >= g.units_per_row) {
+        unit -= g.units_per_row;
+        offset += g.wrap;
+        mask_offset += g.mask_wrap;
+      }
+    }
+  }
+};
+
+template <Width width = Width::kAny, class scalar_t, bool channels_last, int tile>
+__device__ __forceinline__ void load_tile(Unit<scalar_t> (&units)[tile], const scalar_t* data, const Geometry& g,
+                                          Cursor<channels_last> cursor) {
+  with_access<scalar_t, width>(g.access_bytes, [&](auto access) {
+#pragma unroll
+    for (int i = 0; i < tile; ++i) {
+      units[i] = Unit<scalar_t>::template load<decltype(access)::value>(data + cursor.offset, cursor.valid(g));
+      cursor.advance(g);
+    }
+  });
+}
+
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ void store_unit(const Unit<scalar_t>& unit, scalar_t* data, const Geometry& g,
+                                           const Cursor<channels_last>& cursor) {
+  with_access<scalar_t>(g.access_bytes, [&](auto access) {
+    unit.template store<decltype(access)::value>(data + cursor.offset, cursor.valid(g));
+  });
+}
+
+}  // namespace latephase::ensemble_batch_norm
