@@ -2,8 +2,8 @@
 
     python benchmarks/bench_rank1_linear.py [--seconds 20] [--members 10] [--layers "MLP 784 → 512" …]
 
-Every row is timed in turn with the others in one run; `ratio` is to F.linear on the same stacked rows: the cost of no
-members at all.
+All are timed in turn, in one run. The ratio is to F.linear on the same stacked rows, the cost of no members at all,
+round by round; its quartiles stand in brackets.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import platform
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, summarize
+from timing import interleaved, quartiles, ratios
 
 import latephase_kernels as lp
 
@@ -48,8 +48,9 @@ def broadcast_formula(x, weight, s, r, bias):
     return (F.linear(by_member * s.unsqueeze(1), weight) * r.unsqueeze(1) + bias).flatten(0, 1)
 
 
+PLAIN = "plain, no members"
 FUNCTIONS = {
-    "plain, no members": plain,
+    PLAIN: plain,
     "loop over members": loop_over_members,
     "vmap": vmap,
     "broadcast formula": broadcast_formula,
@@ -79,7 +80,11 @@ def bench(layer, arguments):
         return run
 
     functions = {name: step(function) for name, function in FUNCTIONS.items()}
-    return summarize(interleaved(functions, seconds=arguments.seconds, warmup=1), "plain, no members")
+    times = interleaved(functions, torch.device("cpu"), seconds=arguments.seconds)
+    return {
+        name: {"ms": [1e3 * t for t in quartiles(t)], "to_plain": ratios(t, times[PLAIN]), "rounds": len(t)}
+        for name, t in times.items()
+    }
 
 
 def main():
@@ -96,8 +101,8 @@ def main():
         print(f"{layer}, {num_members} members × {rows} rows, threads {torch.get_num_threads()}", end=", ")
         print(f"load {os.getloadavg()[0]:.1f}")
         for name, row in layers[layer].items():
-            spread = f"({row['low_ms']:.1f} … {row['high_ms']:.1f})"
-            print(f"  {name:18} {row['median_ms']:9.1f} ms  × {row['ratio']:.2f}  {spread}", flush=True)
+            low, median, high = row["to_plain"]
+            print(f"  {name:18} {row['ms'][1]:9.1f} ms  × {median:.2f}  [{low:.2f}, {high:.2f}]", flush=True)
     if arguments.output:
         machine = platform.processor() or platform.machine()
         report = {"torch": torch.__version__, "machine": machine, "threads": torch.get_num_threads()}

@@ -83,7 +83,8 @@ def naive(x, weight, s, r, bias=None):
 def compare(inputs):
     """At most twice PyTorch's own error on the same inputs, plus one output rounding at the tensor's scale.
 
-    Its own: the larger of what its two ways lose, gains over the rows and gains in the weights. In float64 there is no truer truth than PyTorch's own result: there, 64 roundings.
+    Its own: the larger of what its two ways lose, gains over the rows and gains in the weights.
+    In float64 there is no truer truth than PyTorch's own result: there, 64 roundings.
     """
     result, truth = run(rank1_linear, inputs), run(by_member, inputs, dtype=torch.float64)
     plain = [run(naive, inputs), run(by_member, inputs)]

@@ -120,7 +120,10 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, number):
         (["nothing"], "there is no recipe 'nothing'; there are cifar10, "),
         (["mine.yaml"], "there is no file mine.yaml"),
         (["digits", "--late.start=500"], "late.start must be null or an epoch from 0 to below epochs"),
-        (["digits", "--model.name=resnet"], "model.name must be wide_resnet, small_resnet, torchvision:NAME"),
+        (
+            ["digits", "--model.name=resnet"],
+            "model.name must be wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME",
+        ),
         (["digits", "--model.options.depth=3"], "model small_resnet with options .*depth"),
         (["digits", "--model.name=torchvision:resnet7"], "resnet7"),
         (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, digits"),

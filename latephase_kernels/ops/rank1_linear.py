@@ -34,8 +34,8 @@ _CACHED_VALUES = 1 << 18
 def _folds(rows: int, in_features: int, out_features: int) -> bool:
     """Whether the gains go into the weight: when 1 / R ≤ 1 / 192 + 1 / in + 1 / out.
 
-    Folding moves some 10 · in · out values a member, in cache. Not folding moves about 10 · R · (in + out), and takes the
-    product once more: R · in · out multiplications, measured to last as long as the folding does at R = 192.
+    Folding moves some 10 · in · out values a member, in cache. Not folding moves some 10 · R · (in + out), and takes the
+    product once more: R · in · out multiplications, measured to last as long as the folding at R = 192.
     K has no say: a member's result must not depend on how many others there are.
     """
     size = in_features * out_features
@@ -164,10 +164,11 @@ def _backward_by_rows(dy, x, weight, input_gain, output_gain, needs) -> list[Ten
     s, r, weight = input_gain.contiguous(), output_gain.contiguous(), weight.to(x.dtype)
     dy, x = dy.flatten(0, 1), x.flatten(0, 1)
     dx = dweight = ds = dr = dbias = None
-    scaled = _multiply(x, s) if needs_weight or needs_output_gain else None
     if needs_output_gain:
+        scaled = _multiply(x, s)
         dproduct, dr, dbias = _multiply_backward(dy, scaled @ weight.t(), r)
     else:
+        scaled = _multiply(x, s) if needs_weight else x
         dproduct = _multiply(dy, r)
     if needs_weight:
         dweight = dproduct.t() @ scaled

@@ -165,9 +165,11 @@ def _backward(
         x = _member_major(input, num_members)
         gradients[3], gradients[5], gradients[6] = _weight_gradients(dz, x, weight_ih, input_gain_ih, output_gain_ih)
     if needs[4] or needs[7] or needs[8]:
-        h_before = _member_major(torch.cat([h0.to(output.dtype).unsqueeze(0), output[:-1]]), num_members)
+        h_before = output.new_empty(num_members, steps, batch, output.size(2))
+        h_before[:, 0] = h0.unflatten(0, (num_members, batch))
+        h_before[:, 1:] = output[:-1].unflatten(1, (num_members, batch)).transpose(0, 1)
         gradients[4], gradients[7], gradients[8] = _weight_gradients(
-            dz, h_before, weight_hh, input_gain_hh, output_gain_hh
+            dz, h_before.flatten(1, 2), weight_hh, input_gain_hh, output_gain_hh
         )
     if needs[9]:
         gradients[9] = dz.sum(1 if bias.dim() == 2 else (0, 1), dtype=accumulation_dtype(dz.dtype)).to(bias.dtype)

@@ -8,7 +8,7 @@ from torch import nn
 from .. import late_phase as lp
 from ..data import ImageSet, load_cifar10, load_cifar100
 from ..data.digits import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, load_digits, split_digits
-from ..models import SmallResNet, WideResNet
+from ..models import HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 
 DATA_NAMES = ("cifar10", "cifar100", "digits")
@@ -55,6 +55,8 @@ def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module
     try:
         if not library and name == "wide_resnet":
             return WideResNet(num_classes=num_classes, in_channels=in_channels, **options)
+        if not library and name == "hyper_wide_resnet":
+            return HyperWideResNet(num_classes=num_classes, in_channels=in_channels, **options)
         if not library and name == "small_resnet":
             return SmallResNet(num_classes=num_classes, in_channels=in_channels, **options)
         if library == "torchvision":
@@ -70,7 +72,8 @@ def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module
     except (TypeError, RuntimeError, ValueError) as error:  # each library has its own for an unknown name or option
         raise ValueError(f"train: model {model.name} with options {model.options}: {error}") from None
     raise ValueError(
-        f"train: model.name must be wide_resnet, small_resnet, torchvision:NAME or timm:NAME, got {model.name!r}"
+        "train: model.name must be wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME, "
+        f"got {model.name!r}"
     )
 
 
@@ -82,7 +85,11 @@ def build_optimizer(optimizer: Optimizer, model: nn.Module, *, skips_steps: bool
         model: plain.
         skips_steps: it shall be able to leave a step out, decided on the device: the fused implementations can.
     """
-    groups = lp.param_groups(model, lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+    no_weight_decay: Any = getattr(model, "no_weight_decay", set)  # timm's models have it, too
+    exempt = no_weight_decay()
+    groups = lp.param_groups(
+        model, lr=optimizer.lr, weight_decay=optimizer.weight_decay, no_decay=lambda name, _: name in exempt
+    )
     fused = True if skips_steps else None
     if optimizer.name == "adamw":
         return torch.optim.AdamW(groups, lr=optimizer.lr, fused=fused)

@@ -34,7 +34,7 @@ class Model:
     """Which network.
 
     Attributes:
-        name: wide_resnet, small_resnet, torchvision:NAME or timm:NAME.
+        name: wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME.
         options: arguments of its constructor, but for the number of classes.
     """
 
