@@ -334,6 +334,21 @@ def test_gradcheck_twice(training, activation, residual):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", True)])
+def test_first_gradients_are_the_same_where_they_can_be_differentiated_again(activation, residual):
+    """x is computed from the weight: that path must not count twice."""
+    inputs = make_inputs(2, 2, 3, (2, 2), torch.float64, residual=residual)
+    weight = inputs["weight"].requires_grad_()
+    x = torch.sin(inputs["x"] * weight[0].view(1, 3, 1, 1))
+    y = ensemble_batch_norm(
+        x, None, None, weight, inputs["bias"], True, num_members=2, residual=inputs["residual"], activation=activation
+    )
+    loss = y.pow(3).sum()
+    (expected,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, weight, create_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_only_the_needed_gradients(backend):
     inputs = make_inputs(2, 2, 3, (2, 2), torch.float32)
     weight = inputs["weight"].requires_grad_()

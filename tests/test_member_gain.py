@@ -271,6 +271,16 @@ def test_gradcheck_twice(channel_dim, bias, activation):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+def test_first_gradients_are_the_same_where_they_can_be_differentiated_again():
+    """x is computed from the gain: that path must not count twice."""
+    inputs = make_inputs((4, 3, 2), 2, torch.float64)
+    gain = inputs["gain"].requires_grad_()
+    loss = member_gain(torch.sin(inputs["x"] * gain[0].view(1, 3, 1)), gain, inputs["bias"]).pow(3).sum()
+    (expected,) = torch.autograd.grad(loss, gain, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, gain, create_graph=True)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_only_the_needed_gradients():
     inputs = make_inputs((4, 3, 2), 2, torch.float32)
     for name in ("x", "gain", "bias"):

@@ -190,7 +190,9 @@ def test_what_rank1_targets():
     assert type(lp.collapse(model)[3]) is MyLinear
     with pytest.raises(ValueError, match="a callable target must return a bool or \"rank1\", got 'gains'"):
         lp.expand(model, K, targets=lambda name, module: "gains" if name == "0" else False)
-    with pytest.raises(NotImplementedError, match="2 is a .*ReLU, which cannot be expanded, only Linear, Conv2d, LSTM can"):
+    with pytest.raises(
+        NotImplementedError, match="2 is a .*ReLU, which cannot be expanded, only Linear, Conv2d, LSTM can"
+    ):
         lp.expand(model, K, targets=lambda name, module: "rank1" if name == "2" else False)
     with pytest.raises(NotImplementedError, match="0.read cannot have rank-1 gains"):
         lp.expand(nn.Sequential(Reads()), K, targets=lambda name, module: "rank1" if name == "0.read" else False)

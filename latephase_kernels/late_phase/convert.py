@@ -55,12 +55,12 @@ def expand(
             "batch_norm";
             "head": the last linear layer;
             "layer_norm", "group_norm", "rms_norm": those with weights; a subclass's own forward runs once a member;
-            "rank1": a pair of gains around every nn.Linear and nn.Conv2d of exactly these types, but where attention
-                reads a weight without calling its layer; input_gain and output_gain join the state dict; a layer that
-                another target names too is the other's;
+            "rank1": a pair of gains around every nn.Linear, nn.Conv2d and nn.LSTM of exactly these types (two pairs a
+                layer of the LSTM), but where attention reads a weight without calling its layer; input_gain and
+                output_gain join the state dict; a layer that another target names too is the other's;
             "embedding": the embeddings of hypernetwork layers (HyperConv2d, HyperLinear); their templates stay shared;
             callables (name, module) -> bool, or "rank1" to give that layer gains.
-            All but batch norms take dim 0 of what reaches them for the batch.
+            All but batch norms and LSTMs take dim 0 of what reaches them for the batch.
         noise_std: σ0.
         generator: of ε.
         optimizers: live ones. Replicated parameters leave their group for a new one at the end; gains join that of
@@ -137,11 +137,12 @@ def _tie(targeted: dict[int, nn.Module], replacements: dict[int, nn.Module]) -> 
 
 def _gains(model: nn.Module, rank1: set[int], replacements: dict[int, nn.Module]) -> Gains:
     """Return the rank-1 gains with their names, by the weight that they multiply."""
-    return {
-        module.weight: [(f"{name}.{own}", p) for own, p in replacements[id(module)].replicated_parameters().items()]
-        for name, module in model.named_modules()
-        if id(module) in rank1
-    }
+    gains: Gains = {}
+    for name, module in model.named_modules():
+        for own, gain in replacements[id(module)].replicated_parameters().items() if id(module) in rank1 else ():
+            weight = own.replace("input_gain", "weight").replace("output_gain", "weight")  # an LSTM has several
+            gains.setdefault(getattr(module, weight), []).append((f"{name}.{own}", gain))
+    return gains
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from . import registry
+from .double_backward import aliases
 from .ensemble_batch_norm_checks import check_arguments
 from .layout import dense, dense_like
 
@@ -150,7 +151,7 @@ def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
-    input, weight, bias, mean, rstd, mask = ctx.saved_tensors
+    input, weight, bias, mean, rstd, mask = aliases(ctx.saved_tensors)
     running_var = None if ctx.training else rstd.double().pow(-2).to(rstd.dtype) - ctx.eps
     y, _, _ = reference.ensemble_batch_norm(
         input, mean, running_var, weight, bias, None, ctx.training, ctx.eps, ctx.num_members, "none"

@@ -15,6 +15,7 @@ from .. import backend as _backend
 from ..reference import member_gain as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
+from .double_backward import aliases
 from .layout import dense, dense_like
 from .member_gain_checks import check_arguments
 
@@ -66,7 +67,7 @@ def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
-    input, gain, bias = ctx.saved_tensors
+    input, gain, bias = aliases(ctx.saved_tensors)
     y = reference.member_gain(input, gain, bias, ctx.channel_dim, ctx.activation)
     needed = [t for t, needs in zip((input, gain, bias), ctx.needs) if needs]
     found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))

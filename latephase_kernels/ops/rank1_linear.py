@@ -34,8 +34,8 @@ _CACHED_VALUES = 1 << 18
 def _folds(rows: int, in_features: int, out_features: int) -> bool:
     """Whether the gains go into the weight: when 1 / R ≤ 1 / 192 + 1 / in + 1 / out.
 
-    Folding moves some 10 · in · out values a member, in cache. Not folding moves some 10 · R · (in + out), and takes the
-    product once more: R · in · out multiplications, measured to last as long as the folding at R = 192.
+    Folding moves some 10 · in · out values a member, in cache. Not folding moves some 10 · R · (in + out), and takes
+    the product once more: R · in · out multiplications, measured to last as long as the folding at R = 192.
     K has no say: a member's result must not depend on how many others there are.
     """
     size = in_features * out_features
@@ -191,7 +191,7 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, needs: Sequence[
         gradients[4] = dbias if bias.dim() == 2 else dbias.sum(0)
     arguments = (input, weight, input_gain, output_gain, bias)
     return [
-        gradient.view(argument.shape).to(argument.dtype) if need else input.new_empty(0)
+        input.new_empty(0) if gradient is None or not need else gradient.view(argument.shape).to(argument.dtype)
         for gradient, argument, need in zip(gradients, arguments, needs)
     ]
 
@@ -241,10 +241,10 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
 def _differentiable_gradients(dy: Tensor, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
     # Aliases: where one argument was computed from another, that path is not the other's gradient here.
-    arguments = [None if t is None else t.view_as(t) for t in arguments]
-    needed = [argument for argument, need in zip(arguments, needs) if need]
+    *tensors, bias = (None if t is None else t.view_as(t) for t in arguments)
+    needed = [argument for argument, need in zip((*tensors, bias), needs) if need]
     with _without_autocast(dy.device):
-        found = iter(torch.autograd.grad(reference.rank1_linear(*arguments), needed, dy, create_graph=True))
+        found = iter(torch.autograd.grad(reference.rank1_linear(*tensors, bias), needed, dy, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 
 

@@ -18,6 +18,7 @@ from ..reference import rank1_lstm as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
 from .checks import check_input
+from .double_backward import aliases
 from .rank1_lstm_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- forward
@@ -234,8 +235,7 @@ def _gradients(ctx, dy, dc_n, *_):
 
 def _differentiable_gradients(dy, dc_n, arguments: list, needs: Sequence[bool]) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
-    # Aliases: where h0 was computed from a weight, that path is not the weight's gradient here.
-    arguments = [None if t is None else t.view_as(t) for t in arguments]
+    arguments = aliases(arguments)
     outputs = [(y, d) for y, d in zip(reference.rank1_lstm(*arguments), (dy, dc_n)) if d is not None]
     needed = [argument for argument, need in zip(arguments, needs) if need]
     ys, ds = zip(*outputs)

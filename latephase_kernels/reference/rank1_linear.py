@@ -12,9 +12,7 @@ from torch import Tensor
 from .precision import working_dtype
 
 
-def rank1_linear(
-    input: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None
-) -> Tensor:
+def rank1_linear(input: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None) -> Tensor:
     """Return y [K·B, *, out] in input's type."""
     dtype, num_members = working_dtype(input), input_gain.size(0)
     x = input.to(dtype).unflatten(0, (num_members, input.size(0) // num_members))  # [K, B, *, in]
