@@ -304,6 +304,19 @@ def test_autocast():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_backward_inside_autocast_is_the_one_outside():
+    """The types were settled in the forward: autocast must not round the sums of float32 gradients."""
+    gradients = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = Rank1LSTM.from_module(make_plain().float(), K, 0.1)
+        loss = model(torch.randn(T, K * B, C))[0].square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 # ---------------------------------------------------------------------------------------------- the converter
 
 

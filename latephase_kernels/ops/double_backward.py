@@ -1,11 +1,12 @@
 """What a backward pass that can be differentiated again needs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 
-def aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def aliases(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Return tensors as new nodes of the graph, to differentiate a formula with respect to them.
 
     Where one argument of an op was computed from another (x = f(weight)), differentiating with respect to the saved

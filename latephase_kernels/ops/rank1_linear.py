@@ -12,7 +12,6 @@ Registered ops: `rank1_linear` and `rank1_linear_backward`, made of PyTorch's ow
 same on every device.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +22,8 @@ from ..reference import member_gain as member_gain_reference
 from ..reference import rank1_linear as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
+from .autocast import without_autocast
+from .double_backward import aliases
 from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
@@ -93,20 +94,13 @@ def _rows(tensor: Tensor, num_members: int) -> Tensor:
     return tensor.reshape(num_members, torch.Size(leading).numel() // num_members, channels).contiguous()
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The types are settled when an op runs: autocast would round its float32 sums."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _forward(input, weight, input_gain, output_gain, bias) -> Tensor:
     num_members, accumulate = input_gain.size(0), accumulation_dtype(input.dtype)
     x = _rows(input, num_members)
     _, rows, in_features = x.shape
     out_features = weight.size(0)
     y = x.new_empty(num_members, rows, out_features)
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         if _folds(rows, in_features, out_features):
             s, r = input_gain.to(accumulate), output_gain.to(accumulate)
             shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
@@ -184,7 +178,7 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, needs: Sequence[
     num_members = input_gain.size(0)
     x, dy = _rows(input, num_members), _rows(dy, num_members)
     backward = _backward_folded if _folds(x.size(1), *reversed(weight.shape)) else _backward_by_rows
-    with _without_autocast(x.device):
+    with without_autocast(x.device):
         gradients = backward(dy, x, weight, input_gain, output_gain, needs)
     if needs[4]:
         dbias = dy.sum(1, dtype=accumulation_dtype(dy.dtype)) if gradients[4] is None else gradients[4]
@@ -238,13 +232,12 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
     return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, needs), needs))
 
 
-def _differentiable_gradients(dy: Tensor, arguments: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple:
+def _differentiable_gradients(dy: Tensor, arguments, needs: Sequence[bool]) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
-    # Aliases: where one argument was computed from another, that path is not the other's gradient here.
-    *tensors, bias = (None if t is None else t.view_as(t) for t in arguments)
-    needed = [argument for argument, need in zip((*tensors, bias), needs) if need]
-    with _without_autocast(dy.device):
-        found = iter(torch.autograd.grad(reference.rank1_linear(*tensors, bias), needed, dy, create_graph=True))
+    arguments = aliases(arguments)
+    needed = [argument for argument, need in zip(arguments, needs) if need]
+    with without_autocast(dy.device):
+        found = iter(torch.autograd.grad(reference.rank1_linear(*arguments), needed, dy, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -308,7 +301,7 @@ def rank1_linear(
     arguments = _autocast(input, weight, input_gain, output_gain, bias)
     check_arguments(*arguments)
     if torch._C._are_functorch_transforms_active():
-        with _without_autocast(input.device):
+        with without_autocast(input.device):
             return reference.rank1_linear(*arguments)
     if torch.compiler.is_compiling():
         return torch.ops.latephase_kernels.rank1_linear.default(*arguments)

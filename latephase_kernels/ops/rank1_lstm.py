@@ -17,6 +17,7 @@ from torch import Tensor
 from ..reference import rank1_lstm as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
+from .autocast import without_autocast
 from .checks import check_input
 from .double_backward import aliases
 from .rank1_lstm_checks import check_arguments
@@ -229,7 +230,8 @@ def _gradients(ctx, dy, dc_n, *_):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, dc_n, *arguments)):
         return _differentiable_gradients(dy, dc_n, arguments, needs)
     backward = torch.ops.latephase_kernels.rank1_lstm_backward.default
-    found = backward(dy, dc_n, *arguments, output, cells, gates, needs)
+    with without_autocast(output.device):
+        found = backward(dy, dc_n, *arguments, output, cells, gates, needs)
     return tuple(gradient if need else None for gradient, need in zip(found, needs))
 
 
