@@ -1,0 +1,122 @@
+"""Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
+
+    python -m benchmarks.gpu [--parts build test sanitize norm gain] [--output benchmarks/results] [--limit 600]
+
+Each part is a process with a share of the time limit; one that fails or runs out of time does not stop the others, but
+nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+KERNEL_TESTS = ["tests/test_cuda_ensemble_batch_norm.py", "tests/test_cuda_member_gain.py"]
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+def commands(part: str, output: Path) -> list[list[str]]:
+    """Return what a part runs, one after the other."""
+    if part == "build":
+        return [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
+    if part == "test":
+        return [[*PYTEST, *KERNEL_TESTS]]
+    if part == "sanitize":  # one small case of each kernel: the tools slow them down by orders of magnitude
+        few = ["-k", "parameters_in_either or off_alignment"]
+        return [
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *KERNEL_TESTS, *few]
+            for tool in SANITIZERS
+        ]
+    name = {"norm": "ensemble_batch_norm", "gain": "member_gain"}[part]
+    return [
+        [
+            *(sys.executable, f"benchmarks/bench_{name}.py", "--device", "cuda", "--dtype", dtype),
+            *("--seconds", "0.3", "--output", str(output / f"{name}_cuda_{dtype}.json")),
+        ]
+        for dtype in ("bfloat16", "float32")
+    ]
+
+
+# Shares of the limit. Nothing is timed without the build and the tests.
+PARTS = {"build": 0.2, "test": 0.2, "sanitize": 0.15, "norm": 0.35, "gain": 0.1}
+
+
+def facts() -> dict:
+    """Return where this runs, for a reader of the figures."""
+    import torch
+
+    def first_line(*command: str) -> str | None:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.split("\n")[0]
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": first_line(sys.executable, "-c", "import triton; print(triton.__version__)"),
+        "python": platform.python_version(),
+        "commit": first_line("git", "rev-parse", "HEAD"),
+    }
+
+
+def run_part(part: str, output: Path, seconds: float) -> dict:
+    """Run a part's commands; return how it ended."""
+    start, log = time.monotonic(), output / f"gpu_{part}.log"
+    ended = "passed"
+    with open(log, "w", encoding="utf-8") as file:
+        for command in commands(part, output):
+            if shutil.which(command[0]) is None:
+                ended = f"failed: {command[0]} is not installed"
+                break
+            left = seconds - (time.monotonic() - start)
+            try:
+                code = subprocess.run(
+                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(left, 1.0)
+                ).returncode
+            except subprocess.TimeoutExpired:
+                ended = f"ran out of its {seconds:.0f} s"
+                break
+            if code:
+                ended = f"failed with exit code {code}; see {log.name}"
+                break
+    return {"ended": ended, "seconds": round(time.monotonic() - start, 1)}
+
+
+def main() -> int:
+    """Run the parts, print one line each, write gpu.json; return 0 if all passed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--limit", type=float, default=590.0, help="seconds in all (default 590)")
+    arguments = parser.parse_args()
+    found = facts()
+    if found["device"] is None:
+        parser.error("torch sees no CUDA device here")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    total = sum(PARTS[part] for part in arguments.parts)
+    ended: dict[str, dict] = {}
+    for part in PARTS:
+        if part not in arguments.parts:
+            continue
+        broken = [name for name in ("build", "test") if ended.get(name, {}).get("ended", "passed") != "passed"]
+        if part in ("norm", "gain") and broken:
+            ended[part] = {"ended": f"not timed: {broken[0]} did not pass", "seconds": 0.0}
+        else:
+            ended[part] = run_part(part, arguments.output, arguments.limit * PARTS[part] / total)
+        print(f"{part:9} {ended[part]['seconds']:7.1f} s  {ended[part]['ended']}", flush=True)
+        (arguments.output / "gpu.json").write_text(json.dumps({**found, "parts": ended}, indent=2) + "\n")
+    return 0 if all(part["ended"] == "passed" for part in ended.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
