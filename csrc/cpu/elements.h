@@ -6,6 +6,7 @@
 #include "vec.h"
 
 namespace latephase::LATEPHASE_ISA {
+namespace {
 
 template <class T>
 constexpr typename Accumulation<T>::type kRoundsToZero = 0;
@@ -61,4 +62,5 @@ inline void read_affine(const Affine& p, int64_t k, int64_t c0, int64_t count, A
   }
 }
 
+}  // namespace
 }  // namespace latephase::LATEPHASE_ISA

@@ -5,23 +5,6 @@
 #include "ensemble_batch_norm_spatial.h"
 
 namespace latephase::LATEPHASE_ISA {
-namespace {
-
-template <class Body>
-void with_type(DataType dtype, const Body& body) {
-  switch (dtype) {
-    case DataType::Float:
-      return body(float{});
-    case DataType::Double:
-      return body(double{});
-    case DataType::BFloat16:
-      return body(BFloat16{});
-    case DataType::Half:
-      return body(Half{});
-  }
-}
-
-}  // namespace
 
 void forward(const Forward& f, const Parallel& parallel) {
   with_type(f.dtype, [&](auto value) {

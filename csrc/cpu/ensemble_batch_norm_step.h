@@ -4,29 +4,13 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../activation.h"
 #include "../ensemble_batch_norm_arguments.h"
-#include "vec.h"
+#include "elements.h"
 
 namespace latephase::LATEPHASE_ISA {
 namespace {
 
 using namespace latephase::ensemble_batch_norm;
-
-template <class T>
-constexpr typename Accumulation<T>::type kRoundsToZero = 0;
-template <>
-constexpr float kRoundsToZero<Half> = kRoundsToZeroHalf;
-template <>
-constexpr float kRoundsToZero<BFloat16> = kRoundsToZeroBFloat16;
-
-// Calls step(column, count) over [begin, end) in registers; count is Whole<A> but for a ragged end.
-template <class A, class Step>
-inline void for_columns(int64_t begin, int64_t end, const Step& step) {
-  int64_t j = begin;
-  for (; j + kLanes<A> <= end; j += kLanes<A>) step(j, Whole<A>{});
-  if (j < end) step(j, static_cast<int>(end - j));
-}
 
 constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a second thread
 
@@ -45,30 +29,6 @@ void write_statistics(const Forward& f, int64_t i, double mean, double var) {
   static_cast<A*>(f.mean)[i] = static_cast<A>(mean);
   if (f.var) static_cast<A*>(f.var)[i] = static_cast<A>(var);
   if (f.rstd) static_cast<A*>(f.rstd)[i] = static_cast<A>(1 / std::sqrt(var + f.eps));
-}
-
-// out[j] = member k's parameter for channel c0 + j.
-template <class A>
-void read_affine(const Affine& p, int64_t k, int64_t c0, int64_t count, A absent, A* out) {
-  const auto read = [&](auto type, const auto& convert) {
-    const auto* from = static_cast<const decltype(type)*>(p.data) + k * p.member_stride + c0;
-    for (int64_t j = 0; j < count; ++j) out[j] = static_cast<A>(convert(from[j]));
-  };
-  const auto as_is = [](auto value) { return value; };
-  if (p.data == nullptr) {
-    for (int64_t j = 0; j < count; ++j) out[j] = absent;
-    return;
-  }
-  switch (p.dtype) {
-    case DataType::Float:
-      return read(float{}, as_is);
-    case DataType::Double:
-      return read(double{}, as_is);
-    case DataType::BFloat16:
-      return read(uint16_t{}, [](uint16_t bits) { return widen(Bits16{} + bits, BFloat16{})[0]; });
-    case DataType::Half:
-      return read(uint16_t{}, half_to_float);
-  }
 }
 
 // One (member, channel)'s coefficients, a channel or a register of them in each V:
