@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_close
 
 import latephase_kernels as lp
 from latephase_kernels.ops import ensemble_batch_norm as op_module
@@ -86,19 +87,6 @@ def by_slices(x, running_mean, running_var, weight, bias, *, num_members, residu
     )
     y = y if residual is None else y + residual
     return F.relu(y) if activation == "relu" else y
-
-
-def assert_close(result, plain, truth):
-    """At most twice PyTorch's own error on the same inputs, plus one output rounding at the tensor's scale.
-
-    In float64 there is no truer truth than PyTorch's own result: there, 64 roundings.
-    """
-    for name, value in result.items():
-        true, scale = truth[name], truth[name].abs().max().item()
-        error = (value.double() - true).abs().max().item()
-        own = (plain[name].double() - true).abs().max().item()
-        roundings = 64 if value.dtype == torch.float64 else 1
-        assert error <= 2 * own + roundings * torch.finfo(value.dtype).eps * scale, f"{name}: {error}, PyTorch: {own}"
 
 
 def compare(inputs, **options):

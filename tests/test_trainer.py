@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import latephase_kernels as lp
 from latephase_kernels.data import ImageSet
-from latephase_kernels.train.evaluation import evaluate, logits_of, metrics_of
+from latephase_kernels.train.evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
 from latephase_kernels.train.recipe import Data, Late, Model, Optimizer, Recipe, Schedule, Swa, check, recipe_names
 from latephase_kernels.train.trainer import Trainer
 
@@ -214,7 +214,7 @@ def test_metrics():
 def test_evaluation_of_members():
     trainer = run(Trainer(recipe(), data()))
     images = trainer.batches.images
-    found = evaluate(trainer.model, images, batch_size=10)
+    found = metrics_of_answers(answers_of(trainer.model, images, batch_size=10), images.labels)
     assert list(found) == ["averaged", "ensemble", "members", "member 0", "member 1", "member 2"]
     assert trainer.model.training
     everyone = logits_of(trainer.model, images.batches(10), "all")

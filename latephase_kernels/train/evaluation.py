@@ -61,17 +61,6 @@ def logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], members: 
     return torch.cat(parts, dim=-2)
 
 
-def evaluate(model: nn.Module, images: DeviceImages, batch_size: int) -> dict[str, dict[str, float]]:
-    """Return the metrics of every way to predict, see metrics_of_answers.
-
-    Args:
-        model: plain or expanded.
-        images: the test set.
-        batch_size: images a forward pass; an expanded model runs it for all members.
-    """
-    return metrics_of_answers(answers_of(model, images, batch_size), images.labels)
-
-
 @dataclass(frozen=True)
 class Answers:
     """What a model says of one set of images.
@@ -99,7 +88,13 @@ class Answers:
 
 
 def answers_of(model: nn.Module, images: DeviceImages, batch_size: int) -> Answers:
-    """Return a plain or expanded model's answers to a set; see evaluate."""
+    """Return a plain or expanded model's answers to a set.
+
+    Args:
+        model: plain or expanded.
+        images: the set.
+        batch_size: images a forward pass; an expanded model runs it for all members.
+    """
     expanded = any(isinstance(module, Routed) for module in model.modules())
     return Answers(
         logits_of(model, images.batches(batch_size)),

@@ -12,7 +12,7 @@ import torch
 from .. import late_phase as lp
 from ..data.device_images import DeviceImages
 from .build import build_data, build_network
-from .evaluation import evaluate, logits_of, metrics_of
+from .evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
 from .progress import Progress
 from .recipe import Recipe, check
 from .runs import RunFolder, write_whole
@@ -177,13 +177,13 @@ def _finish(
 ) -> dict[str, Any]:
     """Evaluate, collapse, save as safetensors, load into the plain network, compare."""
     model = trainer.final_model()
+    answers = answers_of(model, test_images, EVALUATION_BATCH)
     results: dict[str, Any] = {
         "name": recipe.name,
         "seed": recipe.seed,
         "epochs": recipe.epochs,
-        "metrics": evaluate(model, test_images, EVALUATION_BATCH),
+        "metrics": metrics_of_answers(answers, test_images.labels),
     }
-    before = logits_of(model, test_images.batches(EVALUATION_BATCH))
     plain = copy.deepcopy(model).eval()
     if trainer.expanded:
         lp.collapse(plain)
@@ -192,6 +192,7 @@ def _finish(
     fresh = build_network(recipe.model, num_classes, in_channels).to(trainer.device)
     load_model(fresh, path)
     after = logits_of(fresh, test_images.batches(EVALUATION_BATCH))
+    before = answers.averaged
     error = ((after - before).abs().max() / before.abs().max().clamp_min(1.0)).item()
     if not error <= COLLAPSE_TOLERANCE:
         raise RuntimeError(

@@ -232,16 +232,19 @@ class Trainer:
         Raises:
             FloatingPointError: a loss was not finite, and the recipe does not skip such steps.
         """
+        self._raise_if_nonfinite()
+        minibatches = int(self._minibatches)
+        mean = float(self._loss_sum) / minibatches if minibatches else None
+        self._loss_sum.zero_(), self._minibatches.zero_()
+        return mean, int(self._skipped)
+
+    def _raise_if_nonfinite(self) -> None:
         first = int(self._first_nonfinite)
         if first >= 0 and not self.recipe.skip_nonfinite:
             raise FloatingPointError(
                 f"train: the loss of minibatch {first} (epoch {first / self.batches.minibatches_per_epoch:.2f}) is not "
                 "finite; lower optimizer.lr, or give --skip_nonfinite=true to leave such steps out"
             )
-        minibatches = int(self._minibatches)
-        mean = float(self._loss_sum) / minibatches if minibatches else None
-        self._loss_sum.zero_(), self._minibatches.zero_()
-        return mean, int(self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on; fit for weights_only loading.
@@ -249,8 +252,7 @@ class Trainer:
         Raises:
             FloatingPointError: a loss was not finite: this state is not worth keeping.
         """
-        if int(self._first_nonfinite) >= 0 and not self.recipe.skip_nonfinite:
-            self.read_loss()
+        self._raise_if_nonfinite()
         return {
             "minibatch": self.minibatch,
             "expanded": self.expanded,
