@@ -34,9 +34,10 @@ from .build import build_data, build_network
 from .checkpoints import CheckpointFolder, RunError, random_state
 from .eval_report import draw_entropies, format_evaluation
 from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of, metrics_of_answers
+from .image_task import EVALUATION_BATCH, memory_format_of
 from .progress import Progress
 from .recipe import Recipe, check
-from .run_training import EVALUATION_BATCH, default_device, load_model
+from .run_training import default_device, load_model
 from .runs import write_whole
 from .train_command import parse_recipe
 from .trainer import Trainer
@@ -158,8 +159,7 @@ class Evaluation:
         shape, expected = tuple(data.images.shape[1:]), tuple(self.test.images.shape[1:])
         if shape != expected:
             raise ValueError(f"its images are {shape}, the run's are {expected} (channels, height, width)")
-        memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        mean, std = self.test.mean, self.test.std
+        mean, std, memory_format = self.test.mean, self.test.std, memory_format_of(self.recipe)
         return DeviceImages(data, self.device, mean=mean, std=std, padding=0, memory_format=memory_format)
 
     def _answers(self, name: str, images: DeviceImages) -> Answers:

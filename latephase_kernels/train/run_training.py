@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from .. import late_phase as lp
-from ..data.device_images import DeviceImages
-from .build import build_data, build_network
-from .evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
+from .build import build_data
+from .image_task import ImageEvaluation
 from .progress import Progress
 from .recipe import Recipe, check
 from .runs import RunFolder, write_whole
+from .task import Evaluation
 from .trainer import Trainer
 
-EVALUATION_BATCH = 250  # images a forward pass; times K for all members
 # The collapsed model computes what the expanded one did by other additions and multiplications.
 COLLAPSE_TOLERANCE = 1e-3
 
@@ -90,19 +89,16 @@ def run_training(
     torch.backends.cudnn.benchmark = not recipe.deterministic
     trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
     with RunFolder(output, config, resume=resume, keep_checkpoints=recipe.keep_checkpoints) as folder, _Signals() as on:
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        test_images = DeviceImages(test, device, mean=train.mean, std=train.std, padding=0, memory_format=memory_format)
-        _Run(recipe, folder, trainer, test_images, on).train()
-        return _finish(recipe, folder, trainer, test_images, len(train.classes), train.images.size(1))
+        evaluation = ImageEvaluation(recipe, train, test, device)
+        _Run(recipe, folder, trainer, evaluation, on).train()
+        return _finish(recipe, folder, trainer, evaluation)
 
 
 class _Run:
     """The loop over epochs: logging, evaluating, saving."""
 
-    def __init__(
-        self, recipe: Recipe, folder: RunFolder, trainer: Trainer, test_images: DeviceImages, signals: _Signals
-    ):
-        self.recipe, self.folder, self.trainer, self.test_images = recipe, folder, trainer, test_images
+    def __init__(self, recipe: Recipe, folder: RunFolder, trainer: Trainer, evaluation: Evaluation, signals: _Signals):
+        self.recipe, self.folder, self.trainer, self.evaluation = recipe, folder, trainer, evaluation
         self.signals = signals
         saved = folder.checkpoints.load(trainer.device)
         if saved is not None:
@@ -126,8 +122,8 @@ class _Run:
                 epoch = trainer.minibatch // per_epoch
                 self.progress.advance(trainer.step())
                 if trainer.minibatch // per_epoch != epoch or trainer.minibatch == trainer.total:
-                    rate = (trainer.minibatch - first) * self.recipe.batch_size / (time.perf_counter() - started)
-                    self._end_epoch(epoch + 1, rate)
+                    units = (trainer.minibatch - first) * trainer.task.units_per_minibatch
+                    self._end_epoch(epoch + 1, units / (time.perf_counter() - started))
                     started, first = time.perf_counter(), trainer.minibatch
                 if self.signals.received is not None:
                     self._save()
@@ -138,7 +134,8 @@ class _Run:
         finally:
             self.progress.end()
 
-    def _end_epoch(self, epoch: int, images_per_second: float) -> None:
+    def _end_epoch(self, epoch: int, units_per_second: float) -> None:
+        unit = self.trainer.task.unit
         loss, skipped = self.trainer.read_loss()
         record: dict[str, Any] = {
             "step": self.trainer.minibatch,
@@ -147,7 +144,7 @@ class _Run:
             "train loss": loss,
             "learning rate": self.trainer.optimizer.param_groups[0]["lr"],
             "members": self.trainer.num_members,
-            "images/s": images_per_second,
+            f"{unit}/s": units_per_second,
         }
         if self.recipe.skip_nonfinite:
             record["skipped steps"] = skipped
@@ -155,44 +152,30 @@ class _Run:
         if loss is not None:
             stage += f", loss {loss:.4f}"
         if epoch % self.recipe.evaluate_every == 0 or epoch == self.recipe.epochs:
-            logits = logits_of(self.trainer.model, self.test_images.batches(EVALUATION_BATCH))
-            tested = metrics_of(logits.double().softmax(-1), self.test_images.labels)
-            record.update({f"test {key}": value for key, value in tested.items()})
-            stage += f", test accuracy {tested['accuracy']:.2f} %"
+            tested, words = self.evaluation.progress(self.trainer.model)
+            record.update(tested)
+            stage += f", {words}"
         self.folder.log(record)
-        self.progress.begin(f"{stage}, {images_per_second:,.0f} images/s")
+        self.progress.begin(f"{stage}, {units_per_second:,.0f} {unit}/s")
 
     def _save(self) -> None:
         self.folder.checkpoints.save(self.trainer.state_dict(), self.trainer.minibatch)
         self.saved_at = time.monotonic()
 
 
-def _finish(
-    recipe: Recipe,
-    folder: RunFolder,
-    trainer: Trainer,
-    test_images: DeviceImages,
-    num_classes: int,
-    in_channels: int,
-) -> dict[str, Any]:
+def _finish(recipe: Recipe, folder: RunFolder, trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Evaluate, collapse, save as safetensors, load into the plain network, compare."""
     model = trainer.final_model()
-    answers = answers_of(model, test_images, EVALUATION_BATCH)
-    results: dict[str, Any] = {
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "epochs": recipe.epochs,
-        "metrics": metrics_of_answers(answers, test_images.labels),
-    }
+    metrics, before = evaluation.final(model)
+    results: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs, "metrics": metrics}
     plain = copy.deepcopy(model).eval()
     if trainer.expanded:
         lp.collapse(plain)
     path = folder.path / "model.safetensors"
     save_model(plain, path)
-    fresh = build_network(recipe.model, num_classes, in_channels).to(trainer.device)
+    fresh = trainer.task.build_network()
     load_model(fresh, path)
-    after = logits_of(fresh, test_images.batches(EVALUATION_BATCH))
-    before = answers.averaged
+    after = evaluation.logits(fresh)
     error = ((after - before).abs().max() / before.abs().max().clamp_min(1.0)).item()
     if not error <= COLLAPSE_TOLERANCE:
         raise RuntimeError(

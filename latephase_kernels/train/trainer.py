@@ -1,7 +1,8 @@
 """The training loop: plain until T0, stacked members after it, nothing read from the device inside a step.
 
-Legend: K members; B images a member; n minibatches an epoch. Minibatches are numbered through the whole run; a stacked
-step takes the next K. All that a step depends on is the state that `Trainer.state_dict` returns.
+Legend: K members; B samples a member; n minibatches an epoch. Minibatches are numbered through the whole run; a stacked
+step takes the next K. All that a step depends on is the state that `Trainer.state_dict` returns. What depends on the
+kind of data is its `Task`'s.
 """
 
 import contextlib
@@ -10,18 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from .. import late_phase as lp
 from ..data import ImageSet
-from ..data.device_batches import DeviceBatches
-from ..data.device_images import DeviceImages
-from .build import build_network, build_optimizer
+from .build import build_optimizer
 from .checkpoints import random_state, set_random_state
+from .image_task import ImageTask
 from .recipe import Recipe
+from .task import Task
 
 
 class Trainer:
@@ -29,32 +29,26 @@ class Trainer:
 
     Args:
         recipe: checked.
-        train: its images go to the device.
+        train: the training data; they go to the device.
         device: where to train.
+        rank, num_ranks: which share of every member's minibatches is this process's.
 
     Attributes:
+        task: what depends on the kind of data.
         model: plain before T0, expanded after it.
         averaged: SWA's average, or None.
         minibatch: the number of the next one.
         total: minibatches of the whole run; what fills no last cycle of K is left out.
     """
 
-    def __init__(self, recipe: Recipe, train: ImageSet, device: str | torch.device = "cpu"):
+    def __init__(
+        self, recipe: Recipe, train: ImageSet, device: str | torch.device = "cpu", *, rank: int = 0, num_ranks: int = 1
+    ):
         self.recipe, self.device = recipe, torch.device(device)
         torch.manual_seed(recipe.seed)
-        data = recipe.data
-        memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        images = DeviceImages(train, self.device, padding=data.crop_padding, memory_format=memory_format)
-        self.batches = DeviceBatches(
-            images,
-            recipe.batch_size,
-            crop=data.crop_padding > 0,
-            flip=data.flip,
-            cutout=data.cutout,
-            seed=recipe.seed,
-        )
-        network = build_network(recipe.model, len(train.classes), train.images.size(1))
-        self.model: nn.Module = network.to(self.device).to(memory_format=memory_format)
+        self.task: Task = ImageTask(recipe, train, self.device, rank=rank, num_ranks=num_ranks)
+        self.batches = self.task.batches
+        self.model: nn.Module = self.task.build_network()
         self.optimizer = build_optimizer(recipe.optimizer, self.model, skips_steps=recipe.skip_nonfinite)
         self.averaged: AveragedModel | None = None
         self.expanded = False
@@ -92,7 +86,7 @@ class Trainer:
         if self.num_members > 1 or self.minibatch == self.t0:
             self._expand_once()
         count = self.num_members
-        images, labels = self.batches.stack(self.minibatch, count)
+        inputs, targets = self.batches.stack(self.minibatch, count)
         self._set_learning_rates()
         statistics = self._statistics() if self.recipe.skip_nonfinite else []
         before = [buffer.clone() for buffer in statistics]
@@ -100,9 +94,10 @@ class Trainer:
             self.model.train()
         self.optimizer.zero_grad()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part, part_images, part_labels in self._chunks(images, labels, count):
+        self.task.begin_step(self.minibatch, count)
+        for part, rows in self._chunks(count):
             with lp.members(self.model, part) if self.expanded else contextlib.nullcontext():
-                part_loss = self._loss(part_images, part_labels)
+                part_loss = self.task.loss(self.model, inputs[rows], targets[rows], rows)
                 part_loss.backward()
             loss += part_loss.detach()
         finite = torch.isfinite(loss)
@@ -113,31 +108,18 @@ class Trainer:
                 torch.where(finite, buffer, old, out=buffer)
             self._skipped += ~finite
         self.optimizer.step()
+        self.task.end_step(finite)
         self._account(loss, finite, count)
         start, self.minibatch = self.minibatch, self.minibatch + count
         self._average_if_epoch_ended(start)
         return count
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The sum over the members in this batch of their mean losses."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = self.model(images)
-        # Every member has batch_size images, so the sum of the means is the sum of all over batch_size.
-        losses = F.cross_entropy(
-            logits.float() if logits.dtype != torch.float64 else logits,
-            labels,
-            reduction="sum",
-            label_smoothing=self.recipe.label_smoothing,
-        )
-        return losses / self.recipe.batch_size
-
-    def _chunks(self, images: Tensor, labels: Tensor, count: int) -> Iterator[tuple[range, Tensor, Tensor]]:
-        """Yield (members, their images, their labels)."""
-        chunk, batch = self.recipe.late.member_chunk or count, self.recipe.batch_size
+    def _chunks(self, count: int) -> Iterator[tuple[range, slice]]:
+        """Yield (members, their rows of the stacked batch)."""
+        chunk, batch = self.recipe.late.member_chunk or count, self.batches.batch_size
         for first in range(0, count, chunk):
             part = range(first, min(first + chunk, count))
-            rows = slice(part.start * batch, part.stop * batch)
-            yield part, images[rows], labels[rows]
+            yield part, slice(part.start * batch, part.stop * batch)
 
     def _account(self, loss: Tensor, finite: Tensor, count: int) -> None:
         """Add to what is read late, without waiting for the device."""
@@ -213,15 +195,7 @@ class Trainer:
         if self.averaged is None:
             return self.model
         model = copy.deepcopy(self.averaged.module)
-        per_epoch = self.batches.minibatches_per_epoch
-        first = self.recipe.epochs * per_epoch  # an order and an augmentation that training has not seen
-        images = (self.batches.stack(first + number, 1)[0] for number in range(per_epoch))
-        with torch.random.fork_rng():  # dropout draws the same whenever this is called
-            torch.manual_seed(self.recipe.seed)
-            if self.expanded:
-                lp.update_bn(images, model)
-            else:
-                torch.optim.swa_utils.update_bn(images, model)
+        self.task.update_statistics(model, self.expanded)
         return model
 
     # ------------------------------------------------------------------------------------------ reading and state
@@ -259,6 +233,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "task": self.task.state_dict(),
             "late": [self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite],
             "random": random_state(),
         }
@@ -273,6 +248,7 @@ class Trainer:
             self.averaged = AveragedModel(self.model)
             self.averaged.load_state_dict(state["averaged"])
         self.minibatch = state["minibatch"]
+        self.task.load_state_dict(state["task"])
         late = (part.to(self.device) for part in state["late"])
         self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite = late
         set_random_state(state["random"])

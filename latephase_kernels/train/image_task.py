@@ -1,0 +1,105 @@
+"""Image classification: device-resident minibatches, cross entropy, accuracy and calibration."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import late_phase as lp
+from ..data import ImageSet
+from ..data.device_batches import DeviceBatches
+from ..data.device_images import DeviceImages
+from .build import build_network
+from .evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
+from .recipe import Recipe
+from .task import Evaluation, Task, autocast
+
+EVALUATION_BATCH = 250  # images a forward pass; times K for all members
+
+
+def memory_format_of(recipe: Recipe) -> torch.memory_format:
+    """Return the memory format of a recipe's images and convolutions."""
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+
+class ImageTask(Task):
+    """Labelled images, augmented on the device.
+
+    Args:
+        recipe: checked.
+        train: its images go to the device.
+        device: where to train.
+        rank, num_ranks: which share of every minibatch is this process's; see DeviceBatches.
+    """
+
+    unit = "images"
+
+    def __init__(self, recipe: Recipe, train: ImageSet, device: torch.device, *, rank: int = 0, num_ranks: int = 1):
+        self.recipe, self.device = recipe, device
+        self.num_classes, self.in_channels = len(train.classes), train.images.size(1)
+        data = recipe.data
+        images = DeviceImages(train, device, padding=data.crop_padding, memory_format=memory_format_of(recipe))
+        self.batches = DeviceBatches(
+            images,
+            recipe.batch_size,
+            crop=data.crop_padding > 0,
+            flip=data.flip,
+            cutout=data.cutout,
+            seed=recipe.seed,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+        self.units_per_minibatch = recipe.batch_size
+
+    def build_network(self) -> nn.Module:
+        network = build_network(self.recipe.model, self.num_classes, self.in_channels)
+        return network.to(self.device).to(memory_format=memory_format_of(self.recipe))
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
+        with autocast(self.device, self.recipe.precision):
+            logits = model(inputs)
+        # Every member has as many images, so the sum of the means is the sum of all over that number.
+        losses = F.cross_entropy(
+            logits.float() if logits.dtype != torch.float64 else logits,
+            targets,
+            reduction="sum",
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        return losses / self.batches.batch_size
+
+    def update_statistics(self, model: nn.Module, expanded: bool) -> None:
+        per_epoch = self.batches.minibatches_per_epoch
+        first = self.recipe.epochs * per_epoch  # an order and an augmentation that training has not seen
+        images = (self.batches.stack(first + number, 1)[0] for number in range(per_epoch))
+        with torch.random.fork_rng():  # dropout draws the same whenever this is called
+            torch.manual_seed(self.recipe.seed)
+            if expanded:
+                lp.update_bn(images, model)
+            else:
+                torch.optim.swa_utils.update_bn(images, model)
+
+
+class ImageEvaluation(Evaluation):
+    """The test set, normalized as the training data.
+
+    Args:
+        recipe: checked.
+        train: for its mean and std.
+        test: its images go to the device.
+        device: where the model is.
+    """
+
+    def __init__(self, recipe: Recipe, train: ImageSet, test: ImageSet, device: str | torch.device):
+        self.images = DeviceImages(
+            test, device, mean=train.mean, std=train.std, padding=0, memory_format=memory_format_of(recipe)
+        )
+
+    def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
+        found = metrics_of(self.logits(model).double().softmax(-1), self.images.labels)
+        return {f"test {key}": value for key, value in found.items()}, f"test accuracy {found['accuracy']:.2f} %"
+
+    def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
+        answers = answers_of(model, self.images, EVALUATION_BATCH)
+        return metrics_of_answers(answers, self.images.labels), answers.averaged
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return logits_of(model, self.images.batches(EVALUATION_BATCH))

@@ -1,0 +1,84 @@
+"""What the training loop leaves to the kind of data: minibatches, network, loss, state between steps, evaluation."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Task(ABC):
+    """Training data of one kind on its device, and what a step of the `Trainer` does with them.
+
+    A step calls `begin_step`, then `loss` once for each chunk of members, then `end_step`.
+
+    Attributes:
+        batches: has minibatches_per_epoch; batch_size, this rank's rows of a member's minibatch; and
+            stack(first, count) -> (inputs, targets), [count·B, …] each, minibatches first … first + count − 1 of the
+            run.
+        unit: what throughput counts.
+        units_per_minibatch: how many of them there are in a minibatch, over all ranks.
+    """
+
+    batches: Any
+    unit: str
+    units_per_minibatch: int
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """Return the recipe's freshly initialized network on the device.
+
+        Raises:
+            ValueError: the recipe's model does not fit this kind of data.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
+        """Return the sum over members of their mean losses.
+
+        Args:
+            model: in train mode, routed to the members of this chunk.
+            inputs, targets: the chunk's rows of the step's stacked batch.
+            rows: which ones these are.
+        """
+
+    def begin_step(self, first: int, count: int) -> None:  # noqa: B027 (nothing to do is a fine answer)
+        """Prepare the step of minibatches first … first + count − 1."""
+
+    def end_step(self, finite: Tensor) -> None:  # noqa: B027
+        """Finish the step: every chunk is through backward.
+
+        Args:
+            finite: [] bool on the device; False where the step is to be as if it had never been.
+        """
+
+    def update_statistics(self, model: nn.Module, expanded: bool) -> None:  # noqa: B027
+        """Recompute the running statistics of averaged weights from one pass over the training data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step needs beyond its minibatches' numbers; fit for weights_only loading."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Go on from what state_dict returned."""
+
+
+class Evaluation(ABC):
+    """Held-out data of one kind on its device, and how well a model does on them."""
+
+    @abstractmethod
+    def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
+        """Evaluate a model in training, averaged; return what to log, and a few words for the terminal."""
+
+    @abstractmethod
+    def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
+        """Return the metrics of every way to predict, and what `logits` returns for the model."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return the logits by which a collapsed model is compared with the averaged one."""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a recipe's forward passes run: bfloat16 where it says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
