@@ -164,13 +164,17 @@ def test_only_the_gradients_that_are_needed(way):
                 torch.testing.assert_close(leaf.grad, everything[f"d{name}"])
 
 
-def test_saves_no_product(way):
+@pytest.mark.parametrize("folds", [True, False])
+def test_keeps_the_product_only_where_gains_go_over_rows(folds, monkeypatch):
+    monkeypatch.setattr(module, "_folds", lambda *sizes: folds)
     inputs = make_inputs((6, 2), 3, 5, 4)
-    leaves = [inputs[name].requires_grad_() for name in NAMES]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
-        rank1_linear(*leaves)
-    assert set(kept) == {leaf.data_ptr() for leaf in leaves}
+    for gain_needs_one in (True, False):
+        leaves = [inputs[name].clone().requires_grad_(name != "r" or gain_needs_one) for name in NAMES]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
+            rank1_linear(*leaves)
+        assert {leaf.data_ptr() for leaf in leaves} <= set(kept)
+        assert len(set(kept)) == len(leaves) + (gain_needs_one and not folds)
 
 
 def test_members_do_not_meet(way):
@@ -260,7 +264,9 @@ def test_opcheck(way):
         needs = [t is not None for t in arguments]
         detached = [None if t is None else t.detach() for t in arguments]
         backward = torch.ops.latephase_kernels.rank1_linear_backward.default
-        torch.library.opcheck(backward, (inputs["dy"], *detached, needs))
+        _, product = torch.ops.latephase_kernels.rank1_linear.default(*detached)
+        for kept in (product, None):
+            torch.library.opcheck(backward, (inputs["dy"], *detached, kept, needs))
 
 
 def test_wrong_arguments():

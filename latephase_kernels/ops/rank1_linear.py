@@ -4,14 +4,16 @@
 
 Symbols: s = input_gain, r = output_gain, W = weight. Shapes: K members, R rows a member (all leading dimensions).
 
-Two ways to the same numbers. With few rows a member, the gains go over the rows and all members share one product;
-with many, they go into the weight, K times, and no pass over rows is left. Neither keeps the product before its gain
-or divides by a gain.
+Two ways to the same numbers. With few rows a member, the gains go over the rows, all members share one product, and the
+product before its gain is kept for backward; with many, the gains go into the weight, K times, no pass over rows is
+left, and nothing but the arguments is kept. Neither divides by a gain.
 
 Registered ops: `rank1_linear` and `rank1_linear_backward`, made of PyTorch's own operators and of member_gain, the
-same on every device.
+same on every device. `product` is what the first keeps for the second, [K·R, out], or empty; without it the second
+computes it again.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -94,14 +96,15 @@ def _rows(tensor: Tensor, num_members: int) -> Tensor:
     return tensor.reshape(num_members, torch.Size(leading).numel() // num_members, channels).contiguous()
 
 
-def _forward(input, weight, input_gain, output_gain, bias) -> Tensor:
+def _forward(input, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tensor]:
+    """Return y and the product before its gain, empty where the gains went into the weight."""
     num_members, accumulate = input_gain.size(0), accumulation_dtype(input.dtype)
     x = _rows(input, num_members)
     _, rows, in_features = x.shape
     out_features = weight.size(0)
-    y = x.new_empty(num_members, rows, out_features)
     with without_autocast(x.device):
         if _folds(rows, in_features, out_features):
+            y, product = x.new_empty(num_members, rows, out_features), x.new_empty(0)
             s, r = input_gain.to(accumulate), output_gain.to(accumulate)
             shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
             chunks = _chunks(num_members, weight)
@@ -116,7 +119,7 @@ def _forward(input, weight, input_gain, output_gain, bias) -> Tensor:
             scaled = _multiply(x.flatten(0, 1), input_gain.contiguous())
             product = scaled @ weight.to(x.dtype).t()
             y = _multiply(product, output_gain.contiguous(), None if bias is None else bias.contiguous())
-    return y.view(*input.shape[:-1], out_features)
+    return y.view(*input.shape[:-1], out_features), product
 
 
 # ---------------------------------------------------------------------------------------------- backward
@@ -152,20 +155,20 @@ def _backward_folded(dy, x, weight, input_gain, output_gain, needs) -> list[Tens
     return [dx, dweight, ds, dr, None]
 
 
-def _backward_by_rows(dy, x, weight, input_gain, output_gain, needs) -> list[Tensor | None]:
-    """Return dx, dW, ds, dr and dbias [K, out]; dr from the product before its gain, computed once more."""
+def _backward_by_rows(dy, x, weight, input_gain, output_gain, product, needs) -> list[Tensor | None]:
+    """Return dx, dW, ds, dr and dbias [K, out]; dr from the product before its gain, which None asks to compute."""
     needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
     s, r, weight = input_gain.contiguous(), output_gain.contiguous(), weight.to(x.dtype)
     dy, x = dy.flatten(0, 1), x.flatten(0, 1)
     dx = dweight = ds = dr = dbias = None
     if needs_output_gain:
-        scaled = _multiply(x, s)
-        dproduct, dr, dbias = _multiply_backward(dy, scaled @ weight.t(), r)
+        if product is None:
+            product = _multiply(x, s) @ weight.t()
+        dproduct, dr, dbias = _multiply_backward(dy, product, r)
     else:
-        scaled = _multiply(x, s) if needs_weight else x
         dproduct = _multiply(dy, r)
     if needs_weight:
-        dweight = dproduct.t() @ scaled
+        dweight = dproduct.t() @ _multiply(x, s)
     if needs_input_gain:
         dx, ds, _ = _multiply_backward(dproduct @ weight, x, s)
     elif needs_input:
@@ -173,13 +176,15 @@ def _backward_by_rows(dy, x, weight, input_gain, output_gain, needs) -> list[Ten
     return [dx, dweight, ds, dr, dbias]
 
 
-def _backward(dy, input, weight, input_gain, output_gain, bias, needs: Sequence[bool]) -> list[Tensor]:
+def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: Sequence[bool]) -> list[Tensor]:
     """Return the gradients of the five arguments of `_forward`, empty tensors for those that need none."""
     num_members = input_gain.size(0)
     x, dy = _rows(input, num_members), _rows(dy, num_members)
-    backward = _backward_folded if _folds(x.size(1), *reversed(weight.shape)) else _backward_by_rows
     with without_autocast(x.device):
-        gradients = backward(dy, x, weight, input_gain, output_gain, needs)
+        if _folds(x.size(1), *reversed(weight.shape)):
+            gradients = _backward_folded(dy, x, weight, input_gain, output_gain, needs)
+        else:
+            gradients = _backward_by_rows(dy, x, weight, input_gain, output_gain, product, needs)
     if needs[4]:
         dbias = dy.sum(1, dtype=accumulation_dtype(dy.dtype)) if gradients[4] is None else gradients[4]
         gradients[4] = dbias if bias.dim() == 2 else dbias.sum(0)
@@ -194,10 +199,14 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, needs: Sequence[
 
 
 def _fake_forward(input, weight, input_gain, output_gain, bias):
-    return input.new_empty(*input.shape[:-1], weight.size(0))
+    y = input.new_empty(*input.shape[:-1], weight.size(0))
+    all_rows = math.prod(input.shape[:-1])
+    if _folds(all_rows // input_gain.size(0), *reversed(weight.shape)):
+        return y, input.new_empty(0)
+    return y, input.new_empty(all_rows, weight.size(0))
 
 
-def _fake_backward(dy, input, weight, input_gain, output_gain, bias, needs):
+def _fake_backward(dy, input, weight, input_gain, output_gain, bias, product, needs):
     arguments = (input, weight, input_gain, output_gain, bias)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else input.new_empty(0)
@@ -207,8 +216,8 @@ def _fake_backward(dy, input, weight, input_gain, output_gain, bias, needs):
 
 _ARGUMENTS = "Tensor input, Tensor weight, Tensor input_gain, Tensor output_gain, Tensor? bias"
 _FORWARD, _BACKWARD = f"{registry.NATIVE}::rank1_linear", f"{registry.NATIVE}::rank1_linear_backward"
-torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> Tensor")
-torch.library.define(_BACKWARD, f"(Tensor dy, {_ARGUMENTS}, bool[] needs) -> Tensor[]")
+torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor output, Tensor product)")
+torch.library.define(_BACKWARD, f"(Tensor dy, {_ARGUMENTS}, Tensor? product, bool[] needs) -> Tensor[]")
 for _name, _implementation, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
     torch.library.impl(_name, "default", _implementation)
     torch.library.register_fake(_name, _fake)
@@ -217,19 +226,21 @@ for _name, _implementation, _fake in ((_FORWARD, _forward, _fake_forward), (_BAC
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    _, product = output
+    ctx.save_for_backward(*inputs, product if product.numel() and ctx.needs_input_grad[3] else None)
+    ctx.mark_non_differentiable(product)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
     """Return the gradients of the five arguments; backward: the op, or its implementation."""
-    arguments = ctx.saved_tensors
+    *arguments, product = ctx.saved_tensors
     if dy is None:
         return (None,) * len(arguments)
     needs = [bool(need) for need in ctx.needs_input_grad]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, *arguments)):
         return _differentiable_gradients(dy, arguments, needs)
-    return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, needs), needs))
+    return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, product, needs), needs))
 
 
 def _differentiable_gradients(dy: Tensor, arguments, needs: Sequence[bool]) -> tuple:
@@ -246,15 +257,16 @@ class _Rank1Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        _setup_context(ctx, arguments, None)
-        return _forward(*arguments)
+        found = _forward(*arguments)
+        _setup_context(ctx, arguments, found)
+        return found
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, _):
         return _gradients(ctx, dy, _backward)
 
 
-def _registered_gradients(ctx, dy):
+def _registered_gradients(ctx, dy, _):
     return _gradients(ctx, dy, torch.ops.latephase_kernels.rank1_linear_backward.default)
 
 
@@ -293,8 +305,8 @@ def rank1_linear(
 
     Cost:
         With many rows a member (R; 1 / R ≤ 1 / 192 + 1 / in + 1 / out): the plain layer's products, and some ten passes
-        over [out, in] a member. With few: forward two passes over rows; backward three, and one more product. Saved for
-        backward: the arguments. Gradients that are to be differentiated again come from the plain formula.
+        over [out, in] a member; saved for backward: the arguments. With few: two passes over rows forward, three
+        backward; saved beside the arguments: the product before its gain, as large as the output. Gradients that are to be differentiated again come from the plain formula.
 
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """
@@ -304,8 +316,8 @@ def rank1_linear(
         with without_autocast(input.device):
             return reference.rank1_linear(*arguments)
     if torch.compiler.is_compiling():
-        return torch.ops.latephase_kernels.rank1_linear.default(*arguments)
-    return _Rank1Linear.apply(*arguments)
+        return torch.ops.latephase_kernels.rank1_linear.default(*arguments)[0]
+    return _Rank1Linear.apply(*arguments)[0]
 
 
 def _autocast(input, *parameters):
