@@ -171,7 +171,7 @@ def test_keeps_the_product_only_where_gains_go_over_rows(folds, monkeypatch):
     for gain_needs_one in (True, False):
         leaves = [inputs[name].clone().requires_grad_(name != "r" or gain_needs_one) for name in NAMES]
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()), lambda t: t):
             rank1_linear(*leaves)
         assert {leaf.data_ptr() for leaf in leaves} <= set(kept)
         assert len(set(kept)) == len(leaves) + (gain_needs_one and not folds)

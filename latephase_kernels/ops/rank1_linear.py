@@ -305,8 +305,9 @@ def rank1_linear(
 
     Cost:
         With many rows a member (R; 1 / R ≤ 1 / 192 + 1 / in + 1 / out): the plain layer's products, and some ten passes
-        over [out, in] a member; saved for backward: the arguments. With few: two passes over rows forward, three
-        backward; saved beside the arguments: the product before its gain, as large as the output. Gradients that are to be differentiated again come from the plain formula.
+        over [out, in] a member; saved for backward: the arguments. With few: the plain layer's products, two passes
+        over rows forward and three backward; saved beside the arguments: the product before its gain, as large as the
+        output. Gradients that are to be differentiated again come from the plain formula.
 
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """
