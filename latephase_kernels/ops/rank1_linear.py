@@ -8,9 +8,9 @@ Two ways to the same numbers. With few rows a member, the gains go over the rows
 product before its gain is kept for backward; with many, the gains go into the weight, K times, no pass over rows is
 left, and nothing but the arguments is kept. Neither divides by a gain.
 
-Registered ops: `rank1_linear` and `rank1_linear_backward`, made of PyTorch's own operators and of member_gain, the
-same on every device. `product` is what the first keeps for the second, [K·R, out], or empty; without it the second
-computes it again.
+Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of PyTorch's own operators and of member_gain,
+the same on every device; in Triton products with the gains inside. `product` is what the first keeps for the second,
+[K·R, out], or empty; without it the second computes it again.
 """
 
 import math
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backend as _backend
 from ..reference import member_gain as member_gain_reference
 from ..reference import rank1_linear as reference
 from ..reference.precision import accumulation_dtype
@@ -68,24 +67,22 @@ def _fold(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.
 
 def _multiply(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     """x ∘ gain_k + bias, x [K·R, C]."""
-    backend = _backend.backend_for(x, "member_gain")
-    if backend == "reference":
+    namespace = registry.namespace_for(x, "member_gain")
+    if namespace is None:
         return member_gain_reference.member_gain(x, gain, bias, 1, "none")
-    return registry.op(_NAMESPACES[backend], "member_gain")(x, gain, bias, 1, "none")
+    return registry.op(namespace, "member_gain")(x, gain, bias, 1, "none")
 
 
 def _multiply_backward(dy: Tensor, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return dy ∘ gain_k, and each member's column sums of dy ∘ x and of dy, [K, C]."""
-    backend = _backend.backend_for(x, "member_gain")
-    if backend == "reference":
+    namespace = registry.namespace_for(x, "member_gain")
+    if namespace is None:
         by_member = (gain.size(0), x.size(0) // gain.size(0), x.size(1))
         wide = dy.to(accumulation_dtype(x.dtype)).view(by_member)
         dx = member_gain_reference.member_gain(dy, gain, None, 1, "none")
         return dx, (wide * x.view(by_member)).sum(1), wide.sum(1)
-    return registry.op(_NAMESPACES[backend], "member_gain_backward")(dy, x, gain, None, 1, "none")
+    return registry.op(namespace, "member_gain_backward")(dy, x, gain, None, 1, "none")
 
-
-_NAMESPACES = {"native": registry.NATIVE, "triton": registry.TRITON}
 
 # ---------------------------------------------------------------------------------------------- forward
 
@@ -206,6 +203,10 @@ def _fake_forward(input, weight, input_gain, output_gain, bias):
     return y, input.new_empty(all_rows, weight.size(0))
 
 
+def _fake_triton_forward(input, weight, input_gain, output_gain, bias):
+    return input.new_empty(*input.shape[:-1], weight.size(0)), input.new_empty(0)
+
+
 def _fake_backward(dy, input, weight, input_gain, output_gain, bias, product, needs):
     arguments = (input, weight, input_gain, output_gain, bias)
     return [
@@ -215,19 +216,28 @@ def _fake_backward(dy, input, weight, input_gain, output_gain, bias, product, ne
 
 
 _ARGUMENTS = "Tensor input, Tensor weight, Tensor input_gain, Tensor output_gain, Tensor? bias"
-_FORWARD, _BACKWARD = f"{registry.NATIVE}::rank1_linear", f"{registry.NATIVE}::rank1_linear_backward"
-torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor output, Tensor product)")
-torch.library.define(_BACKWARD, f"(Tensor dy, {_ARGUMENTS}, Tensor? product, bool[] needs) -> Tensor[]")
-for _name, _implementation, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
-    torch.library.impl(_name, "default", _implementation)
-    torch.library.register_fake(_name, _fake)
+registry.define(
+    "rank1_linear",
+    f"({_ARGUMENTS}) -> (Tensor output, Tensor product)",
+    _fake_forward,
+    op_file="rank1_linear",
+    composite=_forward,
+    triton_fake=_fake_triton_forward,
+)
+registry.define(
+    "rank1_linear_backward",
+    f"(Tensor dy, {_ARGUMENTS}, Tensor? product, bool[] needs) -> Tensor[]",
+    _fake_backward,
+    op_file="rank1_linear",
+    composite=_backward,
+)
 
 # ---------------------------------------------------------------------------------------------- autograd
 
 
 def _setup_context(ctx, inputs, output):
     _, product = output
-    ctx.save_for_backward(*inputs, product if product.numel() and ctx.needs_input_grad[3] else None)
+    ctx.save_for_backward(*inputs, product if product.numel() and ctx.needs_input_grad[-2] else None)
     ctx.mark_non_differentiable(product)
     ctx.set_materialize_grads(False)
 
@@ -237,7 +247,7 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
     *arguments, product = ctx.saved_tensors
     if dy is None:
         return (None,) * len(arguments)
-    needs = [bool(need) for need in ctx.needs_input_grad]
+    needs = [bool(need) for need in ctx.needs_input_grad[-len(arguments) :]]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, *arguments)):
         return _differentiable_gradients(dy, arguments, needs)
     return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, product, needs), needs))
@@ -256,21 +266,28 @@ class _Rank1Linear(torch.autograd.Function):
     """The eager path: less overhead a call than the registered op's generated autograd."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        found = _forward(*arguments)
+    def forward(ctx, namespace, *arguments):
+        if namespace == registry.NATIVE:
+            found = _forward(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                found = registry.op(namespace, "rank1_linear")(*arguments)
         _setup_context(ctx, arguments, found)
+        ctx.namespace = namespace
         return found
 
     @staticmethod
     def backward(ctx, dy, _):
-        return _gradients(ctx, dy, _backward)
+        backward = _backward if ctx.namespace == registry.NATIVE else registry.op(ctx.namespace, _BACKWARD)
+        return None, *_gradients(ctx, dy, backward)
 
 
-def _registered_gradients(ctx, dy, _):
-    return _gradients(ctx, dy, torch.ops.latephase_kernels.rank1_linear_backward.default)
+def _registered_gradients(namespace, ctx, dy, _):
+    return _gradients(ctx, dy, registry.op(namespace, _BACKWARD))
 
 
-torch.library.register_autograd(_FORWARD, _registered_gradients, setup_context=_setup_context)
+_BACKWARD = "rank1_linear_backward"
+registry.register_autograd("rank1_linear", _registered_gradients, _setup_context)
 
 # ---------------------------------------------------------------------------------------------- public
 
@@ -316,9 +333,10 @@ def rank1_linear(
     if torch._C._are_functorch_transforms_active():
         with without_autocast(input.device):
             return reference.rank1_linear(*arguments)
+    namespace = registry.namespace_for(input, "rank1_linear") or registry.NATIVE
     if torch.compiler.is_compiling():
-        return torch.ops.latephase_kernels.rank1_linear.default(*arguments)[0]
-    return _Rank1Linear.apply(*arguments)[0]
+        return registry.op(namespace, "rank1_linear")(*arguments)[0]
+    return _Rank1Linear.apply(namespace, *arguments)[0]
 
 
 def _autocast(input, *parameters):

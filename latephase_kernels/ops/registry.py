@@ -1,13 +1,15 @@
 """Registers one op contract under the native and the Triton namespace alike.
 
-C++ implements `latephase_kernels::*` for CPU and CUDA; `latephase_kernels_triton::*` is implemented by the functions
-of the same names in `latephase_kernels/triton_kernels/<op file>.py`, imported at the first call.
+C++ implements `latephase_kernels::*` for CPU and CUDA; where it does not, an op may have a composite implementation in
+Python, of other operators. `latephase_kernels_triton::*` is implemented by the functions of the same names in
+`latephase_kernels/triton_kernels/<op file>.py`, imported at the first call.
 """
 
 import importlib
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .. import backend
 
@@ -17,8 +19,20 @@ TRITON = "latephase_kernels_triton"
 _libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (NATIVE, TRITON)}
 
 
-def define(name: str, schema: str, fake: Callable, *, op_file: str) -> None:
-    """Define `name` + `schema` in both namespaces, with its fake kernel and the Triton implementation."""
+def define(
+    name: str,
+    schema: str,
+    fake: Callable,
+    *,
+    op_file: str,
+    composite: Callable | None = None,
+    triton_fake: Callable | None = None,
+) -> None:
+    """Define `name` + `schema` in both namespaces, with its fake kernel and the Triton implementation.
+
+    triton_fake: the Triton op's fake kernel where what it keeps for backward is not what the native op does.
+    composite: what `latephase_kernels::<name>` runs on a device for which C++ has no kernel of it; None: C++ must.
+    """
 
     def triton_implementation(*args):
         module = importlib.import_module(f"latephase_kernels.triton_kernels.{op_file}")
@@ -26,10 +40,14 @@ def define(name: str, schema: str, fake: Callable, *, op_file: str) -> None:
 
     for namespace, library in _libraries.items():
         library.define(name + schema)
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        own_fake = triton_fake if namespace == TRITON and triton_fake is not None else fake
+        torch.library.register_fake(f"{namespace}::{name}", own_fake, lib=library)
     for device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
         _libraries[TRITON].impl(name, triton_implementation, device)
-    backend.note_op(name)
+    if composite is None:
+        backend.note_op(name)
+    else:
+        _libraries[NATIVE].impl(name, composite, "CompositeExplicitAutograd")
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -47,3 +65,8 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 def op(namespace: str, name: str) -> torch._ops.OpOverload:
     """The callable of one registered op."""
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+def namespace_for(tensor: Tensor, name: str) -> str | None:
+    """The namespace of the backend that `name` runs on for this tensor; None: the reference."""
+    return {"native": NATIVE, "triton": TRITON, "reference": None}[backend.backend_for(tensor, name)]
