@@ -1,4 +1,4 @@
-// Ensemble batch norm: sizes, argument checks and the six registered ops, shared by both devices.
+// Ensemble batch norm: sizes, argument checks and the seven registered ops, shared by both devices.
 #pragma once
 
 #include <cmath>
@@ -31,7 +31,7 @@ inline void check_statistic(const char* name, const Tensor& t, const Tensor& inp
                   "ensemble_batch_norm: ", name, " must be contiguous [K, C] in the accumulation type");
 }
 
-// The six ops for one device; Device has static forward(const Forward&), backward(const Backward&), and
+// The ops for one device; Device has static forward(const Forward&), backward(const Backward&), and
 // inverse_deviation(sizes, input, var, eps, rstd): rstd = 1 / √(var + eps), all [K, C].
 template <class Device>
 struct Ops {
@@ -86,6 +86,32 @@ struct Ops {
     f.eps = eps;
     f.rstd = rstd.mutable_data_ptr();
     f.var = var.mutable_data_ptr();
+    auto [y, mask] = normalize(f, input, weight, bias, residual, activation);
+    return {y, mean, rstd, var, mask};
+  }
+
+  // The whole forward in training, which moves the running statistics as well.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update(
+      const Tensor& input, const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& batches,
+      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double momentum,
+      double eps, int64_t num_members, const std::string& activation) {
+    const Sizes s = sizes_of(input, num_members);
+    STD_TORCH_CHECK(s.n() > 1, "ensemble_batch_norm: training needs more than one value a channel and member");
+    check_statistic("running_mean", running_mean, input, s);
+    check_statistic("running_var", running_var, input, s);
+    if (batches.has_value()) {
+      STD_TORCH_CHECK(batches->dim() == 1 && batches->size(0) == s.K && batches->is_contiguous() &&
+                          batches->scalar_type() == ScalarType::Long,
+                      "ensemble_batch_norm: num_batches_tracked must be contiguous int64 [K]");
+    }
+    Tensor mean = statistic(input, s), var = statistic(input, s), rstd = statistic(input, s);
+    Forward f = forward_of(input, s, true, mean);
+    f.eps = eps;
+    f.rstd = rstd.mutable_data_ptr();
+    f.var = var.mutable_data_ptr();
+    f.running = {running_mean.mutable_data_ptr(), running_var.mutable_data_ptr(),
+                 batches.has_value() ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr, momentum,
+                 static_cast<double>(s.n()) / static_cast<double>(s.n() - 1)};
     auto [y, mask] = normalize(f, input, weight, bias, residual, activation);
     return {y, mean, rstd, var, mask};
   }
@@ -191,6 +217,7 @@ struct Ops {
 
   static void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("ensemble_batch_norm", TORCH_BOX(&Ops::whole));
+    m.impl("ensemble_batch_norm_update", TORCH_BOX(&Ops::update));
     m.impl("ensemble_batch_norm_backward", TORCH_BOX(&Ops::whole_backward));
     m.impl("ensemble_batch_norm_statistics", TORCH_BOX(&Ops::statistics));
     m.impl("ensemble_batch_norm_apply", TORCH_BOX(&Ops::apply));

@@ -11,6 +11,16 @@ class Tensor;
 
 namespace latephase::ensemble_batch_norm {
 
+// Running statistics that a forward pass in training moves, null where it does not: mean and var [K, C] in the
+// accumulation type, and the number of batches seen [K].
+struct Running {
+  void* mean = nullptr;
+  void* var = nullptr;
+  int64_t* batches = nullptr;
+  double momentum = 0;
+  double unbias = 1;  // n / (n − 1)
+};
+
 // Pointers not needed by a call are null. Statistics and sums are [K, C] in the accumulation type (float; double for
 // double). `device` is the CUDA device's index, `like` any tensor on the device, to allocate workspace from.
 struct Forward {
@@ -24,6 +34,7 @@ struct Forward {
   void* mean;
   void* rstd = nullptr;  // written when compute_statistics and not null
   void* var = nullptr;
+  Running running;
   void* y = nullptr;  // null: statistics only
   uint8_t* mask = nullptr;
   bool relu = false;

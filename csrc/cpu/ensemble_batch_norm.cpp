@@ -1,6 +1,7 @@
 // Ensemble batch norm on the CPU: picks the kernels of the best instruction set this processor has, and registers them.
 #include "../ensemble_batch_norm.h"
 
+#include "../lerp.h"
 #include "instruction_set.h"
 #include "parallel.h"
 
@@ -50,10 +51,27 @@ void fill_empty(const Sizes& s, DataType dtype, std::initializer_list<void*> sta
     dtype == DataType::Double ? fill<double>(data, s.K * s.C, 0) : fill<float>(data, s.K * s.C, 0);
 }
 
+template <class A>
+void move(void* running, const void* to, int64_t count, A weight, A scale) {
+  A* moved = static_cast<A*>(running);
+  const A* end = static_cast<const A*>(to);
+  for (int64_t i = 0; i < count; ++i) moved[i] = latephase::lerp(moved[i], end[i] * scale, weight);
+}
+
+template <class A>
+void move_running(const Forward& f) {
+  const Running& running = f.running;
+  const int64_t groups = f.sizes.K * f.sizes.C;
+  move<A>(running.mean, f.mean, groups, static_cast<A>(running.momentum), 1);
+  move<A>(running.var, f.var, groups, static_cast<A>(running.momentum), static_cast<A>(running.unbias));
+  for (int64_t k = 0; running.batches != nullptr && k < f.sizes.K; ++k) ++running.batches[k];
+}
+
 struct Cpu {
   static void forward(const Forward& f) {
     if (f.compute_statistics) fill_empty(f.sizes, f.dtype, {f.mean, f.rstd, f.var});
     run(f, kernels().forward);
+    if (f.running.mean != nullptr) f.dtype == DataType::Double ? move_running<double>(f) : move_running<float>(f);
   }
   static void backward(const Backward& b) {
     if (b.compute_sums) fill_empty(b.sizes, b.dtype, {b.sum_dz, b.sum_dz_xhat});

@@ -36,7 +36,7 @@ void run_forward(const Forward& f) {
                                      {mean, rstd, Parameter(f.weight), Parameter(f.bias)},
                                      f.relu};
   if (f.compute_statistics) {
-    const FinishStatistics finish{mean, rstd, static_cast<float*>(f.var), static_cast<float>(f.eps)};
+    const FinishStatistics finish(f);
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 1)) {
       plan->geometry.access_bytes = access_bytes(s, sizeof(scalar_t), {a.x, a.residual, a.y});
       const auto kernel = plan->geometry.access_bytes == 16

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "../lerp.h"
 #include "affine.cuh"
 #include "ensemble_batch_norm_walk.cuh"
 #include "reduce.cuh"
@@ -26,6 +27,23 @@ struct FinishStatistics {
   float* rstd;  // or null
   float* var;   // or null
   float eps;
+  int64_t C;
+  float* running_mean;  // or null
+  float* running_var;
+  int64_t* batches;  // or null
+  float momentum, unbias;
+
+  FinishStatistics(const Forward& f)
+      : mean(static_cast<float*>(f.mean)),
+        rstd(static_cast<float*>(f.rstd)),
+        var(static_cast<float*>(f.var)),
+        eps(static_cast<float>(f.eps)),
+        C(f.sizes.C),
+        running_mean(static_cast<float*>(f.running.mean)),
+        running_var(static_cast<float*>(f.running.var)),
+        batches(f.running.batches),
+        momentum(static_cast<float>(f.running.momentum)),
+        unbias(static_cast<float>(f.running.unbias)) {}
 
   __device__ static float variance(const Moments<1>& m) { return m.m2[0] / m.count; }
   __device__ float inverse_deviation(const Moments<1>& m) const { return __frsqrt_rn(variance(m) + eps); }
@@ -34,6 +52,10 @@ struct FinishStatistics {
     mean[group] = m.count == 0 ? NAN : m.mean[0];
     if (rstd != nullptr) rstd[group] = inverse_deviation(m);
     if (var != nullptr) var[group] = variance(m);
+    if (running_mean == nullptr) return;
+    running_mean[group] = lerp(running_mean[group], m.mean[0], momentum);
+    running_var[group] = lerp(running_var[group], __fmul_rn(variance(m), unbias), momentum);
+    if (batches != nullptr && group % C == 0) ++batches[group / C];
   }
 };
 

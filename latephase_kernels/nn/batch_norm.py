@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops.ensemble_batch_norm import ensemble_batch_norm, update_running
-from ..ops.ensemble_batch_norm_checks import check_activation
+from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_running
+from ..ops.ensemble_batch_norm_checks import check_activation, check_arguments
 from ..reference.ensemble_batch_norm import accumulation_dtype
 from .member_module import (
     MemberModule,
@@ -117,23 +117,14 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         training = self.training or self.running_mean is None or self.running_var is None
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
-        tracked = self._members_of(members, self.num_batches_tracked) if self._updates() else None
-        y = ensemble_batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            self._momentum(tracked, input),
-            self.eps,
-            num_members=len(members),
-            residual=residual,
-            activation=activation,
-        )
-        if tracked is not None:
-            tracked.add_(1)
-        return y
+        updates = self._updates()
+        tracked = self._members_of(members, self.num_batches_tracked) if updates else None
+        statistics, affine = (running_mean, running_var), (weight, bias)
+        momentum, settings = self._momentum(tracked, input), (self.eps, len(members), activation)
+        check_arguments(input, *statistics, *affine, training, momentum, *settings[:2], residual, activation)
+        if updates:
+            return normalize_and_update(input, *statistics, tracked, *affine, residual, momentum, *settings)
+        return normalize(input, *statistics, *affine, residual, training, *settings)[0]
 
     def _updates(self) -> bool:
         return self.training and self.track_running_stats and self.running_mean is not None

@@ -9,8 +9,10 @@ Registered ops, the same in both namespaces (`registry.py`); their tensors are d
 
     ensemble_batch_norm           the whole forward                ensemble_batch_norm_backward   the whole backward
     …_statistics  →  …_apply      its two halves                   …_backward_reduce  →  …_backward_apply
+    …_update                      the forward in training, which moves the running statistics as well
 
-The halves exist for statistics that are synchronized over processes between them.
+The halves exist for statistics that are synchronized over processes between them. Only …_update changes an argument:
+eager training calls it, so that running statistics take no launch of their own; compiled graphs are functional.
 """
 
 import torch
@@ -64,6 +66,22 @@ def _fake_forward(input, running_mean, running_var, weight, bias, residual, trai
     return y, *(_statistic(input, num_members) for _ in range(3)), mask
 
 
+def _fake_update(
+    input,
+    running_mean,
+    running_var,
+    num_batches_tracked,
+    weight,
+    bias,
+    residual,
+    momentum,
+    eps,
+    num_members,
+    activation,
+):
+    return _fake_forward(input, None, None, weight, bias, residual, True, eps, num_members, activation)
+
+
 def _fake_backward_reduce(dy, input, mean, rstd, weight, bias, mask, num_members, activation):
     return _fake_statistics(input, num_members)
 
@@ -88,6 +106,13 @@ for _name, _schema, _fake in (
         "bool training, float eps, int num_members, str activation) "
         "-> (Tensor y, Tensor mean, Tensor rstd, Tensor var, Tensor mask)",
         _fake_forward,
+    ),
+    (
+        "ensemble_batch_norm_update",
+        "(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
+        "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, int num_members, str activation) "
+        "-> (Tensor y, Tensor mean, Tensor rstd, Tensor var, Tensor mask)",
+        _fake_update,
     ),
     (
         "ensemble_batch_norm_backward",
@@ -190,12 +215,20 @@ class _EnsembleBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, namespace, input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
-    ):
+        ctx, namespace, input, running_mean, running_var, weight, bias, residual,
+        training, eps, num_members, activation, momentum=None, num_batches_tracked=None,
+    ):  # fmt: skip
+        """With a momentum, the running statistics move in the same call."""
         with torch._C._AutoDispatchBelowAutograd():
-            y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm")(
-                input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
-            )
+            if momentum is None:
+                y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm")(
+                    input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
+                )
+            else:
+                y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm_update")(
+                    input, running_mean, running_var, num_batches_tracked, weight, bias, residual,
+                    momentum, eps, num_members, activation,
+                )  # fmt: skip
         _save(ctx, input, weight, bias, mean, rstd, mask, residual, training, eps, num_members, activation)
         ctx.namespace = namespace
         ctx.mark_non_differentiable(mean, var)
@@ -204,9 +237,9 @@ class _EnsembleBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 11
+            return (None,) * 13
         dx, dweight, dbias, dresidual = _gradients(ctx, ctx.namespace, dy)
-        return None, dx, None, None, dweight, dbias, dresidual, None, None, None, None
+        return None, dx, None, None, dweight, dbias, dresidual, *(None,) * 6
 
 
 def _setup_context(ctx, inputs, output):
@@ -303,14 +336,59 @@ def ensemble_batch_norm(
     check_arguments(
         input, running_mean, running_var, weight, bias, training, momentum, eps, num_members, residual, activation
     )
-    y, mean, var = normalize(
-        input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
-    )
-    if training and running_mean is not None and running_var is not None and input.numel() > 0:
+    settings = (eps, num_members, activation)
+    if training and running_mean is not None and running_var is not None:
+        return normalize_and_update(input, running_mean, running_var, None, weight, bias, residual, momentum, *settings)
+    return normalize(input, running_mean, running_var, weight, bias, residual, training, *settings)[0]
+
+
+def normalize_and_update(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,  # [K]
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    num_members: int,
+    activation: str,
+) -> Tensor:
+    """Return y by the batch's statistics and move the running ones, in one kernel where it can; arguments unchecked."""
+    backend = _backend.backend_for(input, "ensemble_batch_norm_update")
+    running = (running_mean, running_var)
+    if _is_one_kernel(backend, input, running, momentum):
+        input = dense(input)
+        if residual is not None:
+            residual = dense_like(residual, input)
+        y, _, _ = _EnsembleBatchNorm.apply(
+            registry.NATIVE if backend == "native" else registry.TRITON,
+            input, *running, weight, bias, residual, True, eps, num_members, activation, momentum, num_batches_tracked,
+        )  # fmt: skip
+        changed = running if num_batches_tracked is None else (*running, num_batches_tracked)
+        torch.autograd.graph.increment_version(changed)
+        return y
+    y, mean, var = normalize(input, *running, weight, bias, residual, True, eps, num_members, activation)
+    if input.numel() > 0:
         n = input.numel() // mean.numel()
         update_running(running_mean, mean, momentum)
         update_running(running_var, var * (n / (n - 1)), momentum)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     return y
+
+
+def _is_one_kernel(backend: str, input: Tensor, running: tuple[Tensor, Tensor], momentum: float | Tensor) -> bool:
+    """Whether the kernel that normalizes can move these running statistics as well."""
+    if backend == "reference" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    dtype = reference.accumulation_dtype(input.dtype)
+    return (
+        not isinstance(momentum, Tensor)
+        and input.numel() > 0
+        and all(statistic.dtype == dtype and statistic.is_contiguous() for statistic in running)
+    )
 
 
 def update_running(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:

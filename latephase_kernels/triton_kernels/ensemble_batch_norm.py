@@ -545,3 +545,27 @@ def ensemble_batch_norm_backward(
         *saved, dbias, dweight, count, num_members, activation, residual_grad
     )
     return dx, dweight, dbias, dresidual
+
+
+def ensemble_batch_norm_update(
+    input: Tensor,  # [K·B, C, *]
+    running_mean: Tensor,  # [K, C]
+    running_var: Tensor,  # [K, C]
+    num_batches_tracked: Tensor | None,  # [K]
+    weight: Tensor | None,  # [K, C] or [C]
+    bias: Tensor | None,  # [K, C] or [C]
+    residual: Tensor | None,  # [K·B, C, *]
+    momentum: float,
+    eps: float,
+    num_members: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (y, mean, rstd, biased variance, mask) of the batch, and move the running statistics."""
+    found = ensemble_batch_norm(input, None, None, weight, bias, residual, True, eps, num_members, activation)
+    _, mean, _, var, _ = found
+    n = input.numel() // mean.numel()
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var * (n / (n - 1)), momentum)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    return found
