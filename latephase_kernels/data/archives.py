@@ -42,10 +42,11 @@ class Member:
     Attributes:
         name: with forward slashes, without a leading "./".
         size: bytes, as declared.
+        offset: where they begin: in a plain tar archive, counted from the archive's start.
     """
 
     def __init__(self, path: Path, name: str, size: int, stream: IO[bytes]):
-        self.name, self.size = name, size
+        self.name, self.size, self.offset = name, size, stream.tell()
         self._path, self._stream, self._left = path, stream, size
 
     def error(self, what: str) -> ArchiveError:

@@ -11,16 +11,39 @@ from torch import Tensor
 from .sets import ImageSet
 
 
-def _per_channel(name: str, values: Sequence[float], channels: int, device: torch.device) -> Tensor:
+def per_channel(name: str, values: Sequence[float], channels: int, device: torch.device) -> Tensor:
+    """Return values as float32 [1, channels, 1, 1] on a device; a ValueError where there are more or fewer."""
     if len(values) != channels:
         raise ValueError(f"DeviceImages: {name} must have {channels} values, one for each channel, got {len(values)}")
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, channels, 1, 1)
 
 
+def normalize(
+    images: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format, erase: Tensor | None = None
+) -> Tensor:
+    """Return (x / 255 − mean) / std, computed in this order, as torchvision's ToTensor and Normalize do.
+
+    Args:
+        images: [M, C, H, W] uint8
+        mean: [1, C, 1, 1] float32
+        std: likewise.
+        memory_format: of the result.
+        erase: [M, H, W] bool, pixels that become 0: the mean colour.
+
+    Returns:
+        [M, C, H, W] float32.
+    """
+    values = images.to(torch.float32, memory_format=memory_format)
+    values.div_(255).sub_(mean).div_(std)
+    if erase is not None:
+        values.masked_fill_(erase[:, None], 0)
+    return values
+
+
 class DeviceImages:
     """An image set on a device, and what turns its bytes into a network's input.
 
-    y = (x / 255 − mean) / std, computed in float32 in this order, as torchvision's ToTensor and Normalize do.
+    See normalize for the values.
 
     The images are kept as [N, H + 2p, W + 2p, C] with a black border of p pixels: a crop, flipped or not, is then one
     gather, and its result is channels_last as it stands.
@@ -70,8 +93,8 @@ class DeviceImages:
             raise ValueError(f"DeviceImages: padding must be at least 0, got {padding}")
         self.labels = labels.to(device)
         self.device = self.labels.device  # with its index, whatever the current device will be later
-        self.mean = _per_channel("mean", mean, images.size(1), self.device)
-        self.std = _per_channel("std", std, images.size(1), self.device)
+        self.mean = per_channel("mean", mean, images.size(1), self.device)
+        self.std = per_channel("std", std, images.size(1), self.device)
         self.padding, self.dtype, self.memory_format = padding, dtype, memory_format
         self.height, self.width = images.shape[2:]
         padded_shape = (len(images), self.height + 2 * padding, self.width + 2 * padding, images.size(1))
@@ -108,11 +131,7 @@ class DeviceImages:
             images: [M, C, H, W] uint8
             erase: [M, H, W] bool, pixels that become 0: the mean colour.
         """
-        values = images.to(torch.float32, memory_format=self.memory_format)
-        values.div_(255).sub_(self.mean).div_(self.std)
-        if erase is not None:
-            values.masked_fill_(erase[:, None], 0)
-        return values.to(self.dtype)
+        return normalize(images, self.mean, self.std, self.memory_format, erase).to(self.dtype)
 
     def square(self, center_row: Tensor, center_column: Tensor, size: int) -> Tensor:
         """Return where a square around each centre lies, cut off at the border: [M, H, W] bool."""
