@@ -183,9 +183,8 @@ def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
         allow_abbrev=False,
         help="all finished runs beside the published figures, mean and standard deviation over seeds",
         description="Collect the results of finished runs, average those of one name over their seeds, and print them "
-        "beside the published figures; write report.md, report.json and report.png. Runs are matched by name, as the "
-        "recipes have it; name plain runs cifar10_base, cifar10_swa_base, cifar100_base, cifar100_swa_base: "
-        "latephase train cifar10 --late.start=null --name=cifar10_base",
+        "beside the published figures; write report.md, report.json and report.png. Runs are matched by their "
+        "recipes' names.",
     )
     report.add_argument("folders", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold some")
     report.add_argument("--output", default="report", metavar="DIR", help="folder to write to (default ./report)")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from latephase_kernels.cli import main
-from latephase_kernels.train.recipe import Recipe, recipe_names
-from latephase_kernels.train.report import PUBLISHED, draw_report, read_results, run_report, summarize
+from latephase_kernels.train.recipe import Recipe, recipe_file, recipe_names
+from latephase_kernels.train.report import PUBLISHED, WAYS, draw_report, read_results, run_report, summarize
 from latephase_kernels.train.train_command import as_yaml
 
 yaml = pytest.importorskip("yaml")
@@ -94,18 +94,17 @@ def test_the_picture_shows_every_number(runs, tmp_path, monkeypatch):
 
 
 def test_recipes_have_their_published_figure():
-    """Every CIFAR recipe, and a plain run of each that the paper has, by the name that its own file states."""
-    from latephase_kernels.train.recipe import recipe_file
-
-    late = {name for name in PUBLISHED if not name.endswith("_base")}
-    assert late == {name for name in recipe_names() if name.startswith("cifar")}
-    for name in late:
-        assert yaml.safe_load(recipe_file(name).read_text())["name"] == name
-    assert {name.removesuffix("_base") for name in PUBLISHED} == late
-    # The comment at the top of each recipe states the same figures.
-    for name in late:
-        _, mean, deviation = PUBLISHED[name]
-        assert f"{mean:.2f} ± {deviation:.2f}" in recipe_file(name).read_text().splitlines()[0]
+    """Every figure is of a recipe, or of several runs of one, and the recipe's comment states it, too."""
+    for (name, way), (_, mean, deviation) in PUBLISHED.items():
+        recipe = name.removesuffix("_deep_ensemble")
+        assert recipe in recipe_names() and way in WAYS
+        assert yaml.safe_load(recipe_file(recipe).read_text())["name"] == recipe
+        if recipe == name:
+            figure = f"{mean:.2f}" if math.isnan(deviation) else f"{mean:.2f} ± {deviation:.2f}"
+            comment = [line for line in recipe_file(name).read_text().splitlines() if line.startswith("#")]
+            assert f": {figure} % published" in comment[0]
+    stated = {name for name in recipe_names() if "% published" in recipe_file(name).read_text()}
+    assert stated == {name for name, _ in PUBLISHED if not name.endswith("_deep_ensemble")}
 
 
 def test_a_result_that_is_not_finite(runs, tmp_path):

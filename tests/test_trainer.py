@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import latephase_kernels as lp
 from latephase_kernels.data import ImageSet
-from latephase_kernels.train.evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
+from latephase_kernels.train.evaluation import answers_of, dropout_logits_of, logits_of, metrics_of, metrics_of_answers
 from latephase_kernels.train.recipe import Data, Late, Model, Optimizer, Recipe, Schedule, Swa, check, recipe_names
 from latephase_kernels.train.trainer import Trainer
 
@@ -231,10 +231,39 @@ def test_evaluation_of_members():
     assert found["members"]["brier"] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("late", [Late(start=None), Late(start=8 / 6, members=K)])
+def test_dropout_passes(late):
+    """MC-dropout is the mean over passes that drop and else predict as the averaged model; it leaves nothing behind."""
+    given = recipe(model=Model("small_resnet", {"widths": (4, 4), "dropout": 0.5}), late=late, dropout_passes=4)
+    trainer = run(Trainer(given, data()))
+    model, images = trainer.model, trainer.batches.images
+    before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    answers = answers_of(model, images, 10, dropout_passes=4, seed=3)
+    assert torch.equal(torch.get_rng_state(), state) and model.training and model.blocks[0].drop.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert answers.dropout.shape == (4, 26, 3)
+    assert not any(torch.equal(answers.dropout[k], answers.dropout[k - 1]) for k in range(4))
+    again = answers_of(model, images, 10, dropout_passes=4, seed=3).dropout
+    assert torch.equal(again, answers.dropout)
+    found = metrics_of_answers(answers, images.labels)
+    expected = answers.dropout.double().softmax(-1).mean(0)
+    assert found["MC-dropout"]["nll"] == pytest.approx(F.nll_loss(expected.log(), images.labels).item())
+    for block in model.blocks:
+        block.drop.p = 1e-9  # dropout layers run, and drop nothing
+    torch.testing.assert_close(dropout_logits_of(model, images, 10, passes=1, seed=0)[0], answers.averaged)
+    assert "MC-dropout" not in metrics_of_answers(answers_of(model, images, 10), images.labels)
+
+
+def test_dropout_passes_need_dropout():
+    with pytest.raises(ValueError, match="dropout_passes must be 0 for a network without dropout, got 2; give it"):
+        Trainer(recipe(dropout_passes=2), data())
+
+
 @pytest.mark.parametrize(
     "changes, option",
     [
         ({"epochs": 0}, "epochs"),
+        ({"dropout_passes": -1}, "dropout_passes"),
         ({"late": Late(start=3)}, "late.start"),
         ({"late": Late(start=2), "swa": Swa(1)}, "swa.start"),
         ({"late": Late(start=1, members=0)}, "late.members"),

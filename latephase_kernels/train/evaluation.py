@@ -3,15 +3,18 @@
 Legend: K members, N images.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .. import late_phase as lp
 from ..data.device_images import DeviceImages
+from ..late_phase.running import training_flags_kept
 from ..nn.routing import Routed
 
 CALIBRATION_BINS = 15
@@ -66,19 +69,24 @@ class Answers:
     """What a model says of one set of images.
 
     Attributes:
-        averaged: one model's logits, [N, classes].
+        averaged: one model's logits, [N, classes]; None for an ensemble of whole models, which have no average.
         members: each member's, [K, N, classes]; None for a plain model.
+        dropout: those of S passes with dropout, [S, N, classes]; None where none was asked for.
     """
 
-    averaged: Tensor
+    averaged: Tensor | None
     members: Tensor | None
+    dropout: Tensor | None = None
+
+    def ways(self) -> dict[str, Tensor]:
+        """Return the logits, [·, N, classes], whose probabilities are averaged in each way to predict."""
+        single = None if self.averaged is None else self.averaged.unsqueeze(0)
+        ways = {"averaged": single, "ensemble": self.members, "MC-dropout": self.dropout}
+        return {way: logits.double() for way, logits in ways.items() if logits is not None}
 
     def entropies(self) -> dict[str, Tensor]:
-        """Return the predictive entropy in nats, [N] float64, of "averaged" and, with members, "ensemble"."""
-        found = {"averaged": lp.predictive_entropy(self.averaged.double().unsqueeze(0))}
-        if self.members is not None:
-            found["ensemble"] = lp.predictive_entropy(self.members.double())
-        return found
+        """Return the predictive entropy in nats, [N] float64, of every way to predict."""
+        return {way: lp.predictive_entropy(logits) for way, logits in self.ways().items()}
 
     def disagreement(self) -> float | None:
         """Return the share of pairs of members that predict different classes, over all images; None for K < 2."""
@@ -87,18 +95,52 @@ class Answers:
         return lp.member_disagreement(self.members.double()).mean().item()
 
 
-def answers_of(model: nn.Module, images: DeviceImages, batch_size: int) -> Answers:
+def dropout_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that drop at random, but for those whose probability is 0."""
+    return [module for module in model.modules() if isinstance(module, _DropoutNd) and module.p > 0]
+
+
+@torch.no_grad()
+def dropout_logits_of(model: nn.Module, images: DeviceImages, batch_size: int, *, passes: int, seed: int) -> Tensor:
+    """Return the logits of passes in eval mode but for dropout, [passes, N, classes]; an expanded model's averaged.
+
+    Args:
+        model: plain or expanded.
+        images: the set, N images.
+        batch_size: images a forward pass.
+        passes: S.
+        seed: of what is dropped; the global generators are as before afterwards.
+
+    Source: Gal & Ghahramani, ICML 2016 (MC-dropout).
+    """
+    expanded = any(isinstance(module, Routed) for module in model.modules())
+    averaged = lp.members(model, "average") if expanded else contextlib.nullcontext()
+    with training_flags_kept(model), averaged, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.eval()
+        for layer in dropout_layers(model):
+            layer.train()
+        parts = [[model(batch).float() for batch, _ in images.batches(batch_size)] for _ in range(passes)]
+    return torch.stack([torch.cat(part) for part in parts])
+
+
+def answers_of(
+    model: nn.Module, images: DeviceImages, batch_size: int, *, dropout_passes: int = 0, seed: int = 0
+) -> Answers:
     """Return a plain or expanded model's answers to a set.
 
     Args:
         model: plain or expanded.
         images: the set.
         batch_size: images a forward pass; an expanded model runs it for all members.
+        dropout_passes: of MC-dropout; 0 for none.
+        seed: of what these drop.
     """
     expanded = any(isinstance(module, Routed) for module in model.modules())
     return Answers(
         logits_of(model, images.batches(batch_size)),
         logits_of(model, images.batches(batch_size), "all") if expanded else None,
+        dropout_logits_of(model, images, batch_size, passes=dropout_passes, seed=seed) if dropout_passes else None,
     )
 
 
@@ -110,12 +152,11 @@ def metrics_of_answers(answers: Answers, labels: Tensor) -> dict[str, dict[str, 
         labels: [N] int64
 
     Returns:
-        "averaged" (one model), and of an expanded one also "ensemble" (mean of the members' probabilities),
-        "members" (mean over members of each one's metrics) and "member 0", ….
+        "averaged" (one model); with members "ensemble" (mean of the members' probabilities), "members" (mean over
+        members of each one's metrics) and "member 0", …; "MC-dropout" (mean over passes with dropout).
     """
-    results = {"averaged": metrics_of(answers.averaged.double().softmax(-1), labels)}
+    results = {way: metrics_of(lp.ensemble_probabilities(logits), labels) for way, logits in answers.ways().items()}
     if answers.members is not None:
-        results["ensemble"] = metrics_of(lp.ensemble_probabilities(answers.members.double()), labels)
         single = [metrics_of(part.double().softmax(-1), labels) for part in answers.members]
         results["members"] = {key: math.fsum(one[key] for one in single) / len(single) for key in single[0]}
         results.update({f"member {k}": one for k, one in enumerate(single)})

@@ -89,6 +89,7 @@ class ImageEvaluation(Evaluation):
     """
 
     def __init__(self, recipe: Recipe, train: ImageSet, test: ImageSet, device: str | torch.device):
+        self.recipe = recipe
         self.images = DeviceImages(
             test, device, mean=train.mean, std=train.std, padding=0, memory_format=memory_format_of(recipe)
         )
@@ -98,7 +99,11 @@ class ImageEvaluation(Evaluation):
         return {f"test {key}": value for key, value in found.items()}, f"test accuracy {found['accuracy']:.2f} %"
 
     def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
-        answers = answers_of(model, self.images, EVALUATION_BATCH)
+        recipe = self.recipe
+        answers = answers_of(
+            model, self.images, EVALUATION_BATCH, dropout_passes=recipe.dropout_passes, seed=recipe.seed
+        )
+        assert answers.averaged is not None  # of one model
         return metrics_of_answers(answers, self.images.labels), answers.averaged
 
     def logits(self, model: nn.Module) -> Tensor:

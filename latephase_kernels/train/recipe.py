@@ -132,6 +132,7 @@ class Recipe:
         deterministic: refuse kernels whose results differ between runs; slower on a GPU.
         skip_nonfinite: skip a step whose loss is not finite (statistics restored), and count it; else stop the run.
         evaluate_every: epochs between evaluations on the test set; the last epoch is always evaluated.
+        dropout_passes: at the end, predict by the mean over this many passes with dropout, too (MC-dropout); 0: do not.
         checkpoint_minutes: between checkpoints; one is written at the end and on interruption, too.
         keep_checkpoints: the newest that stay.
     """
@@ -153,6 +154,7 @@ class Recipe:
     deterministic: bool = False
     skip_nonfinite: bool = False
     evaluate_every: int = 10
+    dropout_passes: int = 0
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2
 
@@ -189,6 +191,7 @@ def check(recipe: Recipe) -> Recipe:
         (recipe.batch_size >= 1, "batch_size", recipe.batch_size, "at least 1"),
         (recipe.epochs >= 1, "epochs", recipe.epochs, "at least 1"),
         (recipe.evaluate_every >= 1, "evaluate_every", recipe.evaluate_every, "at least 1"),
+        (recipe.dropout_passes >= 0, "dropout_passes", recipe.dropout_passes, "at least 0"),
         (recipe.keep_checkpoints >= 1, "keep_checkpoints", recipe.keep_checkpoints, "at least 1"),
         (recipe.precision in ("float32", "bfloat16"), "precision", recipe.precision, "float32 or bfloat16"),
         (recipe.optimizer.name in ("sgd", "adamw"), "optimizer.name", recipe.optimizer.name, "sgd or adamw"),

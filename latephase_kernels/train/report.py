@@ -10,22 +10,29 @@ from typing import Any
 
 from .runs import write_whole
 
-# By the run's name: what it is, and the averaged model's test accuracy in %, mean and standard deviation over 5 seeds.
+# By the run's name and way to predict: what it is, and the test accuracy in %, mean and standard deviation over 5 seeds
+# (nan: none was published).
 # Source: von Oswald et al., ICLR 2021 (arXiv 2007.12927); WRN-28-10 unless said.
-PUBLISHED: dict[str, tuple[str, float, float]] = {
-    "cifar10": ("late-phase BatchNorm, SGD", 96.46, 0.15),
-    "cifar10_base": ("base, SGD", 96.16, 0.12),
-    "cifar10_swa": ("late-phase BatchNorm, SWA", 96.81, 0.07),
-    "cifar10_swa_base": ("base, SWA", 96.48, 0.04),
-    "cifar10_wide_swa": ("WRN 28-14, late-phase BatchNorm, SWA", 97.45, 0.10),
-    "cifar100": ("late-phase BatchNorm, SGD", 82.87, 0.22),
-    "cifar100_base": ("base, SGD", 81.35, 0.16),
-    "cifar100_swa": ("late-phase BatchNorm, SWA", 83.06, 0.08),
-    "cifar100_swa_base": ("base, SWA", 82.46, 0.09),
-    "cifar100_wide_swa": ("WRN 28-14, late-phase BatchNorm, SWA", 85.00, 0.25),
+PUBLISHED: dict[tuple[str, str], tuple[str, float, float]] = {
+    ("cifar10", "averaged"): ("late-phase BatchNorm, SGD", 96.46, 0.15),
+    ("cifar10_base", "averaged"): ("base, SGD", 96.16, 0.12),
+    ("cifar10_base_deep_ensemble", "ensemble"): ("deep ensemble, SGD", 96.91, math.nan),
+    ("cifar10_batch_ensemble", "ensemble"): ("BatchEnsemble, SGD", 96.19, 0.18),
+    ("cifar10_dropout", "averaged"): ("dropout, SGD", 96.02, 0.06),
+    ("cifar10_swa", "averaged"): ("late-phase BatchNorm, SWA", 96.81, 0.07),
+    ("cifar10_swa_base", "averaged"): ("base, SWA", 96.48, 0.04),
+    ("cifar10_wide_swa", "averaged"): ("WRN 28-14, late-phase BatchNorm, SWA", 97.45, 0.10),
+    ("cifar100", "averaged"): ("late-phase BatchNorm, SGD", 82.87, 0.22),
+    ("cifar100_base", "averaged"): ("base, SGD", 81.35, 0.16),
+    ("cifar100_base_deep_ensemble", "ensemble"): ("deep ensemble, SGD", 84.09, math.nan),
+    ("cifar100_hypernetwork", "averaged"): ("late-phase hypernetwork, SGD", 81.55, math.nan),
+    ("cifar100_swa", "averaged"): ("late-phase BatchNorm, SWA", 83.06, 0.08),
+    ("cifar100_swa_base", "averaged"): ("base, SWA", 82.46, 0.09),
+    ("cifar100_swa_hypernetwork", "averaged"): ("late-phase hypernetwork, SWA", 82.01, math.nan),
+    ("cifar100_wide_swa", "averaged"): ("WRN 28-14, late-phase BatchNorm, SWA", 85.00, 0.25),
 }
 QUANTITIES = {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4), "ece": ("ECE %", 2), "brier": ("Brier", 4)}
-WAYS = ("averaged", "ensemble", "members")
+WAYS = ("averaged", "ensemble", "members", "MC-dropout")
 # Lines of a config.yaml in which runs may differ that are averaged: they do not say what is trained.
 _INCIDENTAL = (
     *("seed", "folder", "evaluate_every", "checkpoint_minutes", "keep_checkpoints"),
@@ -37,8 +44,9 @@ Summary = dict[tuple[str, str], dict[str, tuple[float, float, int]]]
 
 def _is_result(content: Any) -> bool:
     try:
-        values = [content["metrics"]["averaged"][quantity] for quantity in QUANTITIES]
-        return isinstance(content["name"], str) and isinstance(content["seed"], int) and bool(map(float, values))
+        ways = [content["metrics"][way] for way in WAYS if way in content["metrics"]]
+        complete = ways and all(quantity in found for found in ways for quantity in QUANTITIES)
+        return bool(complete) and isinstance(content["name"], str) and isinstance(content["seed"], int)
     except (KeyError, TypeError):
         return False
 
@@ -133,8 +141,8 @@ def format_markdown(summary: Summary) -> str:
     for (name, way), quantities in summary.items():
         cells = [name.replace("|", "\\|"), way, str(quantities["accuracy"][2])]
         cells += [_with_deviation(*quantities[key][:2], digits) for key, (_, digits) in QUANTITIES.items()]
-        if _corresponds(name, way):
-            title, mean, deviation = PUBLISHED[name]
+        if (name, way) in PUBLISHED:
+            title, mean, deviation = PUBLISHED[name, way]
             cells.append(f"{_with_deviation(mean, deviation, 2)} ({title})")
         else:
             cells.append("")
@@ -170,7 +178,7 @@ def draw_report(summary: Summary, path: Path) -> bool:
             axes.set_xlabel(f"test {QUANTITIES[quantity][0]}")
             axes.grid(alpha=0.3)
             axes.margins(x=0.2)
-        published = [(row, PUBLISHED[name]) for row, (name, way) in enumerate(rows) if _corresponds(name, way)]
+        published = [(row, PUBLISHED[key]) for row, key in enumerate(rows) if key in PUBLISHED]
         for row, (_, mean, deviation) in published:
             _draw_value(panels[0], row + 0.15, mean, deviation, 2, above=False, fmt="s", color="C1")
         if published:
@@ -180,11 +188,6 @@ def draw_report(summary: Summary, path: Path) -> bool:
         panels[0].set_ylim(len(rows) - 0.3, -0.7)
     figure.savefig(path, dpi=110)
     return True
-
-
-def _corresponds(name: str, way: str) -> bool:
-    """Whether there is a published figure of this run and way to predict."""
-    return way == "averaged" and name in PUBLISHED
 
 
 def _draw_value(
@@ -233,8 +236,9 @@ def _as_json(summary: Summary) -> list[dict[str, Any]]:
         for quantity, (mean, deviation, count) in quantities.items():
             finite = [value if math.isfinite(value) else None for value in (mean, deviation)]
             entry[quantity] = {"mean": finite[0], "std": finite[1], "seeds": count}
-        if _corresponds(name, way):
-            title, mean, deviation = PUBLISHED[name]
-            entry["published"] = {"what": title, "accuracy": {"mean": mean, "std": deviation, "seeds": 5}}
+        if (name, way) in PUBLISHED:
+            title, mean, deviation = PUBLISHED[name, way]
+            std = deviation if math.isfinite(deviation) else None
+            entry["published"] = {"what": title, "accuracy": {"mean": mean, "std": std, "seeds": 5}}
         content.append(entry)
     return content

@@ -3,11 +3,12 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .recipe import Recipe, recipe_file, recipe_names
 
-_OWN_OPTIONS = ("config", "output", "resume", "device")
+_OWN_OPTIONS = ("config", "output", "resume", "device", "base")
 
 
 def build_parser() -> Any:
@@ -27,6 +28,7 @@ def build_parser() -> Any:
         "--print_config shows the result.",
     )
     parser.add_argument("--config", action="config", help="YAML with options, over the recipe's")
+    parser.add_argument("--base", type=str, default=None, help="only in a recipe's file: the recipe that it changes")
     parser.add_argument("--output", type=str, default=None, help="the run's folder (default runs/NAME-seedN)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
     parser.add_argument("--device", type=str, default=None, help="cuda, cpu, … (default: the GPU if there is one)")
@@ -45,8 +47,12 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     if not arguments or arguments[0].startswith("-"):
         parser.print_help(sys.stdout if arguments and arguments[0] in ("-h", "--help") else sys.stderr)
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
-    parsed = parser.parse_args(["--config", str(recipe_file(arguments[0])), *arguments[1:]]).as_dict()
+    files = _with_bases(recipe_file(arguments[0]))
+    layers = [part for file in files for part in ("--config", str(file))]
+    parsed = parser.parse_args([*layers, *arguments[1:]]).as_dict()
     own = {key: parsed.pop(key) for key in _OWN_OPTIONS}
+    if own.pop("base") != _base_of(files[-1]):
+        raise ValueError("train: base must stand in the recipe's own file; give that file in place of the recipe")
     parts = {
         field.name: field.default_factory(**parsed[field.name])
         if dataclasses.is_dataclass(field.default_factory)
@@ -54,6 +60,33 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
         for field in dataclasses.fields(Recipe)
     }
     return Recipe(**parts), own
+
+
+def _base_of(file: Path) -> str | None:
+    """Return the recipe that a recipe's file changes; None for a file that stands alone, or is no YAML at all."""
+    import yaml  # comes with jsonargparse
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):  # the parser of the options has the better message
+        return None
+    base = content.get("base") if isinstance(content, dict) else None
+    return None if base is None else str(base)
+
+
+def _with_bases(file: Path) -> list[Path]:
+    """Return the files of a recipe's base, of that one's base and so on, the first to be read in front.
+
+    Raises:
+        ValueError: there is no such recipe, or a recipe is its own base.
+    """
+    files = [file]
+    while (base := _base_of(files[0])) is not None:
+        following = recipe_file(base)
+        if following.resolve() in [other.resolve() for other in files]:
+            raise ValueError(f"train: {following} is its own base; base must be another recipe")
+        files.insert(0, following)
+    return files
 
 
 def as_yaml(recipe: Recipe) -> str:

@@ -19,6 +19,7 @@ from .. import late_phase as lp
 from ..data import ImageSet
 from .build import build_optimizer
 from .checkpoints import random_state, set_random_state
+from .evaluation import dropout_layers
 from .image_task import ImageTask
 from .recipe import Recipe
 from .task import Task
@@ -32,6 +33,9 @@ class Trainer:
         train: the training data; they go to the device.
         device: where to train.
         rank, num_ranks: which share of every member's minibatches is this process's.
+
+    Raises:
+        ValueError: the recipe's parts do not fit the data or each other.
 
     Attributes:
         task: what depends on the kind of data.
@@ -49,6 +53,11 @@ class Trainer:
         self.task: Task = ImageTask(recipe, train, self.device, rank=rank, num_ranks=num_ranks)
         self.batches = self.task.batches
         self.model: nn.Module = self.task.build_network()
+        if recipe.dropout_passes and not dropout_layers(self.model):
+            raise ValueError(
+                f"train: dropout_passes must be 0 for a network without dropout, got {recipe.dropout_passes}; "
+                "give it dropout with --model.options.dropout=0.1"
+            )
         self.optimizer = build_optimizer(recipe.optimizer, self.model, skips_steps=recipe.skip_nonfinite)
         self.averaged: AveragedModel | None = None
         self.expanded = False

@@ -1,0 +1,110 @@
+"""Every recipe of the package: read, built at a tiny size, and trained through T0."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from latephase_kernels.data import ImageSet
+from latephase_kernels.late_phase.optimizers import member_parameters
+from latephase_kernels.nn import HyperConv2d, HyperLinear, MemberLinear, Rank1Conv2d, Rank1Linear
+from latephase_kernels.train.recipe import RECIPES, Swa, check, recipe_names
+from latephase_kernels.train.train_command import as_yaml, parse_recipe
+from latephase_kernels.train.trainer import Trainer
+
+yaml, _ = pytest.importorskip("yaml"), pytest.importorskip("jsonargparse")
+TINY = {
+    "wide_resnet": {"depth": 10, "width": 1},
+    "hyper_wide_resnet": {"depth": 10, "width": 1},
+    "small_resnet": {"widths": [4, 4]},
+}
+IMAGE_RECIPES = [name for name in recipe_names() if parse_recipe([name])[0].data.name.startswith(("cifar", "digits"))]
+METHODS = {"", "_base", "_swa", "_swa_base", "_dropout", "_batch_ensemble", "_from_start", "_rank1", "_hypernetwork"}
+
+
+def tiny(recipe):
+    """The recipe with a network of a few channels, two members, three epochs of four minibatches."""
+    shrink = 3 / recipe.epochs
+    options = {**recipe.model.options, **TINY[recipe.model.name]}
+    start = None if recipe.late.start is None else float(round(shrink * recipe.late.start))
+    return check(
+        dataclasses.replace(
+            recipe,
+            model=dataclasses.replace(recipe.model, options=options),
+            batch_size=2,
+            epochs=3,
+            late=dataclasses.replace(recipe.late, members=2, start=start),
+            swa=Swa(None if recipe.swa.start is None else 2),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
+def test_a_recipe_trains(name):
+    recipe = tiny(parse_recipe([name])[0])
+    side, channels = (8, 1) if recipe.data.name == "digits" else (16, 3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, channels, side, side), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(8) % 4
+    data = ImageSet(images, labels, ("a", "b", "c", "d"), (0.5,) * channels, (0.3,) * channels)
+    trainer = Trainer(recipe, data)
+    while trainer.minibatch < trainer.total:
+        assert trainer.expanded <= (recipe.late.start is not None and trainer.epoch >= recipe.late.start)
+        trainer.step()
+    assert trainer.expanded == (recipe.late.start is not None)
+    assert (trainer.averaged is not None) == (recipe.swa.start is not None)
+    assert math.isfinite(trainer.read_loss()[0])
+    if trainer.expanded:
+        kinds = {type(m) for m in trainer.model.modules() if any(True for _ in _own_members(m))}
+        for target, among in {
+            "rank1": (Rank1Conv2d, Rank1Linear),
+            "head": (MemberLinear,),
+            "embedding": (HyperConv2d, HyperLinear),
+        }.items():
+            assert any(issubclass(kind, among) for kind in kinds) == (target in recipe.late.targets), target
+        assert any("BatchNorm" in kind.__name__ for kind in kinds) == ("batch_norm" in recipe.late.targets)
+        for parameter in member_parameters(trainer.model):  # each member has been trained by itself
+            assert len(parameter) == 2 and (not torch.equal(parameter[0], parameter[1]) or not parameter.any())
+
+
+def _own_members(module):
+    return getattr(module, "replicated_parameters", dict)().values()
+
+
+def test_the_set_is_complete():
+    for data in ("cifar10", "cifar100", "digits"):
+        assert {data + method for method in METHODS} <= set(IMAGE_RECIPES)
+    for name in recipe_names():
+        recipe, _ = parse_recipe([name])
+        assert check(recipe).name == name
+        assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
+
+
+def test_a_recipe_changes_another():
+    """What a derived recipe does not name is its base's, over two generations."""
+    plain, dropout = parse_recipe(["cifar10_base"])[0], parse_recipe(["cifar10_dropout"])[0]
+    assert plain == dataclasses.replace(
+        parse_recipe(["cifar10"])[0], name="cifar10_base", late=dataclasses.replace(plain.late, start=None)
+    )
+    assert dropout.model.options == {"depth": 28, "width": 10, "dropout": 0.3}
+    assert dataclasses.replace(dropout, name=plain.name, model=plain.model, dropout_passes=0) == plain
+    assert yaml.safe_load(as_yaml(dropout)).keys() == {field.name for field in dataclasses.fields(dropout)}
+
+
+def test_bases_of_ones_own(tmp_path):
+    mine, other = tmp_path / "mine.yaml", tmp_path / "other.yaml"
+    mine.write_text("base: digits_swa\nname: mine\nlate: {members: 3}\n")
+    recipe, own = parse_recipe([str(mine), "--seed=4"])
+    assert (recipe.name, recipe.late.members, recipe.late.start, recipe.swa.start) == ("mine", 3, 50, 81)
+    assert recipe.seed == 4 and "base" not in own
+    mine.write_text(f"base: {other}\n"), other.write_text(f"base: {mine}\n")
+    with pytest.raises(ValueError, match=r"mine.yaml is its own base; base must be another recipe"):
+        parse_recipe([str(mine)])
+    mine.write_text("base: nothing\n")
+    with pytest.raises(ValueError, match="there is no recipe 'nothing'"):
+        parse_recipe([str(mine)])
+    other.write_text("base: digits\n")
+    for argument in ("--base=digits", f"--config={other}"):
+        with pytest.raises(ValueError, match="base must stand in the recipe's own file"):
+            parse_recipe(["cifar10", argument])
