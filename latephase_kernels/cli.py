@@ -157,11 +157,14 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "eval",
         allow_abbrev=False,
         help="evaluate a run of latephase train: accuracy, calibration, foreign and corrupted images",
-        description="Evaluate the final model of a run, averaged, as an ensemble and member by member; print the "
-        "tables, write evaluation.json and, with --ood, ood.png into the run's folder. Data that is missing is named "
-        "and left out.",
+        description="Evaluate the final model of a run, averaged, as an ensemble and member by member, or several runs "
+        "as a deep ensemble; print the tables, write evaluation.json and, with --ood, ood.png into the run's folder "
+        "(of an ensemble: into one of its own, where latephase report finds it). Data that is missing is named and "
+        "left out.",
     )
-    evaluate.add_argument("folder", metavar="RUN", help="the folder of the run")
+    evaluate.add_argument(
+        "folders", nargs="+", metavar="RUN", help="the folder of the run; several, of one recipe: their deep ensemble"
+    )
     evaluate.add_argument("--data", metavar="DIR", help="where all data lie (default: as in the run's recipe)")
     evaluate.add_argument(
         "--ood",
@@ -174,6 +177,9 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "--corruptions", action="store_true", help="error of the averaged model on CIFAR-10-C or CIFAR-100-C"
     )
     evaluate.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    evaluate.add_argument(
+        "--output", metavar="DIR", help="folder to write to (default: the run's, or NAME_deep_ensemble-seedN beside it)"
+    )
     evaluate.set_defaults(run=_eval)
 
 

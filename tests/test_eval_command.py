@@ -16,10 +16,10 @@ import latephase_kernels as lp
 from latephase_kernels.cli import main
 from latephase_kernels.data import CORRUPTIONS, EXTRA_CORRUPTIONS, cifar, cifar_corrupted, resized_images, svhn
 from latephase_kernels.data.cifar import CIFAR10, CIFAR100, load_cifar
-from latephase_kernels.train.build import build_network
+from latephase_kernels.train.build import build_data, build_network
 from latephase_kernels.train.eval_command import read_recipe, run_eval
 from latephase_kernels.train.evaluation import Answers, detection_auroc
-from latephase_kernels.train.recipe import Model
+from latephase_kernels.train.recipe import Data, Model
 from latephase_kernels.train.run_training import load_model, run_training, save_model
 from latephase_kernels.train.train_command import as_yaml, parse_recipe
 
@@ -185,6 +185,53 @@ def test_what_does_not_suit_a_run_is_left_out(digits, tmp_path, capsys):
     assert "its images are (3, 32, 32), the run's are (1, 8, 8)" in written["left_out"]["lsun"]
     assert "there are none of digits" in written["left_out"]["corruptions"]
     assert "latephase: svhn left out: " in capsys.readouterr().err and not (folder / "ood.png").exists()
+
+
+def test_several_runs_are_a_deep_ensemble(digits, tmp_path, capsys):
+    """Mean of the probabilities of each run's averaged model; `latephase report` finds it under its own name."""
+    other = tmp_path / "other"
+    train(other, "--seed=1")
+    assert main(["eval", str(digits[0]), str(other), "--device=cpu", "--output", str(tmp_path / "both")]) == 0
+    written = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert written["name"] == "digits_deep_ensemble" and written["seeds"] == [0, 1] and written["seed"] == 0
+    assert list(written["metrics"]) == ["ensemble", "members", "member 0", "member 1"]
+    _, test = build_data(Data("digits"))
+    images = (test.images.double() / 255 - test.mean[0]) / test.std[0]
+    answers = []
+    for folder in (digits[0], other):
+        network = build_network(Model("small_resnet", {"widths": [4, 4]}), 10, 1)
+        load_model(network, folder / "model.safetensors")
+        with torch.no_grad():
+            answers.append(network.double().eval()(images).softmax(1))
+    nll = torch.nn.functional.nll_loss((sum(answers) / 2).log(), test.labels).item()
+    assert written["metrics"]["ensemble"]["nll"] == pytest.approx(nll, rel=1e-4)
+    singles = [
+        json.loads((folder / "results.json").read_text())["metrics"]["averaged"] for folder in (digits[0], other)
+    ]
+    for k, single in enumerate(singles):
+        assert written["metrics"][f"member {k}"]["nll"] == pytest.approx(single["nll"], rel=1e-4)
+    capsys.readouterr()
+    runs = [str(folder) for folder in (digits[0], other, tmp_path / "both")]
+    assert main(["report", *runs, "--output", str(tmp_path / "report")]) == 0
+    assert (
+        f"| digits_deep_ensemble | ensemble | 1 | {written['metrics']['ensemble']['accuracy']:.2f} "
+        in capsys.readouterr().out
+    )
+
+
+def test_runs_that_make_no_ensemble(digits, tmp_path, capsys):
+    folder = copy_of(digits, tmp_path)
+    assert main(["eval", str(folder), str(digits[0]), "--device=cpu"]) == 2
+    assert "the runs of an ensemble must have different seeds, got [0, 0]" in capsys.readouterr().err
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 3"))
+    (folder / "model.safetensors").unlink(), checkpoints_of(folder)[-1].unlink()
+    assert main(["eval", str(digits[0]), str(folder), "--device=cpu"]) == 2
+    assert f"{folder} is not finished; resume it, or leave it out" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("batch_size: 30", "batch_size: 20"))
+    assert main(["eval", str(digits[0]), str(folder), "--device=cpu"]) == 2
+    assert "must be of one recipe, but digits with seed 3 and digits with seed 0 differ" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*deep_ensemble*")) and not list(digits[0].parent.glob("*deep_ensemble*"))
 
 
 # ---------------------------------------------------------------------------------------------- CIFAR's shape

@@ -1,4 +1,4 @@
-"""`latephase eval`: a run's final model on its test set, on foreign images and on corrupted ones."""
+"""`latephase eval`: a run's final model, or several as an ensemble, on test, foreign and corrupted images."""
 
 import contextlib
 import dataclasses
@@ -32,6 +32,7 @@ from ..data import (
 from ..data.device_images import DeviceImages
 from .build import build_data, build_network
 from .checkpoints import CheckpointFolder, RunError, random_state
+from .deep_ensemble import DeepEnsemble, deep_ensemble_recipe
 from .eval_report import draw_entropies, format_evaluation
 from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of, metrics_of_answers
 from .image_task import EVALUATION_BATCH, memory_format_of
@@ -129,7 +130,7 @@ class Evaluation:
 
     Args:
         recipe: of the run.
-        model: plain or expanded.
+        model: plain, expanded or a DeepEnsemble.
         test: the set it was trained for; its mean and std normalize the others, too.
         folder: where the other sets lie.
         device: where the model is.
@@ -163,7 +164,8 @@ class Evaluation:
         return DeviceImages(data, self.device, mean=mean, std=std, padding=0, memory_format=memory_format)
 
     def _answers(self, name: str, images: DeviceImages) -> Answers:
-        answers = answers_of(self.model, images, EVALUATION_BATCH)
+        passes, seed = self.recipe.dropout_passes, self.recipe.seed
+        answers = answers_of(self.model, images, EVALUATION_BATCH, dropout_passes=passes, seed=seed)
         self.entropies[name] = {way: entropy.cpu() for way, entropy in answers.entropies().items()}
         return answers
 
@@ -195,7 +197,7 @@ class Evaluation:
             found[name] = {"images": len(images), "auroc": aurocs, "disagreement": answers.disagreement()}
 
     def corruptions(self) -> None:
-        """The averaged model's error in % on each corruption at each severity, read one after the other."""
+        """The error of the averaged model or deep ensemble, in %, on each corruption at each severity, read in turn."""
         name = self.recipe.data.name
         if name not in CORRUPTED:
             self._leave_out("corruptions", f"there are none of {name}, only of {', '.join(CORRUPTED)}")
@@ -236,45 +238,74 @@ class Evaluation:
         }
 
 
+def load_runs(
+    folders: Sequence[Path], data: str | None, device: str
+) -> tuple[Recipe, nn.Module, dict[str, Any], ImageSet]:
+    """Return a run's recipe, model, source (see load_final_model) and test set, or those of an ensemble of runs.
+
+    Raises:
+        As run_eval.
+    """
+    recipes = [read_recipe(folder / "config.yaml") for folder in folders]
+    combined = deep_ensemble_recipe(recipes) if len(recipes) > 1 else recipes[0]
+    combined.data.folder = data or combined.data.folder
+    try:
+        train, test = build_data(combined.data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"eval: {error}; where it lies elsewhere, give --data") from None
+    found = [load_final_model(folder, recipe, train, device) for folder, recipe in zip(folders, recipes)]
+    if len(found) == 1:
+        return combined, *found[0], test
+    unfinished = [str(folder) for folder, (_, source) in zip(folders, found) if not source["finished"]]
+    if unfinished:
+        raise RunError(f"eval: {unfinished[0]} is not finished; resume it, or leave it out of the ensemble")
+    source: dict[str, Any] = {"weights": f"deep ensemble of {len(found)} runs", "epoch": None, "finished": True}
+    source["seeds"] = [recipe.seed for recipe in recipes]
+    return combined, DeepEnsemble(model for model, _ in found), source, test
+
+
 def run_eval(
-    folder: str | Path,
+    folders: str | Path | Sequence[str | Path],
     *,
     data: str | None = None,
     ood: Sequence[str] = (),
     corruptions: bool = False,
     device: str | None = None,
+    output: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a run, print the tables, write evaluation.json and, with foreign images, ood.png into its folder.
+    """Evaluate a run or an ensemble of several: print tables, write evaluation.json and, with foreign images, ood.png.
+
+    An ensemble's folder gets a results.json, too, so that `latephase report` finds it.
 
     Args:
-        folder: of the run.
+        folders: of the run; or of runs that differ in their seeds only.
         data: where all data lie; the recipe's folder by default.
         ood: keys of OUT_OF_DISTRIBUTION, or "all": all but the set of the run itself.
         corruptions: evaluate CIFAR-C, all 19 corruptions at 5 severities.
         device: "cuda", "cpu", …; the GPU if there is one by default.
+        output: the folder to write to. By default the run's own; for an ensemble NAME_deep_ensemble-seedS beside the
+            first run, S being its seed.
 
     Returns:
         What evaluation.json holds.
 
     Raises:
-        ValueError: there is no run, an unknown set in ood, or the run's own data is damaged.
+        ValueError: there is no run, an unknown set in ood, runs that make no ensemble, or damaged data of the run.
         OSError: the run's own data is missing; the message says where to get it. Or the folder cannot be written.
-        RunError: see load_final_model.
+        RunError: see load_final_model; or a run of an ensemble is not finished.
         ImportError: a library of the extra "train" is missing.
     """
-    folder, device = Path(folder), device or default_device()
-    recipe = read_recipe(folder / "config.yaml")
-    own = recipe.data.name
+    paths = [Path(folders)] if isinstance(folders, (str, Path)) else [Path(folder) for folder in folders]
+    device = device or default_device()
+    own = read_recipe(paths[0] / "config.yaml").data.name
     known = [name for name in OUT_OF_DISTRIBUTION if name != own]
     unknown = [name for name in ood if name not in known and name != "all"]
     if unknown:
         raise ValueError(f"eval: --ood must be of {', '.join(known)} or all for a run on {own}, got {unknown[0]!r}")
-    recipe.data.folder = data or recipe.data.folder
-    try:
-        train, test = build_data(recipe.data)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"eval: {error}; where it lies elsewhere, give --data") from None
-    model, source = load_final_model(folder, recipe, train, device)
+    recipe, model, source, test = load_runs(paths, data, device)
+    several = len(paths) > 1
+    beside = paths[0].parent / f"{recipe.name}-seed{recipe.seed}" if several else paths[0]
+    target = beside if output is None else Path(output)
     evaluation = Evaluation(recipe, model, test, recipe.data.folder, device)
     evaluation.test_set()
     evaluation.out_of_distribution(known if "all" in ood else list(dict.fromkeys(ood)))
@@ -288,11 +319,14 @@ def run_eval(
         **evaluation.results,
         "left_out": evaluation.left_out,
     }
-    write_whole(folder / "evaluation.json", json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+    content = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("evaluation.json", "results.json") if several else ("evaluation.json",):
+        write_whole(target / name, content)
     if len(evaluation.entropies) > 1:
-        draw_entropies(evaluation.entropies, len(test.classes), folder / "ood.png")
+        draw_entropies(evaluation.entropies, len(test.classes), target / "ood.png")
     print(format_evaluation(results))
-    print(f"written to {folder / 'evaluation.json'}")
+    print(f"written to {target / 'evaluation.json'}")
     return results
 
 

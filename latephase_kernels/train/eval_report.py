@@ -38,17 +38,17 @@ def format_evaluation(results: Mapping[str, Any]) -> str:
     if results["disagreement"] is not None:
         parts.append(f"Pairs of members that disagree on a test image: {100 * results['disagreement']:.2f} %")
     if results["out_of_distribution"]:
+        ways = next(iter(results["out_of_distribution"].values()))["auroc"]
         rows = [
             (
                 name,
                 str(found["images"]),
-                _number(found["auroc"]["averaged"], 4),
-                _number(found["auroc"].get("ensemble"), 4),
+                *(_number(found["auroc"][way], 4) for way in ways),
                 _number(None if found["disagreement"] is None else 100 * found["disagreement"], 2),
             )
             for name, found in results["out_of_distribution"].items()
         ]
-        header = ("foreign set", "images", "AUROC averaged", "AUROC ensemble", "disagreement %")
+        header = ("foreign set", "images", *(f"AUROC {way}" for way in ways), "disagreement %")
         parts.append(_table(header, rows))
         parts.append("AUROC of predictive entropy, against the test set: 0.5 is chance, 1 perfect.")
     if "corruptions" in results:
@@ -62,8 +62,9 @@ def format_evaluation(results: Mapping[str, Any]) -> str:
             f"{mean:.2f} % over {count} corruptions" if mean is not None else f"unknown over {count}, some are left out"
             for count, mean in found["mean_corruption_error"].items()
         ]
+        model = "averaged model" if "averaged" in results["metrics"] else "ensemble"
         parts.append(
-            f"Mean corruption error of the averaged model: {', '.join(means)} (15: the benchmark's); plain means, not "
+            f"Mean corruption error of the {model}: {', '.join(means)} (15: the benchmark's); plain means, not "
             "divided by a baseline's errors."
         )
     if results["left_out"]:

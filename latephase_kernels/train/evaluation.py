@@ -16,6 +16,7 @@ from .. import late_phase as lp
 from ..data.device_images import DeviceImages
 from ..late_phase.running import training_flags_kept
 from ..nn.routing import Routed
+from .deep_ensemble import DeepEnsemble
 
 CALIBRATION_BINS = 15
 
@@ -127,15 +128,17 @@ def dropout_logits_of(model: nn.Module, images: DeviceImages, batch_size: int, *
 def answers_of(
     model: nn.Module, images: DeviceImages, batch_size: int, *, dropout_passes: int = 0, seed: int = 0
 ) -> Answers:
-    """Return a plain or expanded model's answers to a set.
+    """Return a model's answers to a set.
 
     Args:
-        model: plain or expanded.
+        model: plain, expanded, or a DeepEnsemble, whose models are the members.
         images: the set.
         batch_size: images a forward pass; an expanded model runs it for all members.
         dropout_passes: of MC-dropout; 0 for none.
         seed: of what these drop.
     """
+    if isinstance(model, DeepEnsemble):
+        return Answers(None, torch.stack([logits_of(one, images.batches(batch_size)) for one in model.models]))
     expanded = any(isinstance(module, Routed) for module in model.modules())
     return Answers(
         logits_of(model, images.batches(batch_size)),
