@@ -1,7 +1,10 @@
 """Text: the split, the vocabulary, enwik8 in its forms, and the streams that are made of a text."""
 
+import argparse
 import hashlib
+import typing
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from latephase_kernels.data import (
     ArchiveError,
     TextBatches,
     load_enwik8,
-    load_python_topics,
+    load_python_text,
     load_text,
     split_text,
+    split_texts,
     text,
 )
 from latephase_kernels.data.downloads import DOWNLOADS
@@ -103,14 +107,31 @@ def test_what_is_not_enwik8_is_refused(small_enwik8, tmp_path):
         load_enwik8(raw, verify=False)
 
 
-def test_any_file_and_pythons_own_topics(tmp_path):
+def test_any_file_and_pythons_own_text(tmp_path):
     path = tmp_path / "book.txt"
     path.write_bytes(b"It was a dark and stormy night. " * 5)
     assert load_text(path).decode(load_text(path).train[:6]) == b"It was"
-    topics = load_python_topics()
-    assert len(whole(topics)) > 300_000 and 60 < len(topics.vocabulary) < 256
-    assert b'The "assert" statement' in topics.decode(topics.train)
-    assert torch.equal(topics.train, load_python_topics().train)
+    python = load_python_text()
+    assert len(whole(python)) > 1_000_000 and 60 < len(python.vocabulary) < 256
+    assert python.decode(python.train[:4]) == b"The " and b'The "assert" statement' in python.decode(python.train)
+    first, last = (Path(module.__file__).read_bytes() for module in (argparse, typing))
+    assert first[: len(first) * 9 // 10] in python.decode(python.train)  # each text is split, not the whole
+    assert python.decode(python.test).endswith(last[len(last) * 9 // 10 + len(last) // 20 :])
+    assert torch.equal(python.train, load_python_text().train)
+
+
+def test_several_texts_are_split_one_by_one():
+    first, second = b"a" * 18 + b"bc", b"d" * 36 + b"eeff"
+    data = split_texts([first, second])
+    assert [data.decode(part) for part in (data.train, data.validation, data.test)] == [
+        b"a" * 18 + b"d" * 36,
+        b"bee",
+        b"cff",
+    ]
+    assert data.vocabulary == b"abcdef"
+    for texts in ([], [first, b"short"]):
+        with pytest.raises(ValueError, match="at least 20 bytes"):
+            split_texts(texts)
 
 
 def windows(batches):

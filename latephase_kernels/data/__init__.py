@@ -16,7 +16,7 @@ from .minibatches import Minibatches, random_shift
 from .resized_images import load_lsun_resized, load_tiny_imagenet_resized
 from .sets import ImageSet, TextSet
 from .svhn import load_svhn
-from .text import load_enwik8, load_python_topics, load_text, split_text
+from .text import load_enwik8, load_python_text, load_text, split_text, split_texts
 from .text_batches import TextBatches
 from .worker_pool import WorkerError
 
@@ -49,11 +49,12 @@ __all__ = [
     "load_digits",
     "load_enwik8",
     "load_lsun_resized",
-    "load_python_topics",
+    "load_python_text",
     "load_svhn",
     "load_text",
     "load_tiny_imagenet_resized",
     "random_shift",
     "split_digits",
     "split_text",
+    "split_texts",
 ]

@@ -4,6 +4,8 @@ Source of enwik8: the first 10⁸ bytes of the English Wikipedia of March 3, 200
 (http://mattmahoney.net/dc/textdata.html); Wikipedia's text is under CC BY-SA and GFDL.
 """
 
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -17,6 +19,11 @@ ENWIK8_BYTES = 100_000_000
 _ENWIK8_MD5 = "a1fa5ffddb56f4953e226637dabbb36a"
 _ARCHIVE = DOWNLOADS["enwik8"]
 _FILES = ("enwik8", _ARCHIVE.file_name)
+# Single files with much prose in them, in every Python from 3.10 on.
+PYTHON_MODULES = (
+    *("argparse", "ast", "configparser", "dataclasses", "difflib", "doctest", "enum", "functools", "inspect"),
+    *("pickle", "statistics", "subprocess", "tarfile", "typing"),
+)
 
 
 def split_text(content: bytes) -> TextSet:
@@ -31,15 +38,31 @@ def split_text(content: bytes) -> TextSet:
     Raises:
         ValueError: the text is too short.
     """
-    if len(content) < 20:
-        raise ValueError(f"split_text: content must have at least 20 bytes, got {len(content)}; give a longer text")
-    vocabulary = bytes(value for value in range(256) if value in content)
+    return split_texts([content])
+
+
+def split_texts(texts: Sequence[bytes]) -> TextSet:
+    """Split each of several texts as split_text does, and join the parts: all three are then of the same mixture.
+
+    Raises:
+        ValueError: a text is shorter than 20 bytes, or there is none.
+    """
+    shortest = min(map(len, texts), default=0)
+    if shortest < 20:
+        raise ValueError(f"split_text: content must have at least 20 bytes, got {shortest}; give a longer text")
+    whole = b"".join(texts)
+    vocabulary = bytes(value for value in range(256) if value in whole)
     symbols = bytearray(256)
     for symbol, value in enumerate(vocabulary):
         symbols[value] = symbol
-    text = torch.frombuffer(bytearray(content.translate(bytes(symbols))), dtype=torch.uint8)
-    train, held_out = len(content) * 9 // 10, len(content) // 20
-    return TextSet(text[:train], text[train : train + held_out], text[train + held_out :], vocabulary)
+    parts: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
+    for text in texts:
+        training, held_out = len(text) * 9 // 10, len(text) // 20
+        ends = (0, training, training + held_out, len(text))
+        for part, start, end in zip(parts, ends, ends[1:]):
+            part.append(text[start:end].translate(bytes(symbols)))
+    train, validation, test = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
+    return TextSet(train, validation, test, vocabulary)
 
 
 def load_enwik8(path: str | Path, *, verify: bool = True) -> TextSet:
@@ -94,23 +117,26 @@ def load_text(path: str | Path) -> TextSet:
     return split_text(Path(path).read_bytes())
 
 
-def load_python_topics() -> TextSet:
-    """Return a real text that needs no download: the topics of Python's own help(), about half a megabyte of English.
+def load_python_text() -> TextSet:
+    """Return a real text that needs no download: 1.6 MB of Python's own documentation and sources.
 
-    They come with Python (`pydoc_data.topics`, part of its documentation: Python Software Foundation License) and
-    differ a little from version to version; compare figures under one version only.
-
-    Returns:
-        The topics one after the other, sorted by name, UTF-8, split 90 : 5 : 5.
+    It is the topics of help() (`pydoc_data.topics`, half a megabyte of English, sorted by name), then the source files
+    of PYTHON_MODULES, each text split 90 : 5 : 5. All come with Python (Python Software Foundation License) and differ
+    a little from version to version: compare figures under one version only.
 
     Raises:
-        FileNotFoundError: this Python was installed without them.
+        FileNotFoundError: this Python was installed without some of it.
     """
+    remedy = "install its full standard library, or give another text to load_text"
     try:
         from pydoc_data.topics import topics
-    except ImportError as error:
-        raise FileNotFoundError(
-            "load_python_topics: this Python has no pydoc_data.topics; install its full standard library, or give "
-            "another text to load_text"
-        ) from error
-    return split_text("\n\n".join(topics[name].strip() for name in sorted(topics)).encode())
+    except ImportError:
+        raise FileNotFoundError(f"load_python_text: this Python has no pydoc_data.topics; {remedy}") from None
+    texts = ["\n\n".join(topics[name].strip() for name in sorted(topics)).encode()]
+    folder = Path(sysconfig.get_path("stdlib"))
+    for name in PYTHON_MODULES:
+        try:
+            texts.append((folder / f"{name}.py").read_bytes())
+        except OSError as error:
+            raise FileNotFoundError(f"load_python_text: cannot read {error.filename}; {remedy}") from None
+    return split_texts(texts)

@@ -1,21 +1,22 @@
 """From a recipe's words to data, network and optimizer."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .. import late_phase as lp
-from ..data import ImageSet, load_cifar10, load_cifar100
+from ..data import ImageSet, TextSet, load_cifar10, load_cifar100, load_enwik8, load_python_text, load_text
 from ..data.digits import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, load_digits, split_digits
-from ..models import HyperWideResNet, SmallResNet, WideResNet
+from ..models import CharLSTM, HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 
-DATA_NAMES = ("cifar10", "cifar100", "digits")
+DATA_NAMES = ("cifar10", "cifar100", "digits", "enwik8", "python_text", "text_file")
 
 
-def build_data(data: Data) -> tuple[ImageSet, ImageSet]:
-    """Return training and test set.
+def build_data(data: Data) -> tuple[ImageSet, ImageSet] | tuple[TextSet, TextSet]:
+    """Return training and test set; of a text, the same text twice: it holds its own parts.
 
     Raises:
         ValueError: an unknown name, or damaged files.
@@ -27,6 +28,9 @@ def build_data(data: Data) -> tuple[ImageSet, ImageSet]:
         return load_cifar100(data.folder, train=True), load_cifar100(data.folder, train=False)
     if data.name == "digits":
         return _digits()
+    text = _text(data)
+    if text is not None:
+        return text, text
     raise ValueError(f"train: data.name must be one of {', '.join(DATA_NAMES)}, got {data.name!r}")
 
 
@@ -41,6 +45,15 @@ def _digits() -> tuple[ImageSet, ImageSet]:
         ImageSet(levels[split.train_indices], split.train_labels, classes, mean, std),
         ImageSet(levels[split.test_indices], split.test_labels, classes, mean, std),
     )
+
+
+def _text(data: Data) -> TextSet | None:
+    """The text of this name, or None where it is no text's name."""
+    if data.name == "enwik8":
+        return load_enwik8(data.folder)
+    if data.name == "python_text":
+        return load_python_text()
+    return load_text(data.folder) if data.name == "text_file" else None
 
 
 def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module:
@@ -75,6 +88,30 @@ def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module
         "train: model.name must be wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME, "
         f"got {model.name!r}"
     )
+
+
+def build_language_model(model: Model, num_symbols: int) -> nn.Module:
+    """Return a freshly initialized network that predicts the next of num_symbols symbols.
+
+    Raises:
+        ValueError: an unknown name, or options its constructor does not take.
+    """
+    if model.name != "char_lstm":
+        raise ValueError(f"train: model.name must be char_lstm for a text, got {model.name!r}")
+    options: dict[str, Any] = dict(model.options)
+    try:
+        return CharLSTM(num_symbols, **options)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"train: model {model.name} with options {model.options}: {error}") from None
+
+
+def build_targets(names: Sequence[str]) -> tuple[str | Callable[[str, nn.Module], bool | str], ...]:
+    """Return a recipe's late.targets as expand takes them: "rank1:NAME" gives gains to the module of that name."""
+    return tuple(_rank1_at(name.removeprefix("rank1:")) if name.startswith("rank1:") else name for name in names)
+
+
+def _rank1_at(wanted: str) -> Callable[[str, nn.Module], bool | str]:
+    return lambda name, _: "rank1" if name == wanted else False
 
 
 def build_optimizer(optimizer: Optimizer, model: nn.Module, *, skips_steps: bool) -> torch.optim.Optimizer:

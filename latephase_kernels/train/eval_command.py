@@ -1,4 +1,4 @@
-"""`latephase eval`: a run's final model, or several as an ensemble, on test, foreign and corrupted images."""
+"""`latephase eval`: a run's final model, or several as an ensemble, on test data, foreign and corrupted images."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,7 @@ from ..data import (
     EXTRA_CORRUPTIONS,
     NUM_SEVERITIES,
     ImageSet,
+    TextSet,
     load_cifar10,
     load_cifar10_c,
     load_cifar100,
@@ -30,7 +31,7 @@ from ..data import (
     load_tiny_imagenet_resized,
 )
 from ..data.device_images import DeviceImages
-from .build import build_data, build_network
+from .build import build_data
 from .checkpoints import CheckpointFolder, RunError, random_state
 from .deep_ensemble import DeepEnsemble, deep_ensemble_recipe
 from .eval_report import draw_entropies, format_evaluation
@@ -40,6 +41,7 @@ from .progress import Progress
 from .recipe import Recipe, check
 from .run_training import default_device, load_model
 from .runs import write_whole
+from .text_task import TextEvaluation
 from .train_command import parse_recipe
 from .trainer import Trainer
 
@@ -70,7 +72,9 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(f"eval: {path} is no recipe: {messages.getvalue().strip()}") from None
 
 
-def load_final_model(folder: Path, recipe: Recipe, train: ImageSet, device: str) -> tuple[nn.Module, dict[str, Any]]:
+def load_final_model(
+    folder: Path, recipe: Recipe, train: ImageSet | TextSet, device: str
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return a run's model, and what it was read from.
 
     The newest whole checkpoint holds the members. Without any there is still the plain model, model.safetensors.
@@ -78,7 +82,7 @@ def load_final_model(folder: Path, recipe: Recipe, train: ImageSet, device: str)
     Args:
         folder: of the run.
         recipe: from its config.yaml.
-        train: the training set; SWA's statistics are recomputed from it.
+        train: the training data; SWA's statistics are recomputed from them.
         device: where the model shall be.
 
     Returns:
@@ -97,18 +101,17 @@ def load_final_model(folder: Path, recipe: Recipe, train: ImageSet, device: str)
             if not plain.exists():
                 raise
             warnings.warn(f"{error}; evaluating {plain.name} instead", stacklevel=2)
+    trainer = Trainer(dataclasses.replace(recipe, compile=False), train, device)
     if saved is not None:
-        trainer = Trainer(dataclasses.replace(recipe, compile=False), train, device)
         with _fitting(checkpoints):
             # The generators' states are of the training machine's devices, and nothing here draws from them.
             trainer.load_state_dict({**saved[0], "random": random_state()})
         source = {"weights": "checkpoint", "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
         return trainer.final_model(), source
     if plain.exists():
-        model = build_network(recipe.model, len(train.classes), train.images.size(1)).to(device)
         with _fitting(plain):
-            load_model(model, plain)
-        return model, {"weights": plain.name, "epoch": None, "finished": True}
+            load_model(trainer.model, plain)
+        return trainer.model, {"weights": plain.name, "epoch": None, "finished": True}
     raise RunError(f"eval: {folder} has neither a checkpoint nor {plain.name}; train first, or resume")
 
 
@@ -240,8 +243,8 @@ class Evaluation:
 
 def load_runs(
     folders: Sequence[Path], data: str | None, device: str
-) -> tuple[Recipe, nn.Module, dict[str, Any], ImageSet]:
-    """Return a run's recipe, model, source (see load_final_model) and test set, or those of an ensemble of runs.
+) -> tuple[Recipe, nn.Module, dict[str, Any], ImageSet | TextSet]:
+    """Return a run's recipe, model, source (see load_final_model) and test data, or those of an ensemble of runs.
 
     Raises:
         As run_eval.
@@ -253,6 +256,8 @@ def load_runs(
         train, test = build_data(combined.data)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"eval: {error}; where it lies elsewhere, give --data") from None
+    if isinstance(test, TextSet) and len(folders) > 1:
+        raise ValueError(f"eval: an ensemble of runs must be of runs on images, got {combined.data.name}; give one run")
     found = [load_final_model(folder, recipe, train, device) for folder, recipe in zip(folders, recipes)]
     if len(found) == 1:
         return combined, *found[0], test
@@ -303,28 +308,27 @@ def run_eval(
     if unknown:
         raise ValueError(f"eval: --ood must be of {', '.join(known)} or all for a run on {own}, got {unknown[0]!r}")
     recipe, model, source, test = load_runs(paths, data, device)
+    if isinstance(test, TextSet) and (ood or corruptions):
+        raise ValueError(f"eval: --ood and --corruptions are for runs on images, this one is on {own}; leave them out")
     several = len(paths) > 1
     beside = paths[0].parent / f"{recipe.name}-seed{recipe.seed}" if several else paths[0]
     target = beside if output is None else Path(output)
-    evaluation = Evaluation(recipe, model, test, recipe.data.folder, device)
-    evaluation.test_set()
-    evaluation.out_of_distribution(known if "all" in ood else list(dict.fromkeys(ood)))
-    if corruptions:
-        evaluation.corruptions()
-    results = {
-        "name": recipe.name,
-        "seed": recipe.seed,
-        **source,
-        "epochs": recipe.epochs,
-        **evaluation.results,
-        "left_out": evaluation.left_out,
-    }
-    content = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
     target.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, **source, "epochs": recipe.epochs}
+    if isinstance(test, TextSet):
+        results.update(metrics=TextEvaluation(recipe, test, device).final(model)[0], left_out={})
+    else:
+        evaluation = Evaluation(recipe, model, test, recipe.data.folder, device)
+        evaluation.test_set()
+        evaluation.out_of_distribution(known if "all" in ood else list(dict.fromkeys(ood)))
+        if corruptions:
+            evaluation.corruptions()
+        results.update(evaluation.results, left_out=evaluation.left_out)
+        if len(evaluation.entropies) > 1:
+            draw_entropies(evaluation.entropies, len(test.classes), target / "ood.png")
+    content = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
     for name in ("evaluation.json", "results.json") if several else ("evaluation.json",):
         write_whole(target / name, content)
-    if len(evaluation.entropies) > 1:
-        draw_entropies(evaluation.entropies, len(test.classes), target / "ood.png")
     print(format_evaluation(results))
     print(f"written to {target / 'evaluation.json'}")
     return results

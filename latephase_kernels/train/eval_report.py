@@ -1,22 +1,15 @@
 """The tables and the picture of `latephase eval`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .quantities import format_metrics, format_number, format_table
+
 _BINS = 40
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in (header, *rows))
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def format_evaluation(results: Mapping[str, Any]) -> str:
@@ -27,37 +20,30 @@ def format_evaluation(results: Mapping[str, Any]) -> str:
     if len(results["metrics"]) == 1:
         source += "; one plain model, no members"
     parts = [source]
-    rows = [
-        (
-            way,
-            *(_number(metrics[key], digits) for key, digits in zip(("accuracy", "nll", "ece", "brier"), (2, 4, 2, 4))),
-        )
-        for way, metrics in results["metrics"].items()
-    ]
-    parts.append(_table(("test set", "accuracy %", "NLL", "ECE %", "Brier"), rows))
-    if results["disagreement"] is not None:
+    parts.append(format_metrics(results["metrics"], "test set"))
+    if results.get("disagreement") is not None:
         parts.append(f"Pairs of members that disagree on a test image: {100 * results['disagreement']:.2f} %")
-    if results["out_of_distribution"]:
+    if results.get("out_of_distribution"):
         ways = next(iter(results["out_of_distribution"].values()))["auroc"]
         rows = [
             (
                 name,
                 str(found["images"]),
-                *(_number(found["auroc"][way], 4) for way in ways),
-                _number(None if found["disagreement"] is None else 100 * found["disagreement"], 2),
+                *(format_number(found["auroc"][way], 4) for way in ways),
+                format_number(None if found["disagreement"] is None else 100 * found["disagreement"], 2),
             )
             for name, found in results["out_of_distribution"].items()
         ]
         header = ("foreign set", "images", *(f"AUROC {way}" for way in ways), "disagreement %")
-        parts.append(_table(header, rows))
+        parts.append(format_table(header, rows))
         parts.append("AUROC of predictive entropy, against the test set: 0.5 is chance, 1 perfect.")
     if "corruptions" in results:
         found = results["corruptions"]
         rows = [
-            (kind, *(_number(error, 2) for error in (*errors, found["mean_errors"][kind])))
+            (kind, *(format_number(error, 2) for error in (*errors, found["mean_errors"][kind])))
             for kind, errors in found["errors"].items()
         ]
-        parts.append(_table(("error % at severity", "1", "2", "3", "4", "5", "mean"), rows))
+        parts.append(format_table(("error % at severity", "1", "2", "3", "4", "5", "mean"), rows))
         means = [
             f"{mean:.2f} % over {count} corruptions" if mean is not None else f"unknown over {count}, some are left out"
             for count, mean in found["mean_corruption_error"].items()

@@ -21,6 +21,11 @@ from .deep_ensemble import DeepEnsemble
 CALIBRATION_BINS = 15
 
 
+def is_expanded(model: nn.Module) -> bool:
+    """Return whether a model has members."""
+    return any(isinstance(module, Routed) for module in model.modules())
+
+
 def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     """Return accuracy (%), NLL (nats), ECE (%, 15 bins) and Brier score of class probabilities.
 
@@ -52,7 +57,7 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], members: str | int = "average") -> Tensor:
     """Return the logits of a plain or expanded model in eval mode: [N, classes], or [K, N, classes] for "all"."""
-    expanded = any(isinstance(module, Routed) for module in model.modules())
+    expanded = is_expanded(model)
     training = model.training
     try:
         if expanded:
@@ -114,8 +119,7 @@ def dropout_logits_of(model: nn.Module, images: DeviceImages, batch_size: int, *
 
     Source: Gal & Ghahramani, ICML 2016 (MC-dropout).
     """
-    expanded = any(isinstance(module, Routed) for module in model.modules())
-    averaged = lp.members(model, "average") if expanded else contextlib.nullcontext()
+    averaged = lp.members(model, "average") if is_expanded(model) else contextlib.nullcontext()
     with training_flags_kept(model), averaged, torch.random.fork_rng():
         torch.manual_seed(seed)
         model.eval()
@@ -139,10 +143,9 @@ def answers_of(
     """
     if isinstance(model, DeepEnsemble):
         return Answers(None, torch.stack([logits_of(one, images.batches(batch_size)) for one in model.models]))
-    expanded = any(isinstance(module, Routed) for module in model.modules())
     return Answers(
         logits_of(model, images.batches(batch_size)),
-        logits_of(model, images.batches(batch_size), "all") if expanded else None,
+        logits_of(model, images.batches(batch_size), "all") if is_expanded(model) else None,
         dropout_logits_of(model, images, batch_size, passes=dropout_passes, seed=seed) if dropout_passes else None,
     )
 

@@ -15,8 +15,8 @@ class Data:
     """Which data, and how images are augmented.
 
     Attributes:
-        name: cifar10, cifar100 or digits.
-        folder: where the archive, or the folder extracted from it, lies.
+        name: images: cifar10, cifar100 or digits; texts: enwik8, python_text (comes with Python) or text_file.
+        folder: where the archive, or the folder extracted from it, lies; for text_file the file.
         crop_padding: random crops from images padded by this many pixels; 0 for none.
         flip: random horizontal flips.
         cutout: side of a random square set to the mean; 0 for none.
@@ -30,11 +30,25 @@ class Data:
 
 
 @dataclass
+class Text:
+    """How a text is read; without effect on images.
+
+    Attributes:
+        window: symbols that gradients go back through; batch_size counts streams.
+        evaluation_streams: streams side by side into which validation and test text are cut; 1 carries the recurrent
+            state through the whole text, more are faster, and each starts from zeros.
+    """
+
+    window: int = 100
+    evaluation_streams: int = 1
+
+
+@dataclass
 class Model:
     """Which network.
 
     Attributes:
-        name: wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME.
+        name: wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME; for a text char_lstm.
         options: arguments of its constructor, but for the number of classes.
     """
 
@@ -52,6 +66,7 @@ class Optimizer:
         momentum: of SGD.
         nesterov: of SGD.
         weight_decay: of base weights; decoupled for AdamW.
+        clip_norm: largest norm of a gradient, of the base weights' and of each member's by itself; None for any.
     """
 
     name: str = "sgd"
@@ -59,6 +74,7 @@ class Optimizer:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    clip_norm: float | None = None
 
 
 @dataclass
@@ -83,7 +99,7 @@ class Late:
     Attributes:
         start: T0, the epoch in which members begin; None for plain training.
         members: K.
-        targets: as in `expand`.
+        targets: names as in `expand`, or "rank1:NAME": gains for the module of that name alone.
         noise_std: σ0.
         base_grad_scale: γ_θ: sum, mean or a number.
         lr: of members before annealing; None for the base weights'.
@@ -107,13 +123,15 @@ class Late:
 
 @dataclass
 class Swa:
-    """Stochastic weight averaging: one average an epoch, statistics recomputed at the end.
+    """Stochastic weight averaging, statistics recomputed at the end.
 
     Attributes:
         start: the first epoch after which weights are averaged; None for none.
+        per_epoch: how often weights enter the average in an epoch, the last time at its end.
     """
 
     start: float | None = None
+    per_epoch: int = 1
 
 
 @dataclass
@@ -122,7 +140,7 @@ class Recipe:
 
     Attributes:
         name: of the run in tables.
-        batch_size: images a member and minibatch, over all devices.
+        batch_size: images, or streams of text, a member and minibatch, over all devices.
         epochs: passes over the training set.
         seed: of weights, order, augmentation and dropout.
         label_smoothing: of the cross entropy.
@@ -131,7 +149,7 @@ class Recipe:
         compile: torch.compile the model.
         deterministic: refuse kernels whose results differ between runs; slower on a GPU.
         skip_nonfinite: skip a step whose loss is not finite (statistics restored), and count it; else stop the run.
-        evaluate_every: epochs between evaluations on the test set; the last epoch is always evaluated.
+        evaluate_every: epochs between evaluations on the test set, or the validation text; the last epoch always is.
         dropout_passes: at the end, predict by the mean over this many passes with dropout, too (MC-dropout); 0: do not.
         checkpoint_minutes: between checkpoints; one is written at the end and on interruption, too.
         keep_checkpoints: the newest that stay.
@@ -139,6 +157,7 @@ class Recipe:
 
     name: str = "unnamed"
     data: Data = field(default_factory=Data)
+    text: Text = field(default_factory=Text)
     model: Model = field(default_factory=Model)
     batch_size: int = 128
     epochs: int = 200
@@ -196,6 +215,20 @@ def check(recipe: Recipe) -> Recipe:
         (recipe.precision in ("float32", "bfloat16"), "precision", recipe.precision, "float32 or bfloat16"),
         (recipe.optimizer.name in ("sgd", "adamw"), "optimizer.name", recipe.optimizer.name, "sgd or adamw"),
         (recipe.optimizer.lr > 0, "optimizer.lr", recipe.optimizer.lr, "more than 0"),
+        (
+            recipe.optimizer.clip_norm is None or recipe.optimizer.clip_norm > 0,
+            "optimizer.clip_norm",
+            recipe.optimizer.clip_norm,
+            "null or more than 0",
+        ),
+        (recipe.text.window >= 1, "text.window", recipe.text.window, "at least 1"),
+        (
+            recipe.text.evaluation_streams >= 1,
+            "text.evaluation_streams",
+            recipe.text.evaluation_streams,
+            "at least 1",
+        ),
+        (swa.per_epoch >= 1, "swa.per_epoch", swa.per_epoch, "at least 1"),
         (late.members >= 1, "late.members", late.members, "at least 1"),
         (
             schedule.anneal_start <= schedule.anneal_end,

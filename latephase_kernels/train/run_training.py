@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from .. import late_phase as lp
+from ..data import ImageSet, TextSet
 from .build import build_data
 from .image_task import ImageEvaluation
 from .progress import Progress
 from .recipe import Recipe, check
 from .runs import RunFolder, write_whole
 from .task import Evaluation
+from .text_task import TextEvaluation
 from .trainer import Trainer
 
 # The collapsed model computes what the expanded one did by other additions and multiplications.
@@ -89,9 +91,19 @@ def run_training(
     torch.backends.cudnn.benchmark = not recipe.deterministic
     trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
     with RunFolder(output, config, resume=resume, keep_checkpoints=recipe.keep_checkpoints) as folder, _Signals() as on:
-        evaluation = ImageEvaluation(recipe, train, test, device)
+        evaluation = build_evaluation(recipe, train, test, device)
         _Run(recipe, folder, trainer, evaluation, on).train()
         return _finish(recipe, folder, trainer, evaluation)
+
+
+def build_evaluation(
+    recipe: Recipe, train: ImageSet | TextSet, test: ImageSet | TextSet, device: str | torch.device
+) -> Evaluation:
+    """Return the evaluation of a recipe's kind of data."""
+    if isinstance(train, TextSet):
+        return TextEvaluation(recipe, train, device)
+    assert isinstance(test, ImageSet)
+    return ImageEvaluation(recipe, train, test, device)
 
 
 class _Run:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .quantities import format_metrics
 from .recipe import Recipe, recipe_file, recipe_names
 
 _OWN_OPTIONS = ("config", "output", "resume", "device", "base")
@@ -98,13 +99,9 @@ def as_yaml(recipe: Recipe) -> str:
 
 def format_results(results: dict[str, Any]) -> str:
     """Return a finished run's metrics as a table, one row a way to predict."""
-    rows = [("", "accuracy %", "NLL", "ECE %", "Brier")]
-    for name, metrics in results["metrics"].items():
-        if not name.startswith("member "):
-            values = (metrics["accuracy"], metrics["nll"], metrics["ece"], metrics["brier"])
-            rows.append((name, *(f"{value:.{digits}f}" for value, digits in zip(values, (2, 4, 2, 4)))))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    return format_metrics(
+        {way: found for way, found in results["metrics"].items() if not way.startswith("member ")}, ""
+    )
 
 
 def run_train(arguments: Sequence[str]) -> int:

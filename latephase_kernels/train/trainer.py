@@ -7,6 +7,7 @@ kind of data is its `Task`'s.
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from .. import late_phase as lp
-from ..data import ImageSet
-from .build import build_optimizer
+from ..data import ImageSet, TextSet
+from .build import build_optimizer, build_targets
 from .checkpoints import random_state, set_random_state
-from .evaluation import dropout_layers
+from .evaluation import dropout_layers, is_expanded
 from .image_task import ImageTask
 from .recipe import Recipe
 from .task import Task
+from .text_task import TextTask
 
 
 class Trainer:
@@ -46,11 +48,18 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, train: ImageSet, device: str | torch.device = "cpu", *, rank: int = 0, num_ranks: int = 1
+        self,
+        recipe: Recipe,
+        train: ImageSet | TextSet,
+        device: str | torch.device = "cpu",
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
         self.recipe, self.device = recipe, torch.device(device)
         torch.manual_seed(recipe.seed)
-        self.task: Task = ImageTask(recipe, train, self.device, rank=rank, num_ranks=num_ranks)
+        kind: Any = TextTask if isinstance(train, TextSet) else ImageTask
+        self.task: Task = kind(recipe, train, self.device, rank=rank, num_ranks=num_ranks)
         self.batches = self.task.batches
         self.model: nn.Module = self.task.build_network()
         if recipe.dropout_passes and not dropout_layers(self.model):
@@ -68,6 +77,7 @@ class Trainer:
         self.total = recipe.epochs * per_epoch
         if self.t0 is not None:
             self.total -= (self.total - self.t0) % late.members
+            self._check_targets()
         self._prepare_optimizer()
         if recipe.compile:
             self.model.compile()
@@ -116,11 +126,12 @@ class Trainer:
             for buffer, old in zip(statistics, before):
                 torch.where(finite, buffer, old, out=buffer)
             self._skipped += ~finite
+        self._clip_gradients()
         self.optimizer.step()
         self.task.end_step(finite)
         self._account(loss, finite, count)
         start, self.minibatch = self.minibatch, self.minibatch + count
-        self._average_if_epoch_ended(start)
+        self._average_if_due(start)
         return count
 
     def _chunks(self, count: int) -> Iterator[tuple[range, slice]]:
@@ -129,6 +140,13 @@ class Trainer:
         for first in range(0, count, chunk):
             part = range(first, min(first + chunk, count))
             yield part, slice(part.start * batch, part.stop * batch)
+
+    def _clip_gradients(self) -> None:
+        max_norm = self.recipe.optimizer.clip_norm
+        if max_norm is not None and self.expanded:
+            lp.clip_grad_norm_(self.model, max_norm)
+        elif max_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
 
     def _account(self, loss: Tensor, finite: Tensor, count: int) -> None:
         """Add to what is read late, without waiting for the device."""
@@ -154,6 +172,19 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ phases
 
+    def _check_targets(self) -> None:
+        """Raise a ValueError now where `expand` would find at T0 that the targets do not fit the model."""
+        late = self.recipe.late
+        what = f"train: late.targets {late.targets} do not fit {self.recipe.model.name}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trial = lp.expand(copy.deepcopy(self.model), late.members, targets=build_targets(late.targets))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ValueError(f"{what}: {error}") from None
+        if not is_expanded(trial):
+            raise ValueError(f"{what}: they match no module")
+
     def _expand_once(self) -> None:
         if self.expanded:
             return
@@ -167,7 +198,7 @@ class Trainer:
         lp.expand(
             self.model,
             late.members,
-            targets=tuple(late.targets),
+            targets=build_targets(late.targets),
             noise_std=late.noise_std,
             generator=generator,
             optimizers=[self.optimizer],
@@ -188,12 +219,12 @@ class Trainer:
                 for parameter in group["params"]:
                     self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
-    def _average_if_epoch_ended(self, start: int) -> None:
-        per_epoch = self.batches.minibatches_per_epoch
-        swa_start = self.recipe.swa.start
-        ended = start // per_epoch != self.minibatch // per_epoch or self.minibatch == self.total
+    def _average_if_due(self, start: int) -> None:
+        swa, per_epoch = self.recipe.swa, self.batches.minibatches_per_epoch
+        before, now = (minibatch * swa.per_epoch // per_epoch for minibatch in (start, self.minibatch))
+        due = before != now or self.minibatch == self.total
         before_t0 = self.t0 is not None and not self.expanded  # the step that ends at T0 still trained the plain model
-        if swa_start is None or not ended or self.epoch < swa_start or before_t0:
+        if swa.start is None or not due or self.epoch < swa.start or before_t0:
             return
         if self.averaged is None:
             self.averaged = AveragedModel(self.model)
