@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import types
+from typing import ClassVar
 
 import pytest
 
+from latephase_kernels.cli import main
 from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics
 
 CONFIG = "name: a\nseed: 0\n"
@@ -65,3 +68,53 @@ def test_damaged_metrics_are_named(tmp_path):
 
 def test_nothing_to_draw(tmp_path):
     assert not draw_metrics([], tmp_path / "curves.png") and not list(tmp_path.iterdir())
+
+
+class Writer:
+    """What a run uses of torch.utils.tensorboard.SummaryWriter."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
+        self.made.append(self)
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+    def flush(self):
+        self.flushed = len(self.scalars)
+
+    def close(self):
+        self.closed = True
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    """Every metric goes there as it is logged; a resumed run takes back what came after its checkpoint."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(Writer, "made", [])
+    with RunFolder(tmp_path / "run", CONFIG, tensorboard=True) as run:
+        run.start_metrics(0)
+        run.log({"step": 10, "epoch": 1.0, "seconds": 3.0, "train loss": 0.5, "learning rate": 0.1})
+        run.log({"step": 20, "train loss": float("nan"), "test accuracy": 50.0, "members": 3})
+        assert Writer.made[0].flushed == 4 and not Writer.made[0].closed
+    with RunFolder(tmp_path / "run", CONFIG, resume=True, tensorboard=True) as run:
+        run.start_metrics(10)
+    first, second = Writer.made
+    assert first.folder == str(tmp_path / "run" / "tensorboard") and first.closed and second.purge_step == 11
+    assert first.scalars == [
+        *(("train/loss", 0.5, 10), ("learning rate", 0.1, 10), ("test/accuracy", 50.0, 20), ("members", 3, 20)),
+    ]
+    with RunFolder(tmp_path / "other", CONFIG) as run:
+        run.start_metrics(0)
+        run.log({"step": 10, "train loss": 0.5})
+    assert len(Writer.made) == 2
+
+
+def test_tensorboard_is_missing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("jsonargparse")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it fails, as where it is missing
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "digits", "--tensorboard", "--device=cpu", "--output=run"]) == 2
+    assert "train: --tensorboard needs TensorBoard; pip install tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

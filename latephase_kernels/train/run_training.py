@@ -62,7 +62,13 @@ def default_device() -> str:
 
 
 def run_training(
-    recipe: Recipe, config: str, output: str | Path, *, resume: bool = False, device: str | None = None
+    recipe: Recipe,
+    config: str,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate, collapse and save; everything goes to the run's folder.
 
@@ -72,6 +78,7 @@ def run_training(
         output: the run's folder.
         resume: go on from the last checkpoint there, if there is one.
         device: "cuda", "cpu", …; the GPU if there is one by default.
+        tensorboard: write the metrics for TensorBoard, too.
 
     Returns:
         What results.json holds.
@@ -90,7 +97,12 @@ def run_training(
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not recipe.deterministic
     trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
-    with RunFolder(output, config, resume=resume, keep_checkpoints=recipe.keep_checkpoints) as folder, _Signals() as on:
+    options: dict[str, Any] = {
+        "resume": resume,
+        "keep_checkpoints": recipe.keep_checkpoints,
+        "tensorboard": tensorboard,
+    }
+    with RunFolder(output, config, **options) as folder, _Signals() as on:
         evaluation = build_evaluation(recipe, train, test, device)
         _Run(recipe, folder, trainer, evaluation, on).train()
         return _finish(recipe, folder, trainer, evaluation)

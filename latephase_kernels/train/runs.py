@@ -4,6 +4,7 @@ config.yaml         the resolved recipe
 environment.json    versions, device, command
 metrics.jsonl       one object a line, each with "step"; metrics.csv is the same as a table
 curves.png          drawn from the metrics
+tensorboard/        the metrics once more, if asked for
 checkpoints/        see checkpoints.py
 model.safetensors   the plain model at the end
 """
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,6 +29,22 @@ try:
     import fcntl
 except ImportError:  # Windows: no lock there
     fcntl = None  # type: ignore[assignment]
+
+_BOOKKEEPING = ("step", "epoch", "seconds")
+_TAG = re.compile(r"^(train|validation|test) ")  # TensorBoard puts train/… and test/… into a group each
+
+
+def _summary_writer() -> Any:
+    """Return TensorBoard's class.
+
+    Raises:
+        ImportError: it is missing; the message says what to do.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ImportError("train: --tensorboard needs TensorBoard; pip install tensorboard") from None
+    return SummaryWriter
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -59,14 +77,25 @@ class RunFolder:
         config: the resolved recipe as YAML.
         resume: go on with the run that is there, if there is one.
         keep_checkpoints: see CheckpointFolder.
+        tensorboard: write the metrics for TensorBoard, too.
 
     Raises:
         ValueError: it holds another run and resume is False, or a run of another recipe.
         RunError: another process is writing to it.
+        ImportError: tensorboard is asked for, and missing.
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: str | Path, config: str, *, resume: bool = False, keep_checkpoints: int = 2):
+    def __init__(
+        self,
+        path: str | Path,
+        config: str,
+        *,
+        resume: bool = False,
+        keep_checkpoints: int = 2,
+        tensorboard: bool = False,
+    ):
+        self._make_writer = _summary_writer() if tensorboard else None
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
@@ -80,6 +109,7 @@ class RunFolder:
             raise
         self._metrics: list[dict[str, Any]] = []
         self._file: IO[str] | None = None
+        self._writer: Any = None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -87,6 +117,8 @@ class RunFolder:
     def __exit__(self, *_) -> None:
         if self._file is not None:
             self._file.close()
+        if self._writer is not None:
+            self._writer.close()
         self._lock.close()
 
     def _locked(self) -> IO[str]:
@@ -130,6 +162,8 @@ class RunFolder:
         write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._metrics = kept
         self._file = open(path, "a", encoding="utf-8")
+        if self._make_writer is not None:
+            self._writer = self._make_writer(str(self.path / "tensorboard"), purge_step=step + 1)
         return kept
 
     def log(self, record: dict[str, Any]) -> None:
@@ -143,6 +177,11 @@ class RunFolder:
         self._metrics.append(record)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._writer is not None:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key not in _BOOKKEEPING:
+                    self._writer.add_scalar(_TAG.sub(r"\1/", key), value, record["step"])
+            self._writer.flush()
 
     def finish_metrics(self) -> None:
         """Write the metrics as CSV and their curves as a picture."""
@@ -180,7 +219,7 @@ def draw_metrics(records: Iterable[dict[str, Any]], path: Path) -> bool:
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in records:
         for key, value in record.items():
-            if isinstance(value, (int, float)) and key not in ("step", "epoch", "seconds"):
+            if isinstance(value, (int, float)) and key not in _BOOKKEEPING:
                 split, _, quantity = key.rpartition(" ")  # "test accuracy" is the curve "test" of the panel "accuracy"
                 panels.setdefault(quantity, {}).setdefault(split, []).append((record.get("epoch", 0.0), value))
     if not panels:

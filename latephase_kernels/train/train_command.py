@@ -9,7 +9,7 @@ from typing import Any
 from .quantities import format_metrics
 from .recipe import Recipe, recipe_file, recipe_names
 
-_OWN_OPTIONS = ("config", "output", "resume", "device", "base")
+_OWN_OPTIONS = ("config", "output", "resume", "device", "tensorboard", "base")
 
 
 def build_parser() -> Any:
@@ -33,6 +33,7 @@ def build_parser() -> Any:
     parser.add_argument("--output", type=str, default=None, help="the run's folder (default runs/NAME-seedN)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
     parser.add_argument("--device", type=str, default=None, help="cuda, cpu, … (default: the GPU if there is one)")
+    parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard, too")
     parser.add_class_arguments(Recipe)
     return parser
 
@@ -54,6 +55,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     own = {key: parsed.pop(key) for key in _OWN_OPTIONS}
     if own.pop("base") != _base_of(files[-1]):
         raise ValueError("train: base must stand in the recipe's own file; give that file in place of the recipe")
+    del own["config"]
     parts = {
         field.name: field.default_factory(**parsed[field.name])
         if dataclasses.is_dataclass(field.default_factory)
@@ -113,9 +115,9 @@ def run_train(arguments: Sequence[str]) -> int:
     from .run_training import Interrupted, run_training
 
     recipe, own = parse_recipe(arguments)
-    output = own["output"] or f"runs/{recipe.name}-seed{recipe.seed}"
+    output = own.pop("output") or f"runs/{recipe.name}-seed{recipe.seed}"
     try:
-        results = run_training(recipe, as_yaml(recipe), output, resume=own["resume"], device=own["device"])
+        results = run_training(recipe, as_yaml(recipe), output, **own)
     except Interrupted as interrupted:
         print(
             f"latephase: {interrupted} after a checkpoint was written; go on with --resume --output {output}",
