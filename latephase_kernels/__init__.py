@@ -3,6 +3,7 @@
 from . import functional, nn
 from .backend import backend_for, set_backend
 from .late_phase import (
+    Distributed,
     SequentialTrainer,
     clip_grad_norm_,
     collapse,
@@ -24,6 +25,7 @@ from .late_phase import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "Distributed",
     "SequentialTrainer",
     "backend_for",
     "clip_grad_norm_",

@@ -2,6 +2,7 @@
 
 from .batches import StackedBatches, stack_batches
 from .convert import collapse, expand
+from .distributed import Distributed
 from .fuse import Fusion, fuse, fusions
 from .gradients import clip_grad_norm_, set_base_grad_scale
 from .optimizers import param_groups
@@ -10,6 +11,7 @@ from .running import map_members, member_loss, members, update_bn
 from .sequential import SequentialTrainer
 
 __all__ = [
+    "Distributed",
     "Fusion",
     "SequentialTrainer",
     "StackedBatches",

@@ -170,7 +170,7 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     Raises:
         TypeError: model is wrapped or no module.
         ValueError: an unknown mode, or model itself is a member module.
-        RuntimeError: model is not expanded.
+        RuntimeError: model is not expanded, or other ranks have members of it.
     """
     check_not_wrapped("collapse", model)
     check_mode(mode)
@@ -179,6 +179,9 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     expanded = [(name, module) for name, module in model.named_modules() if isinstance(module, Routed)]
     if not expanded:
         raise RuntimeError("collapse: model is not expanded; call expand first")
+    for _, module in expanded:
+        if module.routing is not None:
+            module.routing.check_whole("collapse")
     replacements = {id(module): module.collapse(mode) for _, module in expanded}
     _tie_plain(expanded, replacements)
     unfuse(model)

@@ -50,7 +50,7 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     Source: von Oswald et al., ICLR 2021, section 2 (γ_θ).
     """
     routings = routings_of("set_base_grad_scale", model)
-    factor = base_grad_factor("set_base_grad_scale", scale, routings[0].num_members)
+    factor = base_grad_factor("set_base_grad_scale", scale, routings[0].total_members)
     members = set(member_parameters(model))
     base = {parameter for parameter in model.parameters() if parameter not in members}
     if not any(parameter in base for group in optimizer.param_groups for parameter in group["params"]):

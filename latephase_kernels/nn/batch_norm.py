@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_running
 from ..ops.ensemble_batch_norm_checks import check_activation, check_arguments
+from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from ..reference.ensemble_batch_norm import accumulation_dtype
 from .member_module import (
     MemberModule,
@@ -55,6 +56,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
     """
 
     _plain: type  # the torch.nn class of the same number of dimensions
+    statistics_group: StatisticsGroup | None = None  # the ranks whose rows count in training; None: own rows alone
 
     def __init__(
         self,
@@ -117,14 +119,18 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         training = self.training or self.running_mean is None or self.running_var is None
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
-        updates = self._updates()
+        updates, group = self._updates(), self._statistics_ranks()
         tracked = self._members_of(members, self.num_batches_tracked) if updates else None
         statistics, affine = (running_mean, running_var), (weight, bias)
         momentum, settings = self._momentum(tracked, input), (self.eps, len(members), activation)
-        check_arguments(input, *statistics, *affine, training, momentum, *settings[:2], residual, activation)
+        ranks = 1 if group is None else group.size
+        check_arguments(input, *statistics, *affine, training, momentum, *settings[:2], residual, activation, ranks)
         if updates:
-            return normalize_and_update(input, *statistics, tracked, *affine, residual, momentum, *settings)
-        return normalize(input, *statistics, *affine, residual, training, *settings)[0]
+            return normalize_and_update(input, *statistics, tracked, *affine, residual, momentum, *settings, group)
+        return normalize(input, *statistics, *affine, residual, training, *settings, group)[0]
+
+    def _statistics_ranks(self) -> StatisticsGroup | None:
+        return self.statistics_group
 
     def _updates(self) -> bool:
         return self.training and self.track_running_stats and self.running_mean is not None

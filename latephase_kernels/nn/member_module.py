@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .routing import Routed
 
-_ROUTED_ATTRIBUTES = ("num_members", "routing", "plain_type")
+_ROUTED_ATTRIBUTES = ("num_members", "routing", "plain_type", "statistics_group")
 _OWN_ATTRIBUTES = (*_ROUTED_ATTRIBUTES, "activation")
 MODES = ("exact", "weights")
 

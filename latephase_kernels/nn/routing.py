@@ -9,20 +9,34 @@ from torch import nn
 class Routing:
     """What all modules of one expanded model share: its root, an explicit choice of members, γ_θ for clipping.
 
-    A plain object, so the root model does not become a submodule of its own layers.
+    A plain object, so the root model does not become a submodule of its own layers. Where ranks divide the members
+    among them, num_members is the number here, of members first_member … of total_members.
     """
 
     def __init__(self, model: nn.Module, num_members: int):
         self.model = model
-        self.num_members = num_members
+        self.num_members = self.total_members = num_members
+        self.first_member = 0
         self.override: str | range | None = None
         self.base_grad_scale = 1.0
 
     def resolve(self) -> str | range:
         """Return "average" or the range of members: the explicit choice, else by the root model's training flag."""
-        if self.override is not None:
-            return self.override
-        return range(self.num_members) if self.model.training else "average"
+        chosen = self.override
+        if chosen is None:
+            chosen = range(self.num_members) if self.model.training else "average"
+        if chosen == "average":
+            self.check_whole("members")
+        return chosen
+
+    def check_whole(self, where: str) -> None:
+        """Raise RuntimeError if other ranks have members of this model."""
+        if self.num_members != self.total_members:
+            last = self.first_member + self.num_members - 1
+            raise RuntimeError(
+                f"{where}: this rank has only members {self.first_member} … {last} of {self.total_members}; average "
+                "them inside `with distributed.gathered():`, where distributed is what divides the model"
+            )
 
     def choice(self, which: str | int | range) -> str | range:
         """Return what `which` means here: "average" or a range of members.

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.ensemble_batch_norm import normalize, update_running
 from ..ops.ensemble_batch_norm_checks import check_arguments
+from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from .batch_norm import check_plain_batch_norm
 from .member_module import check_mode, check_num_members, twin
 from .routing import Routed
@@ -23,6 +24,10 @@ class _SharedBatchNorm(Routed, _BatchNorm):
     """
 
     _plain: type
+    statistics_group: StatisticsGroup | None = None  # as in EnsembleBatchNorm
+
+    def _statistics_ranks(self) -> StatisticsGroup | None:
+        return self.statistics_group
 
     @classmethod
     def _check_plain(cls, where: str, module: nn.Module) -> None:
@@ -60,35 +65,58 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         """
         members = self.active_members()
         training = self.training or self.running_mean is None or self.running_var is None
-        if isinstance(members, str) or not training or len(members) == 1:
+        group = self._statistics_ranks()
+        if isinstance(members, str) or not training or (len(members) == 1 and self._is_plain(group)):
             y = super().forward(input)
             y = y if residual is None else y + residual
             return F.relu(y) if activation == "relu" else y
         self._check_input_dim(input)
         arguments = (input, None, None, self.weight, self.bias)
         num_members = len(members)
-        check_arguments(*arguments, True, 0.1, self.eps, num_members, residual, activation)
-        y, mean, var = normalize(*arguments, residual, True, self.eps, num_members, activation)
+        ranks = 1 if group is None else group.size
+        check_arguments(*arguments, True, 0.1, self.eps, num_members, residual, activation, ranks)
+        y, mean, var = normalize(*arguments, residual, True, self.eps, num_members, activation, group)
         if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
-            n = input.numel() // mean.numel()
-            self._update(mean.detach(), var.detach() * (n / (n - 1)))
+            n = input.numel() // mean.numel() * ranks
+            self._update(mean.detach(), var.detach() * (n / (n - 1)), members)
         return y
 
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics by the members' [K, C], as K steps one after the other would."""
-        num_members = mean.size(0)
+    def _is_plain(self, group: StatisticsGroup | None) -> bool:
+        """Whether one member's rows, here, are all that moves the running statistics in a turn."""
+        _, owned, total = self._owned()
+        return owned == total and (group is None or group.size == 1)
+
+    def _owned(self) -> tuple[int, int, int]:
+        """Return the first member of this rank, how many it has, and how many members there are in all."""
+        routing = self.routing
+        if routing is None:
+            return 0, self.num_members, self.num_members
+        return routing.first_member, routing.num_members, routing.total_members
+
+    def _update(self, mean: Tensor, var: Tensor, members: range) -> None:
+        """Move the running statistics by the members' [K, C], as K steps one after the other would.
+
+        Where each of R ranks has K/R members, every rank decays its statistics for all K turns and adds its own
+        members' R-fold: the *mean over ranks* is then what the loop would have. It is taken when somebody looks.
+        """
+        first, owned, total = self._owned()
+        ranks, num_members = total // owned, len(members)
         if self.momentum is None:
-            momentum = num_members / (self.num_batches_tracked + num_members).to(mean.dtype)
+            counted = num_members * ranks
+            momentum = counted / (self.num_batches_tracked + counted).to(mean.dtype)
             update_running(self.running_mean, mean.mean(0), momentum)
             update_running(self.running_var, var.mean(0), momentum)
         else:
+            before = first if members.start == 0 else 0  # turns of other ranks' members, before the first chunk of ours
+            after = total - first - owned if members.stop == owned else 0  # and after the last
             keep = 1.0 - self.momentum
             steps_left = torch.arange(num_members - 1, -1, -1, dtype=mean.dtype, device=mean.device).unsqueeze(1)
-            shares = self.momentum * keep**steps_left  # [K, 1], of Σ_k m (1 − m)^(K−1−k) x_k
+            shares = ranks * self.momentum * keep ** (steps_left + after)  # [K, 1], of Σ_k m (1 − m)^(K−1−k) x_k
             for running, new in ((self.running_mean, mean), (self.running_var, var)):
-                running.copy_(running.to(mean.dtype) * keep**num_members + (shares * new).sum(0))
+                decayed = running.to(mean.dtype) * keep ** (before + num_members + after)
+                running.copy_(decayed + (shares * new).sum(0))
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(num_members)
+            self.num_batches_tracked.add_(num_members * ranks)
 
 
 class SharedBatchNorm1d(_SharedBatchNorm):

@@ -1,4 +1,6 @@
-"""nn.SyncBatchNorm as late-phase weights, in one process: there it computes what batch norm does.
+"""nn.SyncBatchNorm as late-phase weights: each member's statistics are those of its rows on all ranks of a group.
+
+Every rank of process_group must have the same members. In one process it computes what batch norm does.
 
 Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *] with any number of further dimensions.
 """
@@ -6,6 +8,7 @@ Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *] wi
 import torch.distributed
 from torch import Tensor, nn
 
+from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from .batch_norm import _EnsembleBatchNorm
 from .shared_batch_norm import _SharedBatchNorm
 
@@ -15,22 +18,16 @@ class _SyncBatchNorm:
 
     _plain = nn.SyncBatchNorm
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
-    process_group = None  # as in nn.SyncBatchNorm
+    process_group = None  # as in nn.SyncBatchNorm: None is the default group
+
+    def _statistics_ranks(self) -> StatisticsGroup | None:
+        if self.statistics_group is not None:
+            return self.statistics_group
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return StatisticsGroup(self.process_group) if several else None
 
     def forward(self, input: Tensor, *arguments, **options) -> Tensor:
-        """Return the normalized input, as the batch norm without "Sync" does.
-
-        Raises:
-            RuntimeError: in training, where the process group has several ranks.
-        """
-        if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size(self.process_group)
-            if ranks > 1:
-                raise RuntimeError(
-                    f"{type(self).__name__}: statistics of members are not synchronized over the {ranks} ranks of the "
-                    "process group yet; expand the model with plain batch norms (each rank normalizes its own rows), "
-                    "or give process_group a group of this rank alone"
-                )
+        """Return the normalized input, as the batch norm without "Sync" does."""
         if input.dim() <= 5:
             return super().forward(input, *arguments, **options)
         flat = [argument.flatten(4) if isinstance(argument, Tensor) else argument for argument in arguments]

@@ -11,8 +11,9 @@ Registered ops, the same in both namespaces (`registry.py`); their tensors are d
     …_statistics  →  …_apply      its two halves                   …_backward_reduce  →  …_backward_apply
     …_update                      the forward in training, which moves the running statistics as well
 
-The halves exist for statistics that are synchronized over processes between them. Only …_update changes an argument:
-eager training calls it, so that running statistics take no launch of their own; compiled graphs are functional.
+The halves exist for statistics that are synchronized over processes between them (ensemble_batch_norm_synchronized.py).
+Only …_update changes an argument: eager training calls it, so that running statistics take no launch of their own;
+compiled graphs are functional.
 """
 
 import torch
@@ -23,6 +24,7 @@ from ..reference import ensemble_batch_norm as reference
 from . import registry
 from .double_backward import aliases
 from .ensemble_batch_norm_checks import check_arguments
+from .ensemble_batch_norm_synchronized import StatisticsGroup, normalize_synchronized
 from .layout import dense, dense_like
 
 # ---------------------------------------------------------------------------------------------- layout
@@ -272,8 +274,11 @@ def normalize(
     eps: float,
     num_members: int,
     activation: str,
+    group: StatisticsGroup | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean [K, C], biased variance [K, C]) without touching the running statistics; arguments unchecked."""
+    if training and group is not None and group.size > 1:
+        return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group)
     arguments = (running_mean, running_var, weight, bias)
     backend = _backend.backend_for(input)
     if backend == "reference" or torch._C._are_functorch_transforms_active():
@@ -302,6 +307,7 @@ def ensemble_batch_norm(
     num_members: int,
     residual: Tensor | None = None,  # [K·B, C, *]
     activation: str = "none",
+    group: StatisticsGroup | None = None,
 ) -> Tensor:
     """Normalize each member's rows by their own statistics; equals `F.batch_norm` on each member's slice.
 
@@ -319,6 +325,7 @@ def ensemble_batch_norm(
         num_members: K.
         residual: added before the activation; input's shape and type.
         activation: "none" or "relu" (NaN passes through).
+        group: ranks whose rows make the statistics in training, each with as many of its own; None: own rows alone.
 
     Returns:
         [K·B, C, *], in input's type and memory format.
@@ -334,9 +341,20 @@ def ensemble_batch_norm(
     Source: von Oswald et al., ICLR 2021, section 2 (BatchNorm as late-phase weights).
     """
     check_arguments(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, num_members, residual, activation
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_members,
+        residual,
+        activation,
+        ranks=1 if group is None else group.size,
     )
-    settings = (eps, num_members, activation)
+    settings = (eps, num_members, activation, group)
     if training and running_mean is not None and running_var is not None:
         return normalize_and_update(input, running_mean, running_var, None, weight, bias, residual, momentum, *settings)
     return normalize(input, running_mean, running_var, weight, bias, residual, training, *settings)[0]
@@ -354,11 +372,13 @@ def normalize_and_update(
     eps: float,
     num_members: int,
     activation: str,
+    group: StatisticsGroup | None = None,
 ) -> Tensor:
     """Return y by the batch's statistics and move the running ones, in one kernel where it can; arguments unchecked."""
     backend = _backend.backend_for(input, "ensemble_batch_norm_update")
     running = (running_mean, running_var)
-    if _is_one_kernel(backend, input, running, momentum):
+    ranks = 1 if group is None else group.size
+    if ranks == 1 and _is_one_kernel(backend, input, running, momentum):
         input = dense(input)
         if residual is not None:
             residual = dense_like(residual, input)
@@ -369,9 +389,9 @@ def normalize_and_update(
         changed = running if num_batches_tracked is None else (*running, num_batches_tracked)
         torch.autograd.graph.increment_version(changed)
         return y
-    y, mean, var = normalize(input, *running, weight, bias, residual, True, eps, num_members, activation)
+    y, mean, var = normalize(input, *running, weight, bias, residual, True, eps, num_members, activation, group)
     if input.numel() > 0:
-        n = input.numel() // mean.numel()
+        n = input.numel() // mean.numel() * ranks
         update_running(running_mean, mean, momentum)
         update_running(running_var, var * (n / (n - 1)), momentum)
     if num_batches_tracked is not None:

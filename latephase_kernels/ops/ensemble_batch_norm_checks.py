@@ -87,9 +87,23 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
 
 
 def check_arguments(
-    input, running_mean, running_var, weight, bias, training, momentum, eps, num_members, residual, activation
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    num_members,
+    residual,
+    activation,
+    ranks=1,
 ) -> None:
-    """Raise the exception that names the first argument that does not fit, what was expected, and the remedy."""
+    """Raise the exception that names the first argument that does not fit, what was expected, and the remedy.
+
+    `ranks` is how many hold as many rows as input has, where their statistics are common.
+    """
     check_num_members(_OP, num_members)
     _check_input(input, num_members)
     if not isinstance(training, bool):
@@ -104,7 +118,7 @@ def check_arguments(
             check_per_member(_OP, name, parameter, input, (per_member, per_member[1:]))
     if residual is not None:
         _check_residual(residual, input)
-    if training and 0 < input.numel() == num_members * input.size(1):
+    if training and 0 < input.numel() * ranks == num_members * input.size(1):
         raise ValueError(
             f"{_OP}: training needs more than one value a channel and member, got input of shape {list(input.shape)} "
             f"with num_members={num_members}; give each member a larger batch, or call with training=False"
