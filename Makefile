@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OPS_TESTS := tests/test_ensemble_batch_norm.py tests/test_member_gain.py tests/test_rank1_linear.py
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: demo test test-native test-triton test-compile check format wheel bench
@@ -14,8 +15,8 @@ test: test-native test-triton test-compile
 # Everything that runs natively, then the ops' tests again on each older instruction set.
 test-native: $(VENV)/.installed
 	$(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*'
-	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py tests/test_member_gain.py
-	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q tests/test_ensemble_batch_norm.py tests/test_member_gain.py
+	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q $(OPS_TESTS)
+	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q $(OPS_TESTS)
 
 # Triton kernels in the interpreter, in a process of its own.
 test-triton: $(VENV)/.installed

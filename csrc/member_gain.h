@@ -1,4 +1,4 @@
-// Member gain: sizes, argument checks and the two registered ops, shared by both devices.
+// Member gain: sizes, argument checks and the registered ops, shared by both devices.
 #pragma once
 
 #include "checks.h"
@@ -47,19 +47,35 @@ struct Ops {
 
   static Tensor forward(const Tensor& input, const Tensor& gain, const OptionalTensor& bias, int64_t channel_dim,
                         const std::string& activation) {
-    Call call = call_of(input, gain, bias, channel_dim, activation);
     Tensor y = torch::stable::empty_like(input);
+    forward_into(input, gain, bias, channel_dim, activation, y);
+    return y;
+  }
+
+  // Writes y, which may be input itself.
+  static void forward_into(const Tensor& input, const Tensor& gain, const OptionalTensor& bias, int64_t channel_dim,
+                           const std::string& activation, const Tensor& y) {
+    Call call = call_of(input, gain, bias, channel_dim, activation);
+    data_like(kOp, "out", y, input);
     call.y = y.mutable_data_ptr();
     Device::forward(call);
-    return y;
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& input, const Tensor& gain,
                                                      const OptionalTensor& bias, int64_t channel_dim,
                                                      const std::string& activation) {
-    Call call = call_of(input, gain, bias, channel_dim, activation);
-    const ScalarType sum = accumulation_type(input.scalar_type());
     Tensor dx = torch::stable::empty_like(input);
+    auto [dgain, dbias] = backward_into(dy, input, gain, bias, channel_dim, activation, dx);
+    return {dx, dgain, dbias};
+  }
+
+  // Writes dx, which may be dy itself.
+  static std::tuple<Tensor, Tensor> backward_into(const Tensor& dy, const Tensor& input, const Tensor& gain,
+                                                  const OptionalTensor& bias, int64_t channel_dim,
+                                                  const std::string& activation, const Tensor& dx) {
+    Call call = call_of(input, gain, bias, channel_dim, activation);
+    data_like(kOp, "out", dx, input);
+    const ScalarType sum = accumulation_type(input.scalar_type());
     Tensor dgain = empty(input, {call.sizes.K, call.sizes.C}, sum),
            dbias = empty(input, {call.sizes.K, call.sizes.C}, sum);
     call.dy = data_like(kOp, "dy", dy, input);
@@ -67,12 +83,14 @@ struct Ops {
     call.dgain = dgain.mutable_data_ptr();
     call.dbias = dbias.mutable_data_ptr();
     Device::backward(call);
-    return {dx, dgain, dbias};
+    return {dgain, dbias};
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("member_gain", TORCH_BOX(&Ops::forward));
     m.impl("member_gain_backward", TORCH_BOX(&Ops::backward));
+    m.impl("member_gain_into", TORCH_BOX(&Ops::forward_into));
+    m.impl("member_gain_backward_into", TORCH_BOX(&Ops::backward_into));
   }
 };
 

@@ -302,6 +302,24 @@ def test_opcheck(backend, bias, channels_last):
     ops = torch.ops.latephase_kernels
     torch.library.opcheck(ops.member_gain.default, (*leaves, 1, "relu"))
     torch.library.opcheck(ops.member_gain_backward.default, (dy, x, gain, bias, 1, "relu"))
+    torch.library.opcheck(ops.member_gain_into.default, (x, gain, bias, 1, "relu", torch.empty_like(x)))
+    out = torch.empty_like(dy)
+    torch.library.opcheck(ops.member_gain_backward_into.default, (dy, x, gain, bias, 1, "relu", out))
+
+
+@pytest.mark.parametrize("channels_last", LAYOUTS)
+def test_in_place_is_bit_identical(backend, channels_last):
+    if backend == "reference":
+        pytest.skip("the reference is no registered op")
+    x, gain, bias, dy = make_inputs((4, 37, 3, 3), 2, torch.float32, channels_last=channels_last).values()
+    ops, rest = torch.ops.latephase_kernels, (gain, bias, 1, "relu")
+    y, (dx, *sums) = ops.member_gain(x, *rest), ops.member_gain_backward(dy, x, *rest)
+    sums_in_place = ops.member_gain_backward_into(dy, x, *rest, dy)
+    ops.member_gain_into(x, *rest, x)
+    assert torch.equal(x, y) and torch.equal(dy, dx)
+    assert all(torch.equal(*pair) for pair in zip(sums_in_place, sums))
+    with pytest.raises(RuntimeError, match="member_gain: out must have input's shape"):
+        ops.member_gain_into(x, *rest, x[:2])
 
 
 @pytest.mark.parametrize("channel_dim", [1, -1])

@@ -9,6 +9,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import latephase_kernels as lp
 from latephase_kernels.ops import rank1_linear as module
+from latephase_kernels.ops import rank1_linear_by_rows as by_rows
+from latephase_kernels.ops import rank1_linear_folded as folded
 
 rank1_linear = lp.functional.rank1_linear
 NAMES = ("x", "weight", "s", "r", "bias")
@@ -22,11 +24,16 @@ def poison_unwritten_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["folded", "by rows", "by rows without kernels"])
+@pytest.fixture(
+    params=["folded", "folded one by one", "by rows", "by rows one by one", "by rows without kernels"],
+)
 def way(request, monkeypatch):
-    """Both ways for every shape, whatever the rule would choose; the gains' passes also in plain PyTorch."""
-    monkeypatch.setattr(module, "_folds", lambda *sizes: request.param == "folded")
-    lp.set_backend("reference" if request.param == "by rows without kernels" else "auto")
+    """Both ways for every shape, whatever the rule would choose; members together and one after the other."""
+    monkeypatch.setattr(module, "_folds", lambda *sizes: request.param.startswith("folded"))
+    if request.param.endswith("one by one"):
+        monkeypatch.setattr(folded, "_CACHED_VALUES", 1)
+        monkeypatch.setattr(by_rows, "_CHUNK_ROWS", 1)
+    lp.set_backend("reference" if request.param.endswith("without kernels") else "auto")
     yield
     lp.set_backend("auto")
 
@@ -267,6 +274,57 @@ def test_opcheck(way):
         _, product = torch.ops.latephase_kernels.rank1_linear.default(*detached)
         for kept in (product, None):
             torch.library.opcheck(backward, (inputs["dy"], *detached, kept, needs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own_type", [True, False], ids=["weight in the data's type", "weight in float32"])
+def test_the_ops_around_the_products(dtype, own_type):
+    """Against their formulas in float64; rows and columns beside a whole register and a whole part."""
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    for K, out_features, in_features in ((1, 1, 1), (3, 37, 33), (2, 64, 16), (2, 70, 131)):
+        inputs = make_inputs((K,), K, in_features, out_features)
+        weight = inputs["weight"].to(dtype if own_type else accumulate)
+        s, r = inputs["s"].to(accumulate), inputs["r"].to(accumulate)
+        products = torch.randn(K, out_features, in_features, dtype=torch.float64).to(dtype)
+        wide = [t.double() for t in (products, weight, s, r)]
+        eps = torch.finfo(accumulate).eps
+
+        own = torch.empty_like(products)
+        torch.ops.latephase_kernels.rank1_fold(weight, s, r, own)
+        truth = torch.empty_like(wide[0])
+        folded._fold(*wide[1:], truth)
+        error, scale = (own.double() - truth).abs(), truth.abs()
+        assert (error <= (torch.finfo(dtype).eps + 4 * eps) * scale + torch.finfo(dtype).smallest_normal).all()
+
+        start = torch.randn(out_features, in_features, dtype=torch.float64).to(accumulate)
+        dweight, true_dweight = start.clone(), start.double()
+        found = torch.ops.latephase_kernels.rank1_fold_backward(products, weight, s, r, dweight)
+        expected = folded._fold_backward(*wide, true_dweight)
+        for value, true in zip((dweight, *found), (true_dweight, *expected)):
+            assert value.dtype == accumulate
+            torch.testing.assert_close(value.double(), true, rtol=0, atol=64 * eps * max(1, true.abs().max().item()))
+        alone = torch.ops.latephase_kernels.rank1_fold_backward(products, weight, s, r, None)
+        assert all(torch.equal(*pair) for pair in zip(alone, found))
+        torch.library.opcheck(torch.ops.latephase_kernels.rank1_fold.default, (weight, s, r, own))
+        backward = torch.ops.latephase_kernels.rank1_fold_backward.default
+        torch.library.opcheck(backward, (products, weight, s, r, dweight))
+
+
+def test_wrong_arguments_of_the_ops_around_the_products():
+    weight, s, r, products = torch.ones(4, 5), torch.ones(3, 5), torch.ones(3, 4), torch.ones(3, 4, 5)
+    wrong = [
+        ("folded weights must be contiguous", (weight, s, r, products.mT)),
+        ("weight must be contiguous", (weight.t(), s, r, products)),
+        ("input_gain must be contiguous, .3, 5.", (weight, s[:2], r, products)),
+        ("output_gain must be contiguous, .3, 4.", (weight, s, s, products)),
+        ("weight must have the data's type", (weight.double(), s, r, products)),
+        ("gains must have the accumulation type", (weight, s.bfloat16(), r, products)),
+    ]
+    for message, arguments in wrong:
+        with pytest.raises(RuntimeError, match="rank1_linear: " + message):
+            torch.ops.latephase_kernels.rank1_fold(*arguments)
+    with pytest.raises(RuntimeError, match="rank1_linear: dweight must be contiguous"):
+        torch.ops.latephase_kernels.rank1_fold_backward(products, weight, s, r, weight[:2])
 
 
 def test_wrong_arguments():

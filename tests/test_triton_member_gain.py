@@ -153,3 +153,15 @@ def test_opcheck(memory_format):
     torch.library.opcheck(registry.op(registry.TRITON, "member_gain"), (*leaves, 1, "relu"), test_utils=utils)
     backward = registry.op(registry.TRITON, "member_gain_backward")
     torch.library.opcheck(backward, (dy, input, gain, bias, 1, "relu"), test_utils=utils)
+
+
+@pytest.mark.parametrize("channel_dim", [1, 3])
+def test_in_place_is_bit_identical(channel_dim):
+    x, gain, bias, dy = make(2, (4, 5, 3, 5), channel_dim)
+    rest = (gain, bias, channel_dim, "relu")
+    y, (dx, *sums) = kernels.member_gain(x, *rest), kernels.member_gain_backward(dy, x, *rest)
+    into = (registry.op(registry.TRITON, f"member_gain{name}_into") for name in ("_backward", ""))
+    sums_in_place = next(into)(dy, x, *rest, dy)
+    next(into)(x, *rest, x)
+    assert torch.equal(x, y) and torch.equal(dy, dx)
+    assert all(torch.equal(*pair) for pair in zip(sums_in_place, sums))

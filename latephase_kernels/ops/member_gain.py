@@ -31,6 +31,14 @@ def _fake_backward(dy, input, gain, bias, channel_dim, activation):
     return torch.empty_like(input), dgain, torch.empty_like(dgain)
 
 
+def _fake_into(input, gain, bias, channel_dim, activation, out):
+    return None
+
+
+def _fake_backward_into(dy, input, gain, bias, channel_dim, activation, out):
+    return _fake_backward(dy, input, gain, bias, channel_dim, activation)[1:]
+
+
 _ARGUMENTS = "Tensor input, Tensor gain, Tensor? bias, int channel_dim, str activation"
 
 registry.define("member_gain", f"({_ARGUMENTS}) -> Tensor", _fake_forward, op_file="member_gain")
@@ -38,6 +46,13 @@ registry.define(
     "member_gain_backward",
     f"(Tensor dy, {_ARGUMENTS}) -> (Tensor dx, Tensor dgain, Tensor dbias)",
     _fake_backward,
+    op_file="member_gain",
+)
+registry.define("member_gain_into", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", _fake_into, op_file="member_gain")
+registry.define(
+    "member_gain_backward_into",
+    f"(Tensor dy, {_ARGUMENTS}, Tensor(a!) out) -> (Tensor dgain, Tensor dbias)",
+    _fake_backward_into,
     op_file="member_gain",
 )
 

@@ -10,7 +10,7 @@ left, and nothing but the arguments is kept. Neither divides by a gain.
 
 Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of PyTorch's own operators and of member_gain,
 the same on every device; in Triton products with the gains inside. `product` is what the first keeps for the second,
-[K·R, out], or empty; without it the second computes it again.
+[K, R, out], or empty; without it the second computes it again.
 """
 
 import math
@@ -19,9 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import member_gain as member_gain_reference
 from ..reference import rank1_linear as reference
 from ..reference.precision import accumulation_dtype
+from . import rank1_linear_by_rows as by_rows
+from . import rank1_linear_folded as folded
 from . import registry
 from .autocast import without_autocast
 from .double_backward import aliases
@@ -29,148 +30,37 @@ from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
 
-_ENOUGH_ROWS = 192
-_CACHED_VALUES = 1 << 18
+_PASSES_OVER_WEIGHT = 1.5
 
 
 def _folds(rows: int, in_features: int, out_features: int) -> bool:
-    """Whether the gains go into the weight: when 1 / R ≤ 1 / 192 + 1 / in + 1 / out.
+    """Whether the gains go into the weight: when R · (in + out) ≥ 1.5 · in · out.
 
-    Folding moves some 10 · in · out values a member, in cache. Not folding moves some 10 · R · (in + out), and takes
-    the product once more: R · in · out multiplications, measured to last as long as the folding at R = 192.
-    K has no say: a member's result must not depend on how many others there are.
+    That passes over [out, in] a member, otherwise over [R, in] and [R, out] as often; the factor is where both were
+    measured to last equally long on a CPU. K has no say: a member's result must not depend on how many others there
+    are.
     """
-    size = in_features * out_features
-    return rows * (size + _ENOUGH_ROWS * (in_features + out_features)) >= _ENOUGH_ROWS * size
+    return rows * (in_features + out_features) >= _PASSES_OVER_WEIGHT * in_features * out_features
 
 
-def _chunks(num_members: int, weight: Tensor) -> list[slice]:
-    """Members whose folded weights exist at one time: on the CPU no more than stay in cache, else all."""
-    at_once = num_members
-    if weight.device.type == "cpu":
-        at_once = min(num_members, max(1, _CACHED_VALUES // max(1, weight.numel())))
-    return [slice(first, min(first + at_once, num_members)) for first in range(0, num_members, at_once)]
-
-
-def _buffer(weight: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:
-    """[members of one chunk, out, in], which every chunk uses again: fresh memory would not be in cache."""
-    return weight.new_empty(chunks[0].stop, *weight.shape, dtype=dtype)
-
-
-def _fold(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.dtype, out: Tensor) -> Tensor:
-    """Return W ∘ (r_k s_kᵀ) of a chunk of members in dtype; gains and `out` in the accumulation type."""
-    return torch.mul(weight, input_gain.unsqueeze(1), out=out).mul_(output_gain.unsqueeze(2)).to(dtype)
-
-
-# ---------------------------------------------------------------------------------------------- passes over rows
-
-
-def _multiply(x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x ∘ gain_k + bias, x [K·R, C]."""
-    namespace = registry.namespace_for(x, "member_gain")
-    if namespace is None:
-        return member_gain_reference.member_gain(x, gain, bias, 1, "none")
-    return registry.op(namespace, "member_gain")(x, gain, bias, 1, "none")
-
-
-def _multiply_backward(dy: Tensor, x: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dy ∘ gain_k, and each member's column sums of dy ∘ x and of dy, [K, C]."""
-    namespace = registry.namespace_for(x, "member_gain")
-    if namespace is None:
-        by_member = (gain.size(0), x.size(0) // gain.size(0), x.size(1))
-        wide = dy.to(accumulation_dtype(x.dtype)).view(by_member)
-        dx = member_gain_reference.member_gain(dy, gain, None, 1, "none")
-        return dx, (wide * x.view(by_member)).sum(1), wide.sum(1)
-    return registry.op(namespace, "member_gain_backward")(dy, x, gain, None, 1, "none")
-
-
-# ---------------------------------------------------------------------------------------------- forward
+# ---------------------------------------------------------------------------------------------- the native op
 
 
 def _rows(tensor: Tensor, num_members: int) -> Tensor:
     """[K·B, *, C] to a contiguous [K, R, C]."""
     *leading, channels = tensor.shape
-    return tensor.reshape(num_members, torch.Size(leading).numel() // num_members, channels).contiguous()
+    return tensor.reshape(num_members, math.prod(leading) // num_members, channels).contiguous()
 
 
 def _forward(input, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tensor]:
     """Return y and the product before its gain, empty where the gains went into the weight."""
-    num_members, accumulate = input_gain.size(0), accumulation_dtype(input.dtype)
-    x = _rows(input, num_members)
-    _, rows, in_features = x.shape
-    out_features = weight.size(0)
+    x = _rows(input, input_gain.size(0))
     with without_autocast(x.device):
-        if _folds(rows, in_features, out_features):
-            y, product = x.new_empty(num_members, rows, out_features), x.new_empty(0)
-            s, r = input_gain.to(accumulate), output_gain.to(accumulate)
-            shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
-            chunks = _chunks(num_members, weight)
-            buffer = _buffer(weight, chunks, accumulate)
-            for some in chunks:
-                weights = _fold(weight, s[some], r[some], x.dtype, buffer[: some.stop - some.start]).mT
-                if shift is None:
-                    torch.bmm(x[some], weights, out=y[some])
-                else:
-                    torch.baddbmm(shift[some], x[some], weights, out=y[some])
+        if _folds(x.size(1), *reversed(weight.shape)):
+            y, product = folded.forward(x, weight, input_gain, output_gain, bias), x.new_empty(0)
         else:
-            scaled = _multiply(x.flatten(0, 1), input_gain.contiguous())
-            product = scaled @ weight.to(x.dtype).t()
-            y = _multiply(product, output_gain.contiguous(), None if bias is None else bias.contiguous())
-    return y.view(*input.shape[:-1], out_features), product
-
-
-# ---------------------------------------------------------------------------------------------- backward
-
-
-def _backward_folded(dy, x, weight, input_gain, output_gain, needs) -> list[Tensor | None]:
-    """Return dx, dW, ds, dr and None; the last three from H_k = dy_kᵀ x_k.
-
-    dW = Σ_k (r_k s_kᵀ) ∘ H_k,   ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k)
-    """
-    needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
-    num_members, accumulate = input_gain.size(0), accumulation_dtype(x.dtype)
-    s, r = input_gain.to(accumulate), output_gain.to(accumulate)
-    dx = torch.empty_like(x) if needs_input else None
-    dweight = torch.zeros_like(weight, dtype=accumulate) if needs_weight else None
-    ds, dr = torch.empty_like(s), torch.empty_like(r)
-    chunks = _chunks(num_members, weight)
-    buffer, product = (_buffer(weight, chunks, dtype) for dtype in (accumulate, x.dtype))
-    for some in chunks:
-        own = buffer[: some.stop - some.start]
-        if dx is not None:
-            torch.bmm(dy[some], _fold(weight, s[some], r[some], x.dtype, own), out=dx[some])
-        if not (needs_weight or needs_input_gain or needs_output_gain):
-            continue
-        h = torch.bmm(dy[some].mT, x[some], out=product[: len(own)]).to(accumulate)
-        if needs_input_gain or needs_output_gain:
-            of_gains = torch.mul(h, weight, out=own)
-            torch.bmm(r[some].unsqueeze(1), of_gains, out=ds[some].unsqueeze(1))
-            torch.bmm(of_gains, s[some].unsqueeze(2), out=dr[some].unsqueeze(2))
-        if dweight is not None:
-            for of_member, gain in zip(h.mul_(r[some].unsqueeze(2)), s[some]):
-                dweight.addcmul_(of_member, gain)
-    return [dx, dweight, ds, dr, None]
-
-
-def _backward_by_rows(dy, x, weight, input_gain, output_gain, product, needs) -> list[Tensor | None]:
-    """Return dx, dW, ds, dr and dbias [K, out]; dr from the product before its gain, which None asks to compute."""
-    needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
-    s, r, weight = input_gain.contiguous(), output_gain.contiguous(), weight.to(x.dtype)
-    dy, x = dy.flatten(0, 1), x.flatten(0, 1)
-    dx = dweight = ds = dr = dbias = None
-    if needs_output_gain:
-        if product is None:
-            product = _multiply(x, s) @ weight.t()
-        dproduct, dr, dbias = _multiply_backward(dy, product, r)
-    else:
-        dproduct = _multiply(dy, r)
-    if needs_weight:
-        dweight = dproduct.t() @ _multiply(x, s)
-    if needs_input_gain:
-        dx, ds, _ = _multiply_backward(dproduct @ weight, x, s)
-    elif needs_input:
-        dx = _multiply(dproduct @ weight, s)
-    return [dx, dweight, ds, dr, dbias]
+            y, product = by_rows.forward(x, weight, input_gain, output_gain, bias)
+    return y.view(*input.shape[:-1], weight.size(0)), product
 
 
 def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: Sequence[bool]) -> list[Tensor]:
@@ -179,9 +69,9 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
     x, dy = _rows(input, num_members), _rows(dy, num_members)
     with without_autocast(x.device):
         if _folds(x.size(1), *reversed(weight.shape)):
-            gradients = _backward_folded(dy, x, weight, input_gain, output_gain, needs)
+            gradients = folded.backward(dy, x, weight, input_gain, output_gain, needs)
         else:
-            gradients = _backward_by_rows(dy, x, weight, input_gain, output_gain, product, needs)
+            gradients = by_rows.backward(dy, x, weight, input_gain, output_gain, product, needs)
     if needs[4]:
         dbias = dy.sum(1, dtype=accumulation_dtype(dy.dtype)) if gradients[4] is None else gradients[4]
         gradients[4] = dbias if bias.dim() == 2 else dbias.sum(0)
@@ -197,10 +87,11 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
 
 def _fake_forward(input, weight, input_gain, output_gain, bias):
     y = input.new_empty(*input.shape[:-1], weight.size(0))
-    all_rows = math.prod(input.shape[:-1])
-    if _folds(all_rows // input_gain.size(0), *reversed(weight.shape)):
+    num_members = input_gain.size(0)
+    rows = math.prod(input.shape[:-1]) // num_members
+    if _folds(rows, *reversed(weight.shape)):
         return y, input.new_empty(0)
-    return y, input.new_empty(all_rows, weight.size(0))
+    return y, input.new_empty(num_members, rows, weight.size(0))
 
 
 def _fake_triton_forward(input, weight, input_gain, output_gain, bias):
@@ -321,10 +212,10 @@ def rank1_linear(
         NotImplementedError: a dtype or tensor layout that is not supported.
 
     Cost:
-        With many rows a member (R; 1 / R ≤ 1 / 192 + 1 / in + 1 / out): the plain layer's products, and some ten passes
-        over [out, in] a member; saved for backward: the arguments. With few: the plain layer's products, two passes
-        over rows forward and three backward; saved beside the arguments: the product before its gain, as large as the
-        output. Gradients that are to be differentiated again come from the plain formula.
+        The plain layer's products and, with many rows a member (R · (in + out) ≥ 1.5 · in · out), some ten passes over
+        [out, in] a member; with fewer, two passes over rows forward and three backward, and saved beside the arguments
+        the product before its gain, as large as the output. Gradients that are to be differentiated again come from the
+        plain formula.
 
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """

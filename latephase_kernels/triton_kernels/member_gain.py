@@ -150,16 +150,23 @@ def member_gain(
 ) -> Tensor:
     """Return y in input's layout."""
     y = torch.empty_like(input)
+    member_gain_into(input, gain, bias, channel_dim, activation, y)
+    return y
+
+
+def member_gain_into(
+    input: Tensor, gain: Tensor, bias: Tensor | None, channel_dim: int, activation: str, out: Tensor
+) -> None:
+    """Write y into out, which may be input itself."""
     if input.numel() == 0:
-        return y
+        return
     sizes = _sizes(input, gain, channel_dim)
     plan = reduction(sizes)
     with on_device(input):
         _forward_kernel[(sizes.members * plan.splits * plan.channel_blocks,)](
-            aligned(input), aligned(gain.contiguous()), aligned(contiguous(bias)), y,
+            aligned(input), aligned(gain.contiguous()), aligned(contiguous(bias)), out,
             **_launch_arguments(sizes, plan, bias, activation),
         )  # fmt: skip
-    return y
 
 
 def member_gain_backward(
@@ -172,19 +179,26 @@ def member_gain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dgain, dbias); the last two [K, C] in float32 (float64 for float64)."""
     dx = torch.empty_like(input)
+    return dx, *member_gain_backward_into(dy, input, gain, bias, channel_dim, activation, dx)
+
+
+def member_gain_backward_into(
+    dy: Tensor, input: Tensor, gain: Tensor, bias: Tensor | None, channel_dim: int, activation: str, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write dx into out, which may be dy itself; return (dgain, dbias)."""
     dgain = input.new_empty(gain.shape, dtype=accumulation_dtype(input.dtype))
     dbias = torch.empty_like(dgain)
     if input.numel() == 0:
-        return dx, dgain.zero_(), dbias.zero_()
+        return dgain.zero_(), dbias.zero_()
     sizes = _sizes(input, gain, channel_dim)
     plan = reduction(sizes)
     groups = dgain.numel()
     partials = new_partials(input, 2, plan.splits, groups)
     with on_device(input):
         _backward_kernel[(sizes.members * plan.splits * plan.channel_blocks,)](
-            aligned(dy), aligned(input), aligned(gain.contiguous()), aligned(contiguous(bias)), dx, dgain, dbias,
+            aligned(dy), aligned(input), aligned(gain.contiguous()), aligned(contiguous(bias)), out, dgain, dbias,
             partials, groups=groups, **_launch_arguments(sizes, plan, bias, activation),
         )  # fmt: skip
         if partials is not None:
             merge_sums(dgain, dbias, partials)
-    return dx, dgain, dbias
+    return dgain, dbias
