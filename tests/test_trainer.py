@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import latephase_kernels as lp
 from latephase_kernels.data import ImageSet
@@ -192,6 +193,36 @@ def test_a_loss_that_is_not_finite_stops_the_run():
         trainer.state_dict()
     with pytest.raises(FloatingPointError, match="loss of minibatch 2"):
         trainer.read_loss()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what makes the host wait for the device: reading a value, and shapes that depend on values."""
+
+    waiting = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "bincount")
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator.overloadpacket.__name__ not in self.waiting, f"{operator} waits for the device"
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"skip_nonfinite": True}, {"late": Late(start=8 / 6, members=K, member_chunk=2)}]
+)
+def test_a_step_waits_for_nothing(changes, monkeypatch):
+    """Before T0, at it (expansion reads values: it is let pass) and after it."""
+    trainer = Trainer(recipe(**changes), data())
+    trainer.step()  # draws the first epoch
+    for _ in range(5):
+        with NoWaiting():
+            trainer.step()
+    while not trainer.expanded:
+        trainer.step()
+    with NoWaiting():
+        trainer.step()
+    account = trainer._account
+    monkeypatch.setattr(trainer, "_account", lambda loss, *more: (loss.item(), account(loss, *more)))
+    with pytest.raises(AssertionError, match="_local_scalar_dense.* waits for the device"), NoWaiting():
+        trainer.step()
 
 
 def test_metrics():
