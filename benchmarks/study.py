@@ -122,6 +122,11 @@ def train(job: tuple[Path, str, tuple[str, ...], int]) -> bool:
     return True
 
 
+def lower_priority() -> None:
+    """Leave the machine to others: niceness 10, or what it is where that is more."""
+    os.nice(max(0, 10 - os.nice(0)))
+
+
 def jobs_of(study: Study, seeds: int, runs: Path) -> list[tuple[Path, str, tuple[str, ...], int]]:
     """Return every run that the study needs, each once, seed by seed."""
     jobs = {}
@@ -172,7 +177,7 @@ def run_study(name: str, *, seeds: int, jobs: int, runs: Path, results: Path, do
         finished = all(map(train, todo))  # stops at the first that was interrupted
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=os.nice, initargs=(10,)) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=lower_priority) as pool:
             finished = all(pool.map(train, todo))
     if not finished:
         print("interrupted; the same command goes on")
@@ -214,8 +219,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seeds < 2 or arguments.jobs < 1:
         parser.error(f"--seeds must be at least 2 and --jobs at least 1, got {arguments.seeds} and {arguments.jobs}")
-    if arguments.jobs == 1:
-        os.nice(10)
+    lower_priority()
     places = {"runs": arguments.runs, "results": ROOT / "benchmarks" / "results", "docs": ROOT / "docs"}
     finished = [run_study(name, seeds=arguments.seeds, jobs=arguments.jobs, **places) for name in arguments.names]
     return 0 if all(finished) else 130
