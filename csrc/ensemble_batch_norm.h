@@ -59,7 +59,7 @@ struct Ops {
     f.weight = affine(kOp, "weight", weight, input, f.sizes);
     f.bias = affine(kOp, "bias", bias, input, f.sizes);
     if (residual.has_value()) f.residual = data_like(kOp, "residual", *residual, input);
-    Tensor y = torch::stable::empty_like(input);
+    Tensor y = empty_as(input);
     Tensor mask = new_mask(input, f.sizes, f.relu && residual.has_value());
     f.y = y.mutable_data_ptr();
     f.mask = mask.numel() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
@@ -169,8 +169,8 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor> input_gradients(Backward& b, const Tensor& input, double count,
                                                     bool residual_grad) {
-    Tensor dx = torch::stable::empty_like(input);
-    Tensor dresidual = residual_grad ? torch::stable::empty_like(input) : empty(input, {0}, input.scalar_type());
+    Tensor dx = empty_as(input);
+    Tensor dresidual = residual_grad ? empty_as(input) : empty(input, {0}, input.scalar_type());
     b.count = count;
     b.dx = dx.mutable_data_ptr();
     b.dresidual = residual_grad ? dresidual.mutable_data_ptr() : nullptr;

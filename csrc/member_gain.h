@@ -47,7 +47,7 @@ struct Ops {
 
   static Tensor forward(const Tensor& input, const Tensor& gain, const OptionalTensor& bias, int64_t channel_dim,
                         const std::string& activation) {
-    Tensor y = torch::stable::empty_like(input);
+    Tensor y = empty_as(input);
     forward_into(input, gain, bias, channel_dim, activation, y);
     return y;
   }
@@ -64,7 +64,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& input, const Tensor& gain,
                                                      const OptionalTensor& bias, int64_t channel_dim,
                                                      const std::string& activation) {
-    Tensor dx = torch::stable::empty_like(input);
+    Tensor dx = empty_as(input);
     auto [dgain, dbias] = backward_into(dy, input, gain, bias, channel_dim, activation, dx);
     return {dx, dgain, dbias};
   }
