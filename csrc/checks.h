@@ -46,6 +46,18 @@ inline const void* data_like(const char* op, const char* name, const Tensor& t, 
   return t.const_data_ptr();
 }
 
+// Raises unless every tensor that is there lies on the input's device.
+inline void check_devices(const char* op, const Tensor& input, std::initializer_list<const Tensor*> others) {
+  const auto place = [](const Tensor& t) {
+    int32_t type, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+    return std::pair(type, index);
+  };
+  for (const Tensor* other : others)
+    STD_TORCH_CHECK(other == nullptr || place(*other) == place(input), op, ": all tensors must be on input's device");
+}
+
 inline Affine affine(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, const Sizes& s) {
   if (!t.has_value()) return {};
   const bool per_member = t->dim() == 2 && t->size(0) == s.K && t->size(1) == s.C;

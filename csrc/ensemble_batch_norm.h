@@ -90,13 +90,20 @@ struct Ops {
     return {y, mean, rstd, var, mask};
   }
 
-  // The whole forward in training, which moves the running statistics as well.
+  // The whole forward in training, which moves the running statistics as well. Eager calls come here unchecked: what
+  // is not right raises before anything changes, and Python then says which argument it was.
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update(
       const Tensor& input, const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& batches,
       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double momentum,
       double eps, int64_t num_members, const std::string& activation) {
     const Sizes s = sizes_of(input, num_members);
+    const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
+    check_devices(kOp, input,
+                  {&running_mean, &running_var, given(batches), given(weight), given(bias), given(residual)});
+    STD_TORCH_CHECK(input.dim() <= 5, "ensemble_batch_norm: input must have at most 3 spatial dimensions");
     STD_TORCH_CHECK(s.n() > 1, "ensemble_batch_norm: training needs more than one value a channel and member");
+    STD_TORCH_CHECK(std::isfinite(eps) && eps > 0, "ensemble_batch_norm: eps must be finite and > 0 in training");
+    STD_TORCH_CHECK(std::isfinite(momentum), "ensemble_batch_norm: momentum must be finite");
     check_statistic("running_mean", running_mean, input, s);
     check_statistic("running_var", running_var, input, s);
     if (batches.has_value()) {

@@ -20,6 +20,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace latephase {
 
@@ -27,8 +28,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A new tensor of like's device, through the C shim itself: torch::stable::new_empty looks its operator up at each call,
-// which takes longer than a small kernel.
+// A new tensor of like's device, through the C shim itself: torch::stable::new_empty looks its operator up at each
+// call, which takes longer than a small kernel.
 inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
                             int32_t dtype) {
   int32_t device_type, device_index;

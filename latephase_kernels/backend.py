@@ -17,6 +17,7 @@ _SUPPORTED_DTYPES = {
 
 _load_failures: dict[str, str] = {}  # device type → why its compiled kernels are missing
 _missing_ops: dict[tuple[str, str], str] = {}  # (op, device type) → why a library that did load cannot run it
+_native: set[tuple] = set()  # (dtype, device, op) found to run natively under the choice in force
 _choice = "auto"
 _warned: set[str] = set()
 
@@ -90,6 +91,9 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     Raises:
         RuntimeError: set_backend chose one that cannot run this tensor.
     """
+    kind = (tensor.dtype, tensor.device, op)
+    if kind in _native:
+        return "native"
     if _choice != "auto":
         failure = _failure(_choice, tensor, op)
         if failure is not None:
@@ -100,6 +104,8 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     candidates = ("native", "triton") if tensor.device.type == "cuda" else ("native",)
     for candidate in candidates:
         if _failure(candidate, tensor, op) is None:
+            if candidate == "native":
+                _native.add(kind)
             return candidate
     _warn_once(tensor.device.type, op)
     return "reference"
@@ -131,6 +137,7 @@ def set_backend(backend: str) -> None:
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise RuntimeError("set_backend: the package triton is not installed; pip install triton")
     _choice = backend
+    _native.clear()
 
 
 _load_all()

@@ -112,22 +112,27 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         members = self.active_members()
         if isinstance(members, str):
             return self._average(input, residual, activation)
-        running_mean, running_var, weight, bias = (
-            self._members_of(members, tensor)
-            for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
-        )
-        training = self.training or self.running_mean is None or self.running_var is None
+        running_mean, running_var = self.running_mean, self.running_var
+        weight, bias, tracked = self.weight, self.bias, self.num_batches_tracked
+        num_members = len(members)
+        if num_members != self.num_members:
+            running_mean, running_var, weight, bias, tracked = (
+                self._members_of(members, tensor) for tensor in (running_mean, running_var, weight, bias, tracked)
+            )
+        if self._updates():
+            momentum = self._momentum(tracked, input)
+            return normalize_and_update(
+                input, running_mean, running_var, tracked, weight, bias, residual,
+                momentum, self.eps, num_members, activation, self._statistics_ranks(),
+            )  # fmt: skip
+        training = self.training or running_mean is None or running_var is None
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
-        updates, group = self._updates(), self._statistics_ranks()
-        tracked = self._members_of(members, self.num_batches_tracked) if updates else None
-        statistics, affine = (running_mean, running_var), (weight, bias)
-        momentum, settings = self._momentum(tracked, input), (self.eps, len(members), activation)
+        statistics, affine, group = (running_mean, running_var), (weight, bias), self._statistics_ranks()
+        settings = (self.eps, num_members)
         ranks = 1 if group is None else group.size
-        check_arguments(input, *statistics, *affine, training, momentum, *settings[:2], residual, activation, ranks)
-        if updates:
-            return normalize_and_update(input, *statistics, tracked, *affine, residual, momentum, *settings, group)
-        return normalize(input, *statistics, *affine, residual, training, *settings, group)[0]
+        check_arguments(input, *statistics, *affine, training, 0.0, *settings, residual, activation, ranks)
+        return normalize(input, *statistics, *affine, residual, training, *settings, activation, group)[0]
 
     def _statistics_ranks(self) -> StatisticsGroup | None:
         return self.statistics_group

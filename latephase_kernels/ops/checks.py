@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_activation(op: str, activation: str) -> None:
@@ -21,7 +21,7 @@ def check_input(op: str, input: Tensor) -> None:
         raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
     if input.layout != torch.strided or input.is_nested:
         raise NotImplementedError(f"{op}: input must be a dense strided tensor, got layout {input.layout}")
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         raise NotImplementedError(
             f"{op}: input must be float32, float64, bfloat16 or float16, got {input.dtype}; convert it with .float()"
         )

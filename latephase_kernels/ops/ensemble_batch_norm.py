@@ -22,17 +22,13 @@ from torch import Tensor
 from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from . import registry
-from .double_backward import aliases
+from .checks import DTYPES
+from .ensemble_batch_norm_autograd import Normalize, NormalizeAndUpdate, backward, setup_context
 from .ensemble_batch_norm_checks import check_arguments
 from .ensemble_batch_norm_synchronized import StatisticsGroup, normalize_synchronized
-from .layout import dense, dense_like
+from .layout import dense, dense_like, rows_of_channels
 
 # ---------------------------------------------------------------------------------------------- layout
-
-
-def _rows_of_channels(input: Tensor) -> bool:
-    """Whether a run of memory holds the channels of one position, rather than the positions of one channel."""
-    return input.shape[2:].numel() == 1 or not input.is_contiguous()
 
 
 def mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[int]:
@@ -43,7 +39,7 @@ def mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[
     """
     if residual is None or activation == "none":
         return [0]
-    columns = input.size(1) if _rows_of_channels(input) else input.shape[2:].numel()
+    columns = input.size(1) if rows_of_channels(input) else input.shape[2:].numel()
     return [input.numel() // columns if columns else 0, (columns + 7) // 8]
 
 
@@ -81,6 +77,11 @@ def _fake_update(
     num_members,
     activation,
 ):
+    others = (running_mean, running_var, num_batches_tracked, weight, bias, residual)
+    if any(tensor is not None and tensor.device != input.device for tensor in others):
+        raise RuntimeError(
+            "ensemble_batch_norm: all tensors must be on input's device"
+        )  # one of them on meta leads here
     return _fake_forward(input, None, None, weight, bias, residual, True, eps, num_members, activation)
 
 
@@ -99,6 +100,8 @@ def _fake_backward(dy, input, mean, rstd, weight, bias, mask, training, num_memb
     return torch.empty_like(input), *_fake_statistics(input, num_members), dresidual
 
 
+_NAMESPACES = {"native": registry.NATIVE, "triton": registry.TRITON}
+_STATISTIC = {dtype: reference.accumulation_dtype(dtype) for dtype in DTYPES}  # the type of an input's statistics
 _SAVED = "Tensor dy, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor mask"
 
 for _name, _schema, _fake in (
@@ -147,118 +150,9 @@ for _name, _schema, _fake in (
 ):
     registry.define(_name, _schema, _fake, op_file="ensemble_batch_norm")
 
-# ---------------------------------------------------------------------------------------------- autograd
-
-
-def _affine_grad(grad: Tensor, parameter: Tensor | None, needed: bool) -> Tensor | None:
-    """Turn a [K, C] sum into the gradient of a [K, C] or shared [C] parameter, or None."""
-    if parameter is None or not needed:
-        return None
-    return (grad if parameter.dim() == 2 else grad.sum(0)).to(parameter.dtype)
-
-
-def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
-    """Return the gradients of (input, weight, bias, residual) for the context that _save filled."""
-    input, weight, bias, mean, rstd, mask = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias, needs_residual = ctx.needs
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, weight, bias)):
-        return _differentiable_gradients(ctx, dy)
-    dy = dense_like(dy, input)
-    write_dresidual = needs_residual and ctx.activation != "none"
-    dx, dweight, dbias, dresidual = registry.op(namespace, "ensemble_batch_norm_backward")(
-        dy, input, mean, rstd, weight, bias, mask, ctx.training, ctx.num_members, ctx.activation, write_dresidual
-    )
-    return (
-        dx if needs_input else None,
-        _affine_grad(dweight, weight, needs_weight),
-        _affine_grad(dbias, bias, needs_bias),
-        (dresidual if write_dresidual else dy) if needs_residual else None,
-    )
-
-
-def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
-    """The same gradients by the reference formula, so that they can be differentiated again."""
-    input, weight, bias, mean, rstd, mask = aliases(ctx.saved_tensors)
-    running_var = None if ctx.training else rstd.double().pow(-2).to(rstd.dtype) - ctx.eps
-    y, _, _ = reference.ensemble_batch_norm(
-        input, mean, running_var, weight, bias, None, ctx.training, ctx.eps, ctx.num_members, "none"
-    )
-    if mask.numel():
-        passed = _unpack_mask(mask, input)
-    else:
-        passed = ~(y.detach() <= 0) if ctx.activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
-    dz = dy * passed
-    inputs = [t if t is not None and needed else None for t, needed in zip((input, weight, bias), ctx.needs[:3])]
-    found = (
-        iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True))
-        if any(t is not None for t in inputs)
-        else iter(())
-    )
-    return (*(None if t is None else next(found) for t in inputs), dz if ctx.needs[3] else None)
-
-
-def _unpack_mask(mask: Tensor, input: Tensor) -> Tensor:
-    """Return the packed ReLU mask as booleans in input's shape."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
-    if _rows_of_channels(input):
-        return bits.flatten(1)[:, : input.size(1)].reshape(input.movedim(1, -1).shape).movedim(-1, 1).bool()
-    return bits.flatten(1)[:, : input.shape[2:].numel()].reshape(input.shape).bool()
-
-
-def _save(ctx, input, weight, bias, mean, rstd, mask, residual, training, eps, num_members, activation):
-    ctx.save_for_backward(input, weight, bias, mean, rstd, mask)
-    ctx.training, ctx.eps, ctx.num_members, ctx.activation = training, eps, num_members, activation
-    ctx.needs = tuple(t is not None and t.requires_grad for t in (input, weight, bias, residual))
-    ctx.set_materialize_grads(False)
-
-
-class _EnsembleBatchNorm(torch.autograd.Function):
-    """The eager path: less overhead a call than the registered op's generated autograd."""
-
-    @staticmethod
-    def forward(
-        ctx, namespace, input, running_mean, running_var, weight, bias, residual,
-        training, eps, num_members, activation, momentum=None, num_batches_tracked=None,
-    ):  # fmt: skip
-        """With a momentum, the running statistics move in the same call."""
-        with torch._C._AutoDispatchBelowAutograd():
-            if momentum is None:
-                y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm")(
-                    input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
-                )
-            else:
-                y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm_update")(
-                    input, running_mean, running_var, num_batches_tracked, weight, bias, residual,
-                    momentum, eps, num_members, activation,
-                )  # fmt: skip
-        _save(ctx, input, weight, bias, mean, rstd, mask, residual, training, eps, num_members, activation)
-        ctx.namespace = namespace
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 13
-        dx, dweight, dbias, dresidual = _gradients(ctx, ctx.namespace, dy)
-        return None, dx, None, None, dweight, dbias, dresidual, *(None,) * 6
-
-
-def _setup_context(ctx, inputs, output):
-    input, _, _, weight, bias, residual, training, eps, num_members, activation = inputs
-    _, mean, rstd, var, mask = output
-    ctx.mark_non_differentiable(mean, rstd, var, mask)
-    _save(ctx, input, weight, bias, mean, rstd, mask, residual, training, eps, num_members, activation)
-
-
-def _backward(namespace, ctx, dy, *_):
-    if dy is None:
-        return (None,) * 10
-    dx, dweight, dbias, dresidual = _gradients(ctx, namespace, dy)
-    return dx, None, None, dweight, dbias, dresidual, None, None, None, None
-
-
-registry.register_autograd("ensemble_batch_norm", _backward, _setup_context)
+registry.register_autograd("ensemble_batch_norm", backward, setup_context)
+for _name in ("ensemble_batch_norm_update", "ensemble_batch_norm_backward"):  # called inside of other functions alone
+    registry.below_autograd(_name)
 
 # ---------------------------------------------------------------------------------------------- public
 
@@ -279,19 +173,22 @@ def normalize(
     """Return (y, mean [K, C], biased variance [K, C]) without touching the running statistics; arguments unchecked."""
     if training and group is not None and group.size > 1:
         return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group)
-    arguments = (running_mean, running_var, weight, bias)
+    running, settings = (running_mean, running_var), (training, eps, num_members, activation)
     backend = _backend.backend_for(input)
     if backend == "reference" or torch._C._are_functorch_transforms_active():
-        return reference.ensemble_batch_norm(input, *arguments, residual, training, eps, num_members, activation)
+        return reference.ensemble_batch_norm(
+            input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
+        )
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
+    weight, bias = _contiguous(weight), _contiguous(bias)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
-    settings = (training, eps, num_members, activation)
     if torch.compiler.is_compiling():
-        y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(input, *arguments, residual, *settings)
+        operands = (input, *running, weight, bias, residual)
+        y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(*operands, *settings)
         return y, mean, var
-    return _EnsembleBatchNorm.apply(namespace, input, *arguments, residual, *settings)
+    return Normalize.apply(input, weight, bias, residual, namespace, running, settings)
 
 
 def ensemble_batch_norm(
@@ -340,6 +237,11 @@ def ensemble_batch_norm(
 
     Source: von Oswald et al., ICLR 2021, section 2 (BatchNorm as late-phase weights).
     """
+    if training is True and running_mean is not None and running_var is not None:
+        return normalize_and_update(
+            input, running_mean, running_var, None, weight, bias, residual,
+            momentum, eps, num_members, activation, group,
+        )  # fmt: skip
     check_arguments(
         input,
         running_mean,
@@ -355,8 +257,6 @@ def ensemble_batch_norm(
         ranks=1 if group is None else group.size,
     )
     settings = (eps, num_members, activation, group)
-    if training and running_mean is not None and running_var is not None:
-        return normalize_and_update(input, running_mean, running_var, None, weight, bias, residual, momentum, *settings)
     return normalize(input, running_mean, running_var, weight, bias, residual, training, *settings)[0]
 
 
@@ -374,24 +274,45 @@ def normalize_and_update(
     activation: str,
     group: StatisticsGroup | None = None,
 ) -> Tensor:
-    """Return y by the batch's statistics and move the running ones, in one kernel where it can; arguments unchecked."""
-    backend = _backend.backend_for(input, "ensemble_batch_norm_update")
-    running = (running_mean, running_var)
+    """Return y by the batch's statistics and move the running ones, in one kernel where it can.
+
+    Raises:
+        As ensemble_batch_norm. That op checks all that it is given; only if it refuses are the arguments looked at one
+        by one, to name the wrong one.
+    """
+    running = (running_mean, running_var, num_batches_tracked)
+    arguments = (running_mean, running_var, weight, bias, True, momentum, eps, num_members, residual, activation)
     ranks = 1 if group is None else group.size
-    if ranks == 1 and _is_one_kernel(backend, input, running, momentum):
-        input = dense(input)
-        if residual is not None:
-            residual = dense_like(residual, input)
-        y, _, _ = _EnsembleBatchNorm.apply(
-            registry.NATIVE if backend == "native" else registry.TRITON,
-            input, *running, weight, bias, residual, True, eps, num_members, activation, momentum, num_batches_tracked,
+    try:
+        namespace = _one_op(input, running_mean, running_var, residual, momentum, num_members) if ranks == 1 else None
+        if namespace is not registry.NATIVE:
+            check_arguments(input, *arguments, ranks)
+        if namespace is None:
+            return _normalize_then_update(
+                input, running, weight, bias, residual, momentum, eps, num_members, activation, group
+            )
+        x = dense(input)
+        y = NormalizeAndUpdate.apply(
+            x, _contiguous(weight), _contiguous(bias), None if residual is None else dense_like(residual, x),
+            (namespace, running, momentum, (True, eps, num_members, activation)),
         )  # fmt: skip
-        changed = running if num_batches_tracked is None else (*running, num_batches_tracked)
-        torch.autograd.graph.increment_version(changed)
-        return y
-    y, mean, var = normalize(input, *running, weight, bias, residual, True, eps, num_members, activation, group)
+    except (RuntimeError, TypeError, AttributeError):
+        check_arguments(input, *arguments, ranks)
+        raise
+    torch.autograd.graph.increment_version([tensor for tensor in running if tensor is not None])
+    return y
+
+
+def _normalize_then_update(
+    input, running, weight, bias, residual, momentum, eps, num_members, activation, group
+) -> Tensor:
+    """normalize_and_update where no op does both; arguments unchecked."""
+    running_mean, running_var, num_batches_tracked = running
+    y, mean, var = normalize(
+        input, running_mean, running_var, weight, bias, residual, True, eps, num_members, activation, group
+    )
     if input.numel() > 0:
-        n = input.numel() // mean.numel() * ranks
+        n = input.numel() // mean.numel() * (1 if group is None else group.size)
         update_running(running_mean, mean, momentum)
         update_running(running_var, var * (n / (n - 1)), momentum)
     if num_batches_tracked is not None:
@@ -399,16 +320,35 @@ def normalize_and_update(
     return y
 
 
-def _is_one_kernel(backend: str, input: Tensor, running: tuple[Tensor, Tensor], momentum: float | Tensor) -> bool:
-    """Whether the kernel that normalizes can move these running statistics as well."""
-    if backend == "reference" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    dtype = reference.accumulation_dtype(input.dtype)
-    return (
-        not isinstance(momentum, Tensor)
-        and input.numel() > 0
-        and all(statistic.dtype == dtype and statistic.is_contiguous() for statistic in running)
-    )
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
+def _one_op(input, running_mean, running_var, residual, momentum, num_members) -> str | None:
+    """The namespace whose op can move these running statistics as it normalizes, or None.
+
+    The arguments may be anything (AttributeError); what is not asked here, the op checks.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    statistic = _STATISTIC.get(input.dtype)
+    if (
+        statistic is None
+        or running_mean.dtype is not statistic
+        or running_var.dtype is not statistic
+        or running_mean is running_var
+        or running_mean.requires_grad
+        or running_var.requires_grad
+        or not running_mean.is_contiguous()
+        or not running_var.is_contiguous()
+        or type(momentum) not in (float, int)
+        or type(num_members) is not int
+        or input.numel() == 0
+        or (residual is not None and (not isinstance(residual, Tensor) or residual.shape != input.shape))
+    ):
+        return None
+    backend = _backend.backend_for(input, "ensemble_batch_norm_update")
+    return _NAMESPACES.get(backend)
 
 
 def update_running(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:

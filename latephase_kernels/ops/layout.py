@@ -16,3 +16,8 @@ def dense_like(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.stride() == like.stride():
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def rows_of_channels(input: Tensor) -> bool:
+    """Whether a run of memory holds the channels of one position, rather than the positions of one channel."""
+    return input.shape[2:].numel() == 1 or not input.is_contiguous()

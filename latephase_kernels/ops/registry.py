@@ -17,6 +17,7 @@ NATIVE = "latephase_kernels"
 TRITON = "latephase_kernels_triton"
 
 _libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (NATIVE, TRITON)}
+_ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 
 def define(
@@ -42,6 +43,7 @@ def define(
         library.define(name + schema)
         own_fake = triton_fake if namespace == TRITON and triton_fake is not None else fake
         torch.library.register_fake(f"{namespace}::{name}", own_fake, lib=library)
+        _ops[namespace, name] = getattr(getattr(torch.ops, namespace), name).default
     for device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
         _libraries[TRITON].impl(name, triton_implementation, device)
     if composite is None:
@@ -62,9 +64,15 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         )
 
 
+def below_autograd(name: str) -> None:
+    """Let calls of `name` pass autograd by: it is called where another function has the formula; saves time a call."""
+    for library in _libraries.values():
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def op(namespace: str, name: str) -> torch._ops.OpOverload:
     """The callable of one registered op."""
-    return getattr(getattr(torch.ops, namespace), name).default
+    return _ops[namespace, name]
 
 
 def namespace_for(tensor: Tensor, name: str) -> str | None:

@@ -1,0 +1,126 @@
+"""Gradients of ensemble batch norm: the eager path's functions, and the formula of the registered op."""
+
+import torch
+from torch import Tensor
+
+from ..reference import ensemble_batch_norm as reference
+from . import registry
+from .double_backward import aliases
+from .layout import dense_like, rows_of_channels
+
+
+def _affine_grad(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Turn a [K, C] sum into the gradient of a [K, C] or shared [C] parameter."""
+    if parameter.dim() == 1:
+        grad = grad.sum(0)
+    return grad if grad.dtype is parameter.dtype else grad.to(parameter.dtype)
+
+
+def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
+    """Return the gradients of (input, weight, bias, residual) for the context that _save filled."""
+    input, weight, bias, mean, rstd, mask = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, weight, bias)):
+        return _differentiable_gradients(ctx, dy)
+    training, _, num_members, activation = ctx.settings
+    dy = dense_like(dy, input)
+    write_dresidual = needs_residual and activation != "none"
+    dx, dweight, dbias, dresidual = registry.op(namespace, "ensemble_batch_norm_backward")(
+        dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, write_dresidual
+    )
+    return (
+        dx if needs_input else None,
+        _affine_grad(dweight, weight) if needs_weight else None,
+        _affine_grad(dbias, bias) if needs_bias else None,
+        (dresidual if write_dresidual else dy) if needs_residual else None,
+    )
+
+
+def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
+    """The same gradients by the reference formula, so that they can be differentiated again."""
+    input, weight, bias, mean, rstd, mask = aliases(ctx.saved_tensors)
+    training, eps, num_members, activation = ctx.settings
+    running_var = None if training else rstd.double().pow(-2).to(rstd.dtype) - eps
+    y, _, _ = reference.ensemble_batch_norm(
+        input, mean, running_var, weight, bias, None, training, eps, num_members, "none"
+    )
+    if mask.numel():
+        passed = unpack_mask(mask, input)
+    else:
+        passed = ~(y.detach() <= 0) if activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
+    dz = dy * passed
+    inputs = [t if t is not None and needed else None for t, needed in zip((input, weight, bias), ctx.needs[:3])]
+    found = (
+        iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True))
+        if any(t is not None for t in inputs)
+        else iter(())
+    )
+    return (*(None if t is None else next(found) for t in inputs), dz if ctx.needs[3] else None)
+
+
+def unpack_mask(mask: Tensor, input: Tensor) -> Tensor:
+    """Return the packed ReLU mask as booleans in input's shape."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
+    if rows_of_channels(input):
+        return bits.flatten(1)[:, : input.size(1)].reshape(input.movedim(1, -1).shape).movedim(-1, 1).bool()
+    return bits.flatten(1)[:, : input.shape[2:].numel()].reshape(input.shape).bool()
+
+
+def _save(ctx, saved: tuple, needs: tuple, settings: tuple) -> None:
+    """Keep for the backward: saved (input, weight, bias, mean, rstd, mask), settings (training, eps, K, activation)."""
+    ctx.save_for_backward(*saved)
+    ctx.needs, ctx.settings = needs, settings
+    ctx.set_materialize_grads(False)
+
+
+class Normalize(torch.autograd.Function):
+    """The eager path: less overhead a call than the registered op's generated autograd. Returns (y, mean, var)."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, residual, namespace, running, settings):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm")(
+                input, *running, weight, bias, residual, *settings
+            )
+        _save(ctx, (input, weight, bias, mean, rstd, mask), ctx.needs_input_grad, settings)
+        ctx.namespace = namespace
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        return (None,) * 7 if dy is None else (*_gradients(ctx, ctx.namespace, dy), None, None, None)
+
+
+class NormalizeAndUpdate(torch.autograd.Function):
+    """The eager path of training: one op that moves the running statistics as well. Returns y."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, residual, call):
+        namespace, running, momentum, settings = call
+        _, eps, num_members, activation = settings
+        y, mean, rstd, _, mask = registry.op(namespace, "ensemble_batch_norm_update")(
+            input, *running, weight, bias, residual, momentum, eps, num_members, activation
+        )
+        _save(ctx, (input, weight, bias, mean, rstd, mask), ctx.needs_input_grad, settings)
+        ctx.namespace = namespace
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return (None,) * 5 if dy is None else (*_gradients(ctx, ctx.namespace, dy), None)
+
+
+def setup_context(ctx, inputs, output):
+    input, _, _, weight, bias, residual, *settings = inputs
+    _, mean, rstd, var, mask = output
+    ctx.mark_non_differentiable(mean, rstd, var, mask)
+    needs = tuple(t is not None and t.requires_grad for t in (input, weight, bias, residual))
+    _save(ctx, (input, weight, bias, mean, rstd, mask), needs, tuple(settings))
+
+
+def backward(namespace, ctx, dy, *_):
+    if dy is None:
+        return (None,) * 10
+    dx, dweight, dbias, dresidual = _gradients(ctx, namespace, dy)
+    return dx, None, None, dweight, dbias, dresidual, None, None, None, None
