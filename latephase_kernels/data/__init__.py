@@ -12,6 +12,7 @@ from .image_decoding import CorruptImage
 from .image_files import ImageFiles
 from .image_folder import ImageFolder
 from .image_shards import ImageShards, find_shards
+from .imagenet import load_imagenet
 from .minibatches import Minibatches, random_shift
 from .resized_images import load_lsun_resized, load_tiny_imagenet_resized
 from .sets import ImageSet, TextSet
@@ -48,6 +49,7 @@ __all__ = [
     "load_cifar100_c",
     "load_digits",
     "load_enwik8",
+    "load_imagenet",
     "load_lsun_resized",
     "load_python_text",
     "load_svhn",

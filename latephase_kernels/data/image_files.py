@@ -34,12 +34,14 @@ class ImageFiles(ABC):
         classes: their names.
         mean: per channel, for values divided by 255.
         std: likewise.
+        num_channels: of the decoded images.
     """
 
     labels: np.ndarray
     classes: tuple[str, ...]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    num_channels: int = 3
 
     def __len__(self) -> int:
         return len(self.labels)

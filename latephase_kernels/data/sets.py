@@ -27,6 +27,11 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return self.images.size(1)
+
 
 @dataclass(frozen=True)
 class TextSet:

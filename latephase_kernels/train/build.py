@@ -7,16 +7,30 @@ import torch
 from torch import nn
 
 from .. import late_phase as lp
-from ..data import ImageSet, TextSet, load_cifar10, load_cifar100, load_enwik8, load_python_text, load_text
+from ..data import (
+    ImageFiles,
+    ImageSet,
+    TextSet,
+    load_cifar10,
+    load_cifar100,
+    load_enwik8,
+    load_imagenet,
+    load_python_text,
+    load_text,
+)
 from ..data.digits import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, load_digits, split_digits
 from ..models import CharLSTM, HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 
-DATA_NAMES = ("cifar10", "cifar100", "digits", "enwik8", "python_text", "text_file")
+AnyData = ImageSet | ImageFiles | TextSet
+DATA_NAMES = ("cifar10", "cifar100", "digits", "imagenet", "enwik8", "python_text", "text_file")
 
 
-def build_data(data: Data) -> tuple[ImageSet, ImageSet] | tuple[TextSet, TextSet]:
-    """Return training and test set; of a text, the same text twice: it holds its own parts.
+def build_data(data: Data) -> tuple[AnyData, AnyData]:
+    """Return training and test set.
+
+    Of ImageNet these are training and validation images that stay on the disk; of a text, the same text twice: it holds
+    its own parts.
 
     Raises:
         ValueError: an unknown name, or damaged files.
@@ -28,6 +42,8 @@ def build_data(data: Data) -> tuple[ImageSet, ImageSet] | tuple[TextSet, TextSet
         return load_cifar100(data.folder, train=True), load_cifar100(data.folder, train=False)
     if data.name == "digits":
         return _digits()
+    if data.name == "imagenet":
+        return load_imagenet(data.folder)
     text = _text(data)
     if text is not None:
         return text, text

@@ -20,6 +20,9 @@ from ..data import (
     CORRUPTIONS,
     EXTRA_CORRUPTIONS,
     NUM_SEVERITIES,
+    DeviceImages,
+    EvaluationImages,
+    ImageFiles,
     ImageSet,
     TextSet,
     load_cifar10,
@@ -30,13 +33,13 @@ from ..data import (
     load_svhn,
     load_tiny_imagenet_resized,
 )
-from ..data.device_images import DeviceImages
-from .build import build_data
+from .build import AnyData, build_data
 from .checkpoints import CheckpointFolder, RunError, random_state
 from .deep_ensemble import DeepEnsemble, deep_ensemble_recipe
 from .eval_report import draw_entropies, format_evaluation
 from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of, metrics_of_answers
-from .image_task import EVALUATION_BATCH, memory_format_of
+from .image_input import evaluation_images
+from .image_task import EVALUATION_BATCH
 from .progress import Progress
 from .recipe import Recipe, check
 from .run_training import default_device, load_model
@@ -72,9 +75,7 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(f"eval: {path} is no recipe: {messages.getvalue().strip()}") from None
 
 
-def load_final_model(
-    folder: Path, recipe: Recipe, train: ImageSet | TextSet, device: str
-) -> tuple[nn.Module, dict[str, Any]]:
+def load_final_model(folder: Path, recipe: Recipe, train: AnyData, device: str) -> tuple[nn.Module, dict[str, Any]]:
     """Return a run's model, and what it was read from.
 
     The newest whole checkpoint holds the members. Without any there is still the plain model, model.safetensors.
@@ -101,13 +102,17 @@ def load_final_model(
             if not plain.exists():
                 raise
             warnings.warn(f"{error}; evaluating {plain.name} instead", stacklevel=2)
-    trainer = Trainer(dataclasses.replace(recipe, compile=False), train, device)
+    model_alone = dataclasses.replace(recipe.model, weights=None)  # those it started from are not wanted
+    recipe = dataclasses.replace(recipe, model=model_alone, compile=False, cuda_graph=False)
+    trainer = Trainer(recipe, train, device)
     if saved is not None:
         with _fitting(checkpoints):
             # The generators' states are of the training machine's devices, and nothing here draws from them.
             trainer.load_state_dict({**saved[0], "random": random_state()})
         source = {"weights": "checkpoint", "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
-        return trainer.final_model(), source
+        model = trainer.final_model()
+        trainer.task.close()
+        return model, source
     if plain.exists():
         with _fitting(plain):
             load_model(trainer.model, plain)
@@ -144,7 +149,7 @@ class Evaluation:
         entropies: [N] of each way to predict, by set.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, test: ImageSet, folder: str, device: str):
+    def __init__(self, recipe: Recipe, model: nn.Module, test: ImageSet | ImageFiles, folder: str, device: str):
         self.recipe, self.model, self.test, self.folder, self.device = recipe, model, test, folder, device
         self.results: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
@@ -154,19 +159,21 @@ class Evaluation:
         self.left_out[what] = " ".join(str(reason).split())
         print(f"latephase: {what} left out: {self.left_out[what]}", file=sys.stderr)
 
-    def _images(self, data: ImageSet) -> DeviceImages:
-        """The set on the device, normalized as the training data.
+    def _images(self, data: ImageSet | ImageFiles) -> DeviceImages | EvaluationImages:
+        """The set on the device, prepared as the training data.
 
         Raises:
             ValueError: its images are of another size than the test set's.
         """
-        shape, expected = tuple(data.images.shape[1:]), tuple(self.test.images.shape[1:])
-        if shape != expected:
-            raise ValueError(f"its images are {shape}, the run's are {expected} (channels, height, width)")
-        mean, std, memory_format = self.test.mean, self.test.std, memory_format_of(self.recipe)
-        return DeviceImages(data, self.device, mean=mean, std=std, padding=0, memory_format=memory_format)
+        if isinstance(data, ImageSet):
+            size = self.recipe.images.size
+            expected = tuple(self.test.images.shape[1:]) if isinstance(self.test, ImageSet) else (3, size, size)
+            shape = tuple(data.images.shape[1:])
+            if shape != expected:
+                raise ValueError(f"its images are {shape}, the run's are {expected} (channels, height, width)")
+        return evaluation_images(self.recipe, self.test, data, self.device)
 
-    def _answers(self, name: str, images: DeviceImages) -> Answers:
+    def _answers(self, name: str, images: DeviceImages | EvaluationImages) -> Answers:
         passes, seed = self.recipe.dropout_passes, self.recipe.seed
         answers = answers_of(self.model, images, EVALUATION_BATCH, dropout_passes=passes, seed=seed)
         self.entropies[name] = {way: entropy.cpu() for way, entropy in answers.entropies().items()}
@@ -243,7 +250,7 @@ class Evaluation:
 
 def load_runs(
     folders: Sequence[Path], data: str | None, device: str
-) -> tuple[Recipe, nn.Module, dict[str, Any], ImageSet | TextSet]:
+) -> tuple[Recipe, nn.Module, dict[str, Any], AnyData]:
     """Return a run's recipe, model, source (see load_final_model) and test data, or those of an ensemble of runs.
 
     Raises:

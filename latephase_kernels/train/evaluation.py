@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import late_phase as lp
-from ..data.device_images import DeviceImages
+from ..data import DeviceImages, EvaluationImages
 from ..late_phase.running import training_flags_kept
 from ..nn.routing import Routed
 from .deep_ensemble import DeepEnsemble
@@ -107,7 +107,9 @@ def dropout_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def dropout_logits_of(model: nn.Module, images: DeviceImages, batch_size: int, *, passes: int, seed: int) -> Tensor:
+def dropout_logits_of(
+    model: nn.Module, images: DeviceImages | EvaluationImages, batch_size: int, *, passes: int, seed: int
+) -> Tensor:
     """Return the logits of passes in eval mode but for dropout, [passes, N, classes]; an expanded model's averaged.
 
     Args:
@@ -130,7 +132,12 @@ def dropout_logits_of(model: nn.Module, images: DeviceImages, batch_size: int, *
 
 
 def answers_of(
-    model: nn.Module, images: DeviceImages, batch_size: int, *, dropout_passes: int = 0, seed: int = 0
+    model: nn.Module,
+    images: DeviceImages | EvaluationImages,
+    batch_size: int,
+    *,
+    dropout_passes: int = 0,
+    seed: int = 0,
 ) -> Answers:
     """Return a model's answers to a set.
 

@@ -5,20 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import late_phase as lp
-from ..data import ImageSet
-from ..data.device_batches import DeviceBatches
-from ..data.device_images import DeviceImages
+from ..data import EvaluationImages, ImageBatches, ImageFiles, ImageSet
 from .build import build_network
 from .evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
+from .image_input import evaluation_images, memory_format_of, training_batches
 from .recipe import Recipe
 from .task import Evaluation, Task, autocast
 
 EVALUATION_BATCH = 250  # images a forward pass; times K for all members
-
-
-def memory_format_of(recipe: Recipe) -> torch.memory_format:
-    """Return the memory format of a recipe's images and convolutions."""
-    return torch.channels_last if recipe.channels_last else torch.contiguous_format
 
 
 class ImageTask(Task):
@@ -26,28 +20,25 @@ class ImageTask(Task):
 
     Args:
         recipe: checked.
-        train: its images go to the device.
+        train: its images go to the device, all at once or minibatch by minibatch.
         device: where to train.
         rank, num_ranks: which share of every minibatch is this process's; see DeviceBatches.
     """
 
     unit = "images"
 
-    def __init__(self, recipe: Recipe, train: ImageSet, device: torch.device, *, rank: int = 0, num_ranks: int = 1):
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: ImageSet | ImageFiles,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
         self.recipe, self.device = recipe, device
-        self.num_classes, self.in_channels = len(train.classes), train.images.size(1)
-        data = recipe.data
-        images = DeviceImages(train, device, padding=data.crop_padding, memory_format=memory_format_of(recipe))
-        self.batches = DeviceBatches(
-            images,
-            recipe.batch_size,
-            crop=data.crop_padding > 0,
-            flip=data.flip,
-            cutout=data.cutout,
-            seed=recipe.seed,
-            rank=rank,
-            num_ranks=num_ranks,
-        )
+        self.num_classes, self.in_channels = len(train.classes), train.num_channels
+        self.batches = training_batches(recipe, train, device, rank=rank, num_ranks=num_ranks)
         self.units_per_minibatch = recipe.batch_size
 
     def build_network(self) -> nn.Module:
@@ -77,6 +68,15 @@ class ImageTask(Task):
             else:
                 torch.optim.swa_utils.update_bn(images, model)
 
+    def counts(self) -> dict[str, int]:
+        batches = self.batches
+        counted = isinstance(batches, ImageBatches) and batches.num_corrupt
+        return {"corrupt images": batches.num_corrupt} if counted else {}
+
+    def close(self) -> None:
+        if isinstance(self.batches, ImageBatches):
+            self.batches.close()
+
 
 class ImageEvaluation(Evaluation):
     """The test set, normalized as the training data.
@@ -84,15 +84,19 @@ class ImageEvaluation(Evaluation):
     Args:
         recipe: checked.
         train: for its mean and std.
-        test: its images go to the device.
+        test: the test set, or the validation images.
         device: where the model is.
     """
 
-    def __init__(self, recipe: Recipe, train: ImageSet, test: ImageSet, device: str | torch.device):
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: ImageSet | ImageFiles,
+        test: ImageSet | ImageFiles,
+        device: str | torch.device,
+    ):
         self.recipe = recipe
-        self.images = DeviceImages(
-            test, device, mean=train.mean, std=train.std, padding=0, memory_format=memory_format_of(recipe)
-        )
+        self.images = evaluation_images(recipe, train, test, device)
 
     def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
         found = metrics_of(self.logits(model).double().softmax(-1), self.images.labels)
@@ -108,3 +112,7 @@ class ImageEvaluation(Evaluation):
 
     def logits(self, model: nn.Module) -> Tensor:
         return logits_of(model, self.images.batches(EVALUATION_BATCH))
+
+    def close(self) -> None:
+        if isinstance(self.images, EvaluationImages):
+            self.images.close()

@@ -15,7 +15,8 @@ class Data:
     """Which data, and how images are augmented.
 
     Attributes:
-        name: images: cifar10, cifar100 or digits; texts: enwik8, python_text (comes with Python) or text_file.
+        name: images: cifar10, cifar100, digits, imagenet (or any images laid out as it); texts: enwik8, python_text
+            (comes with Python) or text_file.
         folder: where the archive, or the folder extracted from it, lies; for text_file the file.
         crop_padding: random crops from images padded by this many pixels; 0 for none.
         flip: random horizontal flips.
@@ -44,16 +45,38 @@ class Text:
 
 
 @dataclass
+class Images:
+    """How images on the disk are loaded: of data.name imagenet; without effect on others.
+
+    Attributes:
+        size: pixels a side of what the network sees: a random-resized-crop in training, the middle in evaluation.
+        resize: the shorter side before the middle is taken.
+        workers: processes that read and decode, on each device; None for as many as there are cores, 16 at most.
+        decoder: cpu; gpu (torchcodec's or torchvision's); auto: the GPU's where there is one. Evaluation is the CPU's.
+        corrupt: error; replace: put another training image in a corrupt one's place, with a warning that names it.
+    """
+
+    size: int = 224
+    resize: int = 256
+    workers: int | None = None
+    decoder: str = "auto"
+    corrupt: str = "error"
+
+
+@dataclass
 class Model:
     """Which network.
 
     Attributes:
         name: wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME; for a text char_lstm.
         options: arguments of its constructor, but for the number of classes.
+        weights: to start from: a name of torchvision's (IMAGENET1K_V1), "pretrained" for timm, or a file (.pth, .pt,
+            .safetensors); None for random ones.
     """
 
     name: str = "wide_resnet"
     options: dict[str, int | float | bool | str | list] = field(default_factory=dict)
+    weights: str | None = None
 
 
 @dataclass
@@ -79,17 +102,23 @@ class Optimizer:
 
 @dataclass
 class Schedule:
-    """Learning rate: constant until anneal_start, then linear to end_lr at anneal_end, then constant.
+    """Learning rate: constant until anneal_start, then linear to end_lr at anneal_end, then constant; times the drops.
 
     Attributes:
         anneal_start: epoch.
         anneal_end: epoch.
-        end_lr: of base weights; members keep their ratio to it.
+        end_lr: of base weights.
+        drop_epochs: from each of these on, the rate is multiplied by drop_factor.
+        drop_factor: see there.
+        members_follow: members keep their ratio to the base weights' rate; else their rate stays as it is.
     """
 
     anneal_start: float = 100
     anneal_end: float = 180
     end_lr: float = 0.001
+    drop_epochs: list[float] = field(default_factory=list)
+    drop_factor: float = 0.1
+    members_follow: bool = True
 
 
 @dataclass
@@ -141,12 +170,14 @@ class Recipe:
     Attributes:
         name: of the run in tables.
         batch_size: images, or streams of text, a member and minibatch, over all devices.
+        accumulate: minibatches a member and step, one after the other; the gradient is the mean of theirs.
         epochs: passes over the training set.
         seed: of weights, order, augmentation and dropout.
         label_smoothing: of the cross entropy.
         precision: float32 or bfloat16 (autocast).
         channels_last: memory format of images and convolutions.
         compile: torch.compile the model.
+        cuda_graph: capture forward and backward once, and replay them without Python; on a GPU, for images.
         deterministic: refuse kernels whose results differ between runs; slower on a GPU.
         skip_nonfinite: skip a step whose loss is not finite (statistics restored), and count it; else stop the run.
         evaluate_every: epochs between evaluations on the test set, or the validation text; the last epoch always is.
@@ -157,9 +188,11 @@ class Recipe:
 
     name: str = "unnamed"
     data: Data = field(default_factory=Data)
+    images: Images = field(default_factory=Images)
     text: Text = field(default_factory=Text)
     model: Model = field(default_factory=Model)
     batch_size: int = 128
+    accumulate: int = 1
     epochs: int = 200
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
@@ -170,6 +203,7 @@ class Recipe:
     precision: str = "float32"
     channels_last: bool = False
     compile: bool = False
+    cuda_graph: bool = False
     deterministic: bool = False
     skip_nonfinite: bool = False
     evaluate_every: int = 10
@@ -208,6 +242,23 @@ def check(recipe: Recipe) -> Recipe:
     late, swa, schedule = recipe.late, recipe.swa, recipe.schedule
     demands: Sequence[tuple[bool, str, object, str]] = (
         (recipe.batch_size >= 1, "batch_size", recipe.batch_size, "at least 1"),
+        (recipe.accumulate >= 1, "accumulate", recipe.accumulate, "at least 1"),
+        (recipe.images.size >= 1, "images.size", recipe.images.size, "at least 1"),
+        (
+            recipe.images.resize >= recipe.images.size,
+            "images.resize",
+            recipe.images.resize,
+            f"at least images.size ({recipe.images.size})",
+        ),
+        (
+            recipe.images.workers is None or recipe.images.workers >= 0,
+            "images.workers",
+            recipe.images.workers,
+            "null or at least 0",
+        ),
+        (recipe.images.decoder in ("auto", "cpu", "gpu"), "images.decoder", recipe.images.decoder, "auto, cpu or gpu"),
+        (recipe.images.corrupt in ("error", "replace"), "images.corrupt", recipe.images.corrupt, "error or replace"),
+        (schedule.drop_factor > 0, "schedule.drop_factor", schedule.drop_factor, "more than 0"),
         (recipe.epochs >= 1, "epochs", recipe.epochs, "at least 1"),
         (recipe.evaluate_every >= 1, "evaluate_every", recipe.evaluate_every, "at least 1"),
         (recipe.dropout_passes >= 0, "dropout_passes", recipe.dropout_passes, "at least 0"),

@@ -30,13 +30,19 @@ PUBLISHED: dict[tuple[str, str], tuple[str, float, float]] = {
     ("cifar100_swa_base", "averaged"): ("base, SWA", 82.46, 0.09),
     ("cifar100_swa_hypernetwork", "averaged"): ("late-phase hypernetwork, SWA", 82.01, math.nan),
     ("cifar100_wide_swa", "averaged"): ("WRN 28-14, late-phase BatchNorm, SWA", 85.00, 0.25),
+    ("imagenet_densenet161", "averaged"): ("DenseNet-161, late-phase BatchNorm, fine-tuning", 78.31, 0.01),
+    ("imagenet_densenet161_base", "averaged"): ("DenseNet-161, fine-tuning", 78.17, math.nan),
+    ("imagenet_resnet152", "averaged"): ("ResNet-152, late-phase BatchNorm, fine-tuning", 78.77, 0.01),
+    ("imagenet_resnet152_base", "averaged"): ("ResNet-152, fine-tuning", 78.37, math.nan),
+    ("imagenet_resnet50", "averaged"): ("ResNet-50, late-phase BatchNorm, fine-tuning", 76.87, 0.03),
+    ("imagenet_resnet50_base", "averaged"): ("ResNet-50, fine-tuning", 76.62, math.nan),
 }
 QUANTITIES = {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4), "ece": ("ECE %", 2), "brier": ("Brier", 4)}
 WAYS = ("averaged", "ensemble", "members", "MC-dropout")
 # Lines of a config.yaml in which runs may differ that are averaged: they do not say what is trained.
 _INCIDENTAL = (
     *("seed", "folder", "evaluate_every", "checkpoint_minutes", "keep_checkpoints"),
-    *("channels_last", "compile", "deterministic", "member_chunk", "fuse"),
+    *("channels_last", "compile", "cuda_graph", "deterministic", "member_chunk", "fuse", "workers"),
 )
 
 Summary = dict[tuple[str, str], dict[str, tuple[float, float, int]]]

@@ -1,5 +1,6 @@
 """`latephase train`: a recipe from start, or from its last checkpoint, to the evaluated plain model on the disk."""
 
+import contextlib
 import copy
 import json
 import signal
@@ -10,8 +11,8 @@ from typing import Any
 import torch
 
 from .. import late_phase as lp
-from ..data import ImageSet, TextSet
-from .build import build_data
+from ..data import TextSet
+from .build import AnyData, build_data
 from .image_task import ImageEvaluation
 from .progress import Progress
 from .recipe import Recipe, check
@@ -96,25 +97,23 @@ def run_training(
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not recipe.deterministic
-    trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
-    options: dict[str, Any] = {
-        "resume": resume,
-        "keep_checkpoints": recipe.keep_checkpoints,
-        "tensorboard": tensorboard,
-    }
-    with RunFolder(output, config, **options) as folder, _Signals() as on:
+    with contextlib.ExitStack() as closing:
+        trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
+        closing.callback(trainer.task.close)
         evaluation = build_evaluation(recipe, train, test, device)
-        _Run(recipe, folder, trainer, evaluation, on).train()
+        closing.callback(evaluation.close)
+        options: dict[str, Any] = {"resume": resume, "keep_checkpoints": recipe.keep_checkpoints}
+        folder = closing.enter_context(RunFolder(output, config, **options, tensorboard=tensorboard))
+        signals = closing.enter_context(_Signals())
+        _Run(recipe, folder, trainer, evaluation, signals).train()
         return _finish(recipe, folder, trainer, evaluation)
 
 
-def build_evaluation(
-    recipe: Recipe, train: ImageSet | TextSet, test: ImageSet | TextSet, device: str | torch.device
-) -> Evaluation:
+def build_evaluation(recipe: Recipe, train: AnyData, test: AnyData, device: str | torch.device) -> Evaluation:
     """Return the evaluation of a recipe's kind of data."""
     if isinstance(train, TextSet):
         return TextEvaluation(recipe, train, device)
-    assert isinstance(test, ImageSet)
+    assert not isinstance(test, TextSet)
     return ImageEvaluation(recipe, train, test, device)
 
 
@@ -172,6 +171,7 @@ class _Run:
         }
         if self.recipe.skip_nonfinite:
             record["skipped steps"] = skipped
+        record.update(self.trainer.task.counts())
         stage = f"{self.recipe.name}: epoch {epoch} of {self.recipe.epochs}"
         if loss is not None:
             stage += f", loss {loss:.4f}"

@@ -18,11 +18,13 @@ class Task(ABC):
             run.
         unit: what throughput counts.
         units_per_minibatch: how many of them there are in a minibatch, over all ranks.
+        independent_steps: a step needs nothing of the one before but weights and statistics.
     """
 
     batches: Any
     unit: str
     units_per_minibatch: int
+    independent_steps: bool = True
 
     @abstractmethod
     def build_network(self) -> nn.Module:
@@ -55,6 +57,13 @@ class Task(ABC):
     def update_statistics(self, model: nn.Module, expanded: bool) -> None:  # noqa: B027
         """Recompute the running statistics of averaged weights from one pass over the training data."""
 
+    def counts(self) -> dict[str, int]:
+        """Return what to log about the data so far, such as how many of them were unusable; see the epoch's end."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
+        """End what was started for the data."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step needs beyond its minibatches' numbers; fit for weights_only loading."""
         return {}
@@ -73,6 +82,9 @@ class Evaluation(ABC):
     @abstractmethod
     def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
         """Return the metrics of every way to predict, and what `logits` returns for the model."""
+
+    def close(self) -> None:  # noqa: B027
+        """End what was started for the data."""
 
     @abstractmethod
     def logits(self, model: nn.Module) -> Tensor:

@@ -88,6 +88,7 @@ class TextTask(Task):
     """
 
     unit = "characters"
+    independent_steps = False
 
     def __init__(self, recipe: Recipe, text: TextSet, device: torch.device, *, rank: int = 0, num_ranks: int = 1):
         self.recipe, self.device, self.num_symbols = recipe, device, len(text.vocabulary)

@@ -17,12 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from .. import late_phase as lp
-from ..data import ImageSet, TextSet
-from .build import build_optimizer, build_targets
+from ..data import TextSet
+from .build import AnyData, build_optimizer, build_targets
 from .checkpoints import random_state, set_random_state
+from .cuda_graph import GraphedPasses
 from .evaluation import dropout_layers, is_expanded
 from .image_task import ImageTask
+from .pretrained import load_pretrained
 from .recipe import Recipe
+from .schedule import mark_new_groups, set_learning_rates
 from .task import Task
 from .text_task import TextTask
 
@@ -50,7 +53,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        train: ImageSet | TextSet,
+        train: AnyData,
         device: str | torch.device = "cpu",
         *,
         rank: int = 0,
@@ -62,6 +65,8 @@ class Trainer:
         self.task: Task = kind(recipe, train, self.device, rank=rank, num_ranks=num_ranks)
         self.batches = self.task.batches
         self.model: nn.Module = self.task.build_network()
+        if recipe.model.weights is not None:
+            load_pretrained(self.model, recipe.model)
         if recipe.dropout_passes and not dropout_layers(self.model):
             raise ValueError(
                 f"train: dropout_passes must be 0 for a network without dropout, got {recipe.dropout_passes}; "
@@ -73,14 +78,20 @@ class Trainer:
         self.minibatch = 0
         per_epoch = self.batches.minibatches_per_epoch
         late = recipe.late
-        self.t0 = None if late.start is None else round(late.start * per_epoch)
+        turns = recipe.accumulate
+        self.t0 = None if late.start is None else round(late.start * per_epoch / turns) * turns
         self.total = recipe.epochs * per_epoch
+        self.total -= self.total % turns if self.t0 is None else (self.total - self.t0) % (turns * late.members)
         if self.t0 is not None:
-            self.total -= (self.total - self.t0) % late.members
             self._check_targets()
         self._prepare_optimizer()
         if recipe.compile:
             self.model.compile()
+        if (recipe.accumulate > 1 or recipe.cuda_graph) and not self.task.independent_steps:
+            raise ValueError("train: accumulate must be 1 and cuda_graph false for a text, whose steps carry a state")
+        if recipe.cuda_graph and self.device.type != "cuda":
+            raise ValueError(f"train: cuda_graph must be false on {self.device}: only a GPU captures graphs")
+        self._graphed = GraphedPasses() if recipe.cuda_graph else None
         # Read late: sums over the steps since the last reading, and the first step whose loss was not finite.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._minibatches = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -101,24 +112,22 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ steps
 
     def step(self) -> int:
-        """Take one step, of the next minibatch or of the next K; return how many minibatches it took."""
+        """Take one step, of the next minibatch or of the next K (times accumulate); return how many it took."""
         if self.num_members > 1 or self.minibatch == self.t0:
             self._expand_once()
-        count = self.num_members
+        count = self.num_members * self.recipe.accumulate
         inputs, targets = self.batches.stack(self.minibatch, count)
-        self._set_learning_rates()
+        set_learning_rates(self.optimizer.param_groups, self.recipe.schedule, self.recipe.optimizer, self.epoch)
         statistics = self._statistics() if self.recipe.skip_nonfinite else []
         before = [buffer.clone() for buffer in statistics]
         if not self.model.training:
             self.model.train()
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.task.begin_step(self.minibatch, count)
-        for part, rows in self._chunks(count):
-            with lp.members(self.model, part) if self.expanded else contextlib.nullcontext():
-                part_loss = self.task.loss(self.model, inputs[rows], targets[rows], rows)
-                part_loss.backward()
-            loss += part_loss.detach()
+        if self._graphed is None:
+            self.optimizer.zero_grad()
+            loss = self._passes(inputs, targets)
+        else:
+            loss = self._graphed(self.expanded, self._passes, (inputs, targets), self.model.parameters)
         finite = torch.isfinite(loss)
         if self.recipe.skip_nonfinite:
             # The fused step leaves everything as it is where this is 1.
@@ -134,12 +143,24 @@ class Trainer:
         self._average_if_due(start)
         return count
 
-    def _chunks(self, count: int) -> Iterator[tuple[range, slice]]:
-        """Yield (members, their rows of the stacked batch)."""
-        chunk, batch = self.recipe.late.member_chunk or count, self.batches.batch_size
-        for first in range(0, count, chunk):
-            part = range(first, min(first + chunk, count))
-            yield part, slice(part.start * batch, part.stop * batch)
+    def _passes(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward; return the sum of the members' losses, each the mean over what is accumulated."""
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part, rows in self._chunks():
+            with lp.members(self.model, part) if self.expanded else contextlib.nullcontext():
+                part_loss = self.task.loss(self.model, inputs[rows], targets[rows], rows) / self.recipe.accumulate
+                part_loss.backward()
+            loss += part_loss.detach()
+        return loss
+
+    def _chunks(self) -> Iterator[tuple[range, slice]]:
+        """Yield (members, their rows of the stacked batch): turn after turn of what is accumulated."""
+        count, batch = self.num_members, self.batches.batch_size
+        chunk = self.recipe.late.member_chunk or count
+        for turn in range(0, count * self.recipe.accumulate, count):
+            for first in range(0, count, chunk):
+                part = range(first, min(first + chunk, count))
+                yield part, slice((turn + part.start) * batch, (turn + part.stop) * batch)
 
     def _clip_gradients(self) -> None:
         max_norm = self.recipe.optimizer.clip_norm
@@ -150,7 +171,7 @@ class Trainer:
 
     def _account(self, loss: Tensor, finite: Tensor, count: int) -> None:
         """Add to what is read late, without waiting for the device."""
-        self._loss_sum += torch.where(finite, loss, 0.0)
+        self._loss_sum += torch.where(finite, loss * self.recipe.accumulate, 0.0)
         self._minibatches += count * finite
         here = torch.where(finite, -1, self.minibatch)
         self._first_nonfinite = torch.where(self._first_nonfinite < 0, here, self._first_nonfinite)
@@ -158,17 +179,6 @@ class Trainer:
     def _statistics(self) -> list[Tensor]:
         layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         return [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
-
-    def _set_learning_rates(self) -> None:
-        """Constant, linear from anneal_start to anneal_end, constant; members keep their ratio."""
-        schedule, lr = self.recipe.schedule, self.recipe.optimizer.lr
-        length = schedule.anneal_end - schedule.anneal_start
-        done = min(max(self.epoch - schedule.anneal_start, 0.0) / length, 1.0) if length else 0.0
-        if not length and self.epoch >= schedule.anneal_end:
-            done = 1.0
-        factor = 1.0 + done * (schedule.end_lr / lr - 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
 
     # ------------------------------------------------------------------------------------------ phases
 
@@ -194,6 +204,7 @@ class Trainer:
         }
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"]
+        num_base_groups = len(self.optimizer.param_groups)
         generator = torch.Generator().manual_seed(self.recipe.seed)
         lp.expand(
             self.model,
@@ -209,6 +220,7 @@ class Trainer:
             lp.fuse(self.model)
         lp.set_base_grad_scale(self.optimizer, self.model, late.base_grad_scale)
         self.expanded = True
+        mark_new_groups(self.optimizer, num_base_groups)
         self._prepare_optimizer()
 
     def _prepare_optimizer(self) -> None:
