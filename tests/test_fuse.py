@@ -122,7 +122,7 @@ def test_small_models_keep_their_values(name, backend, monkeypatch):
     op = lp.nn.batch_norm.normalize_and_update
 
     def spy(*arguments):
-        *_, residual, _, _, _, activation, _ = arguments
+        *_, residual, _, _, _, activation, _, _ = arguments
         calls.append((residual is not None, activation))
         return op(*arguments)
 

@@ -1,4 +1,7 @@
-"""Finds BN → ReLU and BN → add → ReLU in the graph of a forward and makes each one call of the batch norm."""
+"""Finds BN → ReLU and BN → add → ReLU in the graph of a forward and makes each one call of the batch norm.
+
+A rank-1 layer whose output goes straight into a batch norm leaves its output gain to the norm.
+"""
 
 import operator
 from collections.abc import Callable
@@ -10,11 +13,13 @@ from torch import Tensor, fx, nn
 
 from ..nn.batch_norm import _EnsembleBatchNorm
 from ..nn.rank1 import Rank1Conv2d, Rank1Linear
+from ..nn.rank1_batch_norm import Gain, without_output_gain
 from ..nn.shared_batch_norm import _SharedBatchNorm
 from .fuse_trace import IN_PLACE
 
 BATCH_NORMS = (_EnsembleBatchNorm, _SharedBatchNorm)
 RELU, ADD_RELU = "BN → ReLU", "BN → add → ReLU"
+GAIN = "gain → "  # before either of them, or before "BN" alone
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLACE["iadd"]: "iadd"}
@@ -27,7 +32,7 @@ _FRESH = (
 )
 
 
-def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str) -> Tensor:
+def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str, gain: Gain | None = None) -> Tensor:
     """Return relu(norm(input) + residual): one op where residual is like input, else as the model has it.
 
     Args:
@@ -35,6 +40,7 @@ def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str)
         input: [K·B, C, *].
         residual: whatever the model adds.
         add: "add", "iadd" (in place) or "radd" (residual comes first).
+        gain: the norm's.
     """
     if (
         isinstance(residual, Tensor)
@@ -43,8 +49,8 @@ def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str)
         and residual.device == input.device
         and residual.layout == torch.strided
     ):
-        return norm(input, residual, "relu")
-    return F.relu(_ADDS[add](norm(input), residual))
+        return norm(input, residual, "relu", gain)
+    return F.relu(_ADDS[add](norm(input, gain=gain), residual))
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -75,7 +81,8 @@ class Chains:
     """Rewrites the graph of one forward.
 
     Attributes:
-        sites: (batch norm's path, RELU, ADD_RELU or "", reason if ""), in the order of the calls.
+        sites: (batch norm's path, pattern or "", reason if ""), in the order of the calls. Patterns: RELU, ADD_RELU,
+            each perhaps after GAIN, and GAIN + "BN".
         silent: the modules on whose calls the graph relies without making them all: they must not be observed.
     """
 
@@ -86,17 +93,42 @@ class Chains:
         # Backwards: where both operands of an add are batch norms, the later one takes the other as its residual.
         for node in reversed(list(graph.nodes)):
             if isinstance(self._child(node), BATCH_NORMS):
+                source, path = node.args[0] if len(node.args) == 1 and not node.kwargs else None, str(node.target)
+                pattern, reason = "", ""
                 try:
-                    self.sites.insert(0, (str(node.target), self._fuse(node), ""))
-                except _Left as reason:
-                    self.sites.insert(0, (str(node.target), "", str(reason)))
+                    pattern, call = self._fuse(node)
+                except _Left as why:
+                    reason, call = str(why), node
+                if self._leaves_gain(source, call, self.children[path]):
+                    pattern, reason = GAIN + (pattern or "BN"), ""
+                self.sites.insert(0, (path, pattern, reason))
 
     def _child(self, node: fx.Node) -> nn.Module | None:
         """Return the module that node calls."""
         return self.children[node.target] if node.op == "call_module" else None  # type: ignore[index]
 
-    def _fuse(self, norm: fx.Node) -> str:
-        """Rewrite the chain that begins with norm and return its pattern.
+    def _leaves_gain(self, source: Any, call: fx.Node, norm: nn.Module) -> bool:
+        """Let the rank-1 layer that source calls leave its output gain to call, the norm's; whether that can be."""
+        layer = self._child(source) if isinstance(source, fx.Node) else None
+        if type(layer) not in (Rank1Conv2d, Rank1Linear) or len(source.users) != 1 or len(source.args) != 1:
+            return False
+        if source.kwargs or is_observed(layer) or why_not(norm):
+            return False
+        with self.graph.inserting_before(source):
+            modules = [
+                self.graph.create_node("get_attr", target)
+                for target in (source.target, next(name for name, child in self.children.items() if child is norm))
+            ]
+            pair = self.graph.call_function(without_output_gain, (*modules, *source.args))
+            product, gain = (self.graph.call_function(operator.getitem, (pair, i)) for i in range(2))
+        source.replace_all_uses_with(product)
+        self.graph.erase_node(source)
+        call.kwargs = {**call.kwargs, "gain": gain}
+        self.silent += [layer, norm]
+        return True
+
+    def _fuse(self, norm: fx.Node) -> tuple[str, fx.Node]:
+        """Rewrite the chain that begins with norm and return its pattern and the call that stands for it.
 
         Raises:
             _Left: it cannot be proved to mean the same; nothing is changed.
@@ -108,7 +140,7 @@ class Chains:
             chain.append(user)
             norm.kwargs = {"activation": "relu"}
             user.replace_all_uses_with(norm)
-            pattern = RELU
+            pattern, call = RELU, norm
         else:
             kind, residual = self._add(user, value)
             chain.append(user)
@@ -119,14 +151,14 @@ class Chains:
             silent += self._check_move(norm, user, chain)
             with self.graph.inserting_before(user):
                 module = self.graph.create_node("get_attr", norm.target)
-                fused = self.graph.call_function(batch_norm_add_relu, (module, norm.args[0], residual, kind))
-            relu.replace_all_uses_with(fused)
+                call = self.graph.call_function(batch_norm_add_relu, (module, norm.args[0], residual, kind))
+            relu.replace_all_uses_with(call)
             chain.insert(0, norm)
             pattern = ADD_RELU
         self.silent += silent + [child for child in map(self._child, chain) if child is not None]
         for node in reversed(chain):
             self.graph.erase_node(node)
-        return pattern
+        return pattern, call
 
     def _batch_norm(self, norm: fx.Node) -> nn.Module:
         """Return the module that norm calls, if one call of it can do more."""

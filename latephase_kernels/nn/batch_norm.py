@@ -92,13 +92,21 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
         return f"{super().extra_repr()}, num_members={self.num_members}{activation}"
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        gain: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
         """Return the activated, normalized input.
 
         Args:
             input: [K·B, C, *] where members run stacked (K of them, or the chosen ones), [N, C, *] for their average.
             residual: added before the activation; input's shape and type.
             activation: of this call; None for the layer's own.
+            gain: r [K, C] and shift, [C] or None: in place of input, input · r + shift is normalized. Only where the
+                batch's statistics normalize (rank1_batch_norm.py).
 
         Returns:
             input's shape, type and memory format.
@@ -123,7 +131,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             momentum = self._momentum(tracked, input)
             return normalize_and_update(
                 input, running_mean, running_var, tracked, weight, bias, residual,
-                momentum, self.eps, num_members, activation, self._statistics_ranks(),
+                momentum, self.eps, num_members, activation, self._statistics_ranks(), gain,
             )  # fmt: skip
         training = self.training or running_mean is None or running_var is None
         if self.training and not self.track_running_stats:
@@ -132,7 +140,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         settings = (self.eps, num_members)
         ranks = 1 if group is None else group.size
         check_arguments(input, *statistics, *affine, training, 0.0, *settings, residual, activation, ranks)
-        return normalize(input, *statistics, *affine, residual, training, *settings, activation, group)[0]
+        return normalize(input, *statistics, *affine, residual, training, *settings, activation, group, gain)[0]
 
     def _statistics_ranks(self) -> StatisticsGroup | None:
         return self.statistics_group

@@ -69,15 +69,35 @@ class _Rank1(MemberModule):
             ValueError: input's shape does not fit, or its rows are not the same number for each member.
             NotImplementedError: a dtype without kernels; a nested tensor, stacked.
         """
-        if input.dim() < self._min_dim or input.size(self._channel_dim) != self._gain_sizes()[0]:
-            expected = self._input_shape.format(self._gain_sizes()[0])
-            raise ValueError(f"{type(self).__name__}: input must be {expected}, got shape {list(input.shape)}")
+        self._check(input)
         members = self.active_members()
         if isinstance(members, str):
             return self._apply_weight(input, *self.averaged())
         check_rows(type(self).__name__, input, len(members))
         input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
         return self._apply_gains(input, input_gain, output_gain)
+
+    def without_output_gain(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+        """Return u and (r, bias) of the layer u ∘ r + bias of a stacked input; r [K, out] of the members that run.
+
+        Raises: as forward.
+        """
+        self._check(input)
+        members = self.active_members()
+        check_rows(type(self).__name__, input, len(members))
+        input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
+        return self._apply_weight(self._multiply(input, input_gain), self.weight, None), (output_gain, self.bias)
+
+    def _check(self, input: Tensor) -> None:
+        if input.dim() < self._min_dim or input.size(self._channel_dim) != self._gain_sizes()[0]:
+            expected = self._input_shape.format(self._gain_sizes()[0])
+            raise ValueError(f"{type(self).__name__}: input must be {expected}, got shape {list(input.shape)}")
+
+    def _multiply(self, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x ∘ gain_k + bias; low-precision gains join a float32 x, as weights do under autocast."""
+        dtype = torch.promote_types(x.dtype, gain.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return member_gain(x, gain.to(dtype), bias, channel_dim=self._channel_dim)
 
     def averaged(self, mode: str = "exact") -> tuple[Tensor, Tensor | None]:
         """Return weight and bias of the plain layer.
@@ -211,9 +231,3 @@ class Rank1Conv2d(_Rank1, nn.Conv2d):
     def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
         y = self._apply_weight(self._multiply(input, input_gain), self.weight, None)
         return self._multiply(y, output_gain, self.bias)
-
-    def _multiply(self, x: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x ∘ gain_k + bias; low-precision gains join a float32 x, as weights do under autocast."""
-        dtype = torch.promote_types(x.dtype, gain.dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return member_gain(x, gain.to(dtype), bias, channel_dim=self._channel_dim)

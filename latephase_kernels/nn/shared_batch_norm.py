@@ -52,13 +52,20 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         check_mode(mode)
         return twin(self, self.plain_type)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, activation: str = "none") -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "none",
+        gain: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
         """Return the activated, normalized input.
 
         Args:
             input: [K·B, C, *], or [N, C, *] where the model averages.
             residual: added before the activation; input's shape and type.
             activation: "none" or "relu".
+            gain: as in EnsembleBatchNorm.
 
         Raises:
             ValueError: a shape does not fit, or one value a channel and member in training.
@@ -66,7 +73,7 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         members = self.active_members()
         training = self.training or self.running_mean is None or self.running_var is None
         group = self._statistics_ranks()
-        if isinstance(members, str) or not training or (len(members) == 1 and self._is_plain(group)):
+        if isinstance(members, str) or not training or (len(members) == 1 and gain is None and self._is_plain(group)):
             y = super().forward(input)
             y = y if residual is None else y + residual
             return F.relu(y) if activation == "relu" else y
@@ -75,7 +82,7 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         num_members = len(members)
         ranks = 1 if group is None else group.size
         check_arguments(*arguments, True, 0.1, self.eps, num_members, residual, activation, ranks)
-        y, mean, var = normalize(*arguments, residual, True, self.eps, num_members, activation, group)
+        y, mean, var = normalize(*arguments, residual, True, self.eps, num_members, activation, group, gain)
         if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
             n = input.numel() // mean.numel() * ranks
             self._update(mean.detach(), var.detach() * (n / (n - 1)), members)

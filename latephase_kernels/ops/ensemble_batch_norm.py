@@ -25,6 +25,7 @@ from . import registry
 from .checks import DTYPES
 from .ensemble_batch_norm_autograd import Normalize, NormalizeAndUpdate, backward, setup_context
 from .ensemble_batch_norm_checks import check_arguments
+from .ensemble_batch_norm_gain import normalize_with_gain
 from .ensemble_batch_norm_synchronized import StatisticsGroup, normalize_synchronized
 from .layout import dense, dense_like, rows_of_channels
 
@@ -169,8 +170,14 @@ def normalize(
     num_members: int,
     activation: str,
     group: StatisticsGroup | None = None,
+    gain: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, mean [K, C], biased variance [K, C]) without touching the running statistics; arguments unchecked."""
+    """Return (y, mean [K, C], biased variance [K, C]) without touching the running statistics; arguments unchecked.
+
+    gain: (r, shift): of input · r + shift, in training and on one rank.
+    """
+    if gain is not None:
+        return normalize_with_gain(input, *gain, weight, bias, residual, eps, num_members, activation)
     if training and group is not None and group.size > 1:
         return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group)
     running, settings = (running_mean, running_var), (training, eps, num_members, activation)
@@ -273,6 +280,7 @@ def normalize_and_update(
     num_members: int,
     activation: str,
     group: StatisticsGroup | None = None,
+    gain: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """Return y by the batch's statistics and move the running ones, in one kernel where it can.
 
@@ -284,12 +292,14 @@ def normalize_and_update(
     arguments = (running_mean, running_var, weight, bias, True, momentum, eps, num_members, residual, activation)
     ranks = 1 if group is None else group.size
     try:
-        namespace = _one_op(input, running_mean, running_var, residual, momentum, num_members) if ranks == 1 else None
+        namespace = None
+        if ranks == 1 and gain is None:
+            namespace = _one_op(input, running_mean, running_var, residual, momentum, num_members)
         if namespace is not registry.NATIVE:
             check_arguments(input, *arguments, ranks)
         if namespace is None:
             return _normalize_then_update(
-                input, running, weight, bias, residual, momentum, eps, num_members, activation, group
+                input, running, weight, bias, residual, momentum, eps, num_members, activation, group, gain
             )
         x = dense(input)
         y = NormalizeAndUpdate.apply(
@@ -304,12 +314,12 @@ def normalize_and_update(
 
 
 def _normalize_then_update(
-    input, running, weight, bias, residual, momentum, eps, num_members, activation, group
+    input, running, weight, bias, residual, momentum, eps, num_members, activation, group, gain
 ) -> Tensor:
     """normalize_and_update where no op does both; arguments unchecked."""
     running_mean, running_var, num_batches_tracked = running
     y, mean, var = normalize(
-        input, running_mean, running_var, weight, bias, residual, True, eps, num_members, activation, group
+        input, running_mean, running_var, weight, bias, residual, True, eps, num_members, activation, group, gain
     )
     if input.numel() > 0:
         n = input.numel() // mean.numel() * (1 if group is None else group.size)

@@ -1,0 +1,97 @@
+"""Ensemble batch norm of z = u · gain_k + shift_k, by the batch's statistics, without computing z.
+
+With v the variance of u:   q = 1 / √(gain² v + eps),   y = activation( (u − ū) · gain q · weight + bias + residual )
+    mean z = gain · ū + shift,   var z = gain² · v
+    dgain = weight · eps · q³ · Σ dz' (u − ū),   dshift = 0;   dz' = dy where the activation let it pass
+
+The gain's place is in the statistics: no pass over memory, and a result that is right where a gain is 0.
+Made of the two halves of ensemble_batch_norm, with 1 for rstd and gain q · weight for weight.
+Shapes: K members, C channels; u [K·B, C, *], gain [K, C], shift [K, C] or [C].
+"""
+
+import torch
+from torch import Tensor
+
+from .. import backend as _backend
+from ..reference import ensemble_batch_norm as reference
+from ..reference import member_gain as gain_reference
+from . import registry
+from .layout import dense, dense_like
+
+
+class _GainBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, namespace, input, gain, shift, weight, bias, residual, eps, num_members, activation):
+        mean, var = registry.op(namespace, "ensemble_batch_norm_statistics")(input, num_members)
+        gain_wide = gain.to(mean.dtype)
+        q = (gain_wide.square() * var + eps).rsqrt()
+        rstd, one = gain_wide * q, torch.ones_like(q)
+        scale = rstd if weight is None else rstd * weight
+        y, mask = registry.op(namespace, "ensemble_batch_norm_apply")(
+            input, mean, one, scale, bias, residual, num_members, activation
+        )
+        ctx.save_for_backward(input, mean, one, scale, bias, mask, gain, shift, weight, q)
+        ctx.settings, ctx.namespace, ctx.eps = (num_members, activation), namespace, eps
+        mean_z = mean * gain_wide if shift is None else torch.addcmul(shift.to(mean.dtype), mean, gain_wide)
+        var_z = var * gain_wide.square()
+        ctx.mark_non_differentiable(mean_z, var_z)
+        return y, mean_z, var_z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        *saved, gain, shift, weight, q = ctx.saved_tensors
+        input, bias = saved[0], saved[4]
+        dy = dense_like(dy, input)
+        _, _, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        write_dresidual = needs_residual and ctx.settings[1] != "none"
+        total, product = registry.op(ctx.namespace, "ensemble_batch_norm_backward_reduce")(dy, *saved, *ctx.settings)
+        rstd = gain.to(q.dtype) * q
+        n = float(input.numel() // q.numel())
+        dx, dresidual = registry.op(ctx.namespace, "ensemble_batch_norm_backward_apply")(
+            dy, *saved, total, rstd.square() * product, n, *ctx.settings, write_dresidual
+        )
+
+        def of(parameter: Tensor, gradient: Tensor) -> Tensor:
+            return (gradient if parameter.dim() == 2 else gradient.sum(0)).to(parameter.dtype)
+
+        dgain = None
+        if needs_gain:
+            dgain = ctx.eps * q.pow(3) * product
+            dgain = of(gain, dgain if weight is None else dgain * weight)
+        return (
+            None,
+            dx,
+            dgain,
+            torch.zeros_like(shift) if needs_shift else None,
+            of(weight, rstd * product) if needs_weight else None,
+            of(bias, total) if needs_bias else None,
+            (dresidual if write_dresidual else dy) if needs_residual else None,
+            *(None,) * 3,
+        )
+
+
+def normalize_with_gain(
+    input: Tensor,
+    gain: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    num_members: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (y, mean, biased variance) of z = input · gain + shift; arguments unchecked.
+
+    Gradients can be taken once. Saved for backward: input, a few [K, C] and, with residual and ReLU, one bit a value.
+    """
+    backend = _backend.backend_for(input)
+    settings = (eps, num_members, activation)
+    if backend == "reference" or torch._C._are_functorch_transforms_active():
+        z = gain_reference.member_gain(input, gain, shift, 1, "none")
+        return reference.ensemble_batch_norm(z, None, None, weight, bias, residual, True, *settings)
+    input = dense(input)
+    residual = None if residual is None else dense_like(residual, input)
+    namespace = registry.NATIVE if backend == "native" else registry.TRITON
+    return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, *settings)
