@@ -43,6 +43,8 @@ wheel: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_ensemble_batch_norm.py
 	$(BIN)/python benchmarks/bench_member_gain.py
+	$(BIN)/python benchmarks/bench_rank1_linear.py
+	$(BIN)/python benchmarks/bench_rank1_lstm.py
 
 # torch first, then the package without isolation: an isolated build would download torch a second time.
 $(VENV)/.installed: $(SOURCES)

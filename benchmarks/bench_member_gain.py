@@ -2,135 +2,78 @@
 
     python benchmarks/bench_member_gain.py [--device cuda] [--dtype bfloat16] [--seconds 3] [--output results.json]
 
-Every contender is timed in turn with the others in one run. `floor` is the ReLU alone: the bytes that must move.
+benchmarks/README.md says how to read the figures. `floor` is the ReLU alone: the bytes that must move.
 """
-
-import argparse
-import json
-import platform
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, interleaved, quartiles, ratios
+from comparison import OURS, compare, compiled, make_parser, run
 
 import latephase_kernels as lp
 
-CASES = [  # [K·B, …], K, channel_dim, channels_last
-    ([160, 160, 32, 32], 10, 1, False),
-    ([160, 160, 32, 32], 10, 1, True),
-    ([160, 640, 8, 8], 10, 1, False),
-    ([160, 512, 7, 7], 10, 1, False),
-    ([320, 197, 384], 10, 2, False),
-    ([2000, 500], 10, 1, False),
+CASES = [  # rows a member, and the rest of the shape; channel_dim; channels_last
+    (16, (160, 32, 32), 1, False),
+    (16, (160, 32, 32), 1, True),
+    (16, (640, 8, 8), 1, False),
+    (16, (512, 7, 7), 1, False),
+    (32, (197, 384), 2, False),
+    (200, (500,), 1, False),
 ]
-OURS, FLOOR = "ours", "floor"
+FLOOR = "floor"
 
 
-def along_channels(parameter, input, channel_dim):
-    """[K, C] → [K, 1, …, C, …, 1], beside input [K, B, …]."""
-    return parameter.reshape(-1, *[1] * channel_dim, parameter.size(1), *[1] * (input.dim() - channel_dim - 1))
+def along_channels(parameter, shape, channel_dim):
+    """[…, C] → […, C, 1, …, 1], beside one of shape `shape`."""
+    trailing = [1] * (len(shape) - channel_dim - 1)
+    return parameter.reshape(*parameter.shape[:-1], *[1] * channel_dim, parameter.size(-1), *trailing)
 
 
-def broadcast(x, gain, bias, channel_dim):
-    gain, bias = (along_channels(p, x, channel_dim) for p in (gain, bias))
-    return F.relu(x.unflatten(0, (gain.size(0), -1)) * gain + bias).flatten(0, 1)
+def contenders(channel_dim, arguments):
+    def broadcast(x, gain, bias):
+        gain, bias = (along_channels(p, x.shape, channel_dim) for p in (gain, bias))  # [K, 1, C, …] beside [K, B, C, …]
+        return F.relu(x.unflatten(0, (gain.size(0), -1)) * gain + bias).flatten(0, 1)
+
+    def one_member(x, gain, bias):
+        shape = x.shape[channel_dim + 1 :]
+        gain, bias = (p.view(-1, *[1] * len(shape)) for p in (gain, bias))
+        return F.relu(x * gain + bias)
+
+    def slices(x, gain, bias):
+        return torch.cat([one_member(*member) for member in zip(x.chunk(len(gain)), gain, bias, strict=True)])
+
+    def vmap(x, gain, bias):
+        return torch.func.vmap(one_member)(x.unflatten(0, (len(gain), -1)), gain, bias).flatten(0, 1)
+
+    def ours(x, gain, bias):
+        return lp.functional.member_gain(x, gain, bias, channel_dim=channel_dim, activation="relu")
+
+    def floor(x, gain, bias):
+        return F.relu(x)
+
+    peers = {"broadcast formula": broadcast, "slices + cat": slices, "vmap": vmap}
+    return broadcast, {**peers, **compiled({"broadcast formula": broadcast}, arguments), OURS: ours, FLOOR: floor}
 
 
-def slices(x, gain, bias, channel_dim):
-    gain, bias = (along_channels(p, x, channel_dim) for p in (gain, bias))
-    members = zip(x.chunk(len(gain)), gain, bias, strict=True)
-    return torch.cat([F.relu(rows * g + b) for rows, g, b in members])
-
-
-def ours(x, gain, bias, channel_dim):
-    return lp.functional.member_gain(x, gain, bias, channel_dim=channel_dim, activation="relu")
-
-
-def floor(x, gain, bias, channel_dim):
-    return F.relu(x)
-
-
-def contenders(device):
-    found = {"broadcast formula": broadcast, "slices + cat": slices}
-    if device.type == "cuda":
-        found |= {f"compiled {name}": torch.compile(f, dynamic=False) for name, f in found.items()}
-    return {**found, OURS: ours, FLOOR: floor}
-
-
-class Case:
-    """One shape: its tensors, and a training step of a contender."""
-
-    def __init__(self, shape, num_members, channel_dim, channels_last, device, dtype):
+def cases(arguments):
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    for batch, rest, channel_dim, channels_last in CASES:
         torch.manual_seed(0)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.x, self.dy = (
-            torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) for _ in range(2)
-        )
+        shape = (arguments.members * batch, *rest)
+        x, dy = (torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) for _ in range(2))
         # In x's type: the formula in plain PyTorch would otherwise turn to float32.
-        self.gain, self.bias = (torch.randn(num_members, shape[channel_dim], device=device).to(dtype) for _ in range(2))
-        self.leaves = [t.requires_grad_() for t in (self.x, self.gain, self.bias)]
-        self.channel_dim = channel_dim
-        self.bytes = 5 * self.x.numel() * self.x.element_size()
-
-    def step(self, function):
-        for leaf in self.leaves:
-            leaf.grad = None
-        y = function(*self.leaves, self.channel_dim)
-        y.backward(self.dy)
-        return y
-
-    def check(self):
-        """Raise where the op and the broadcast formula disagree on the output: what is wrong is not timed."""
-        with torch.no_grad():
-            values = (f(*self.leaves, self.channel_dim) for f in (ours, broadcast))
-            torch.testing.assert_close(*values, atol=1e-5 + 8 * torch.finfo(self.x.dtype).eps, rtol=2e-2)
-
-
-def bench(case, functions, seconds):
-    """Return {contender: figures}."""
-    case.check()
-    steps = {name: lambda f=f: case.step(f) for name, f in functions.items()}
-    times = interleaved(steps, case.x.device, seconds=seconds)
-    rows = {}
-    for name, values in times.items():
-        low, median, high = quartiles(values)
-        rows[name] = {"ms": 1e3 * median, "ms_quartiles": [1e3 * low, 1e3 * high], "GB/s": case.bytes / median / 1e9}
-    fastest = min((name for name in rows if name not in (OURS, FLOOR)), key=lambda name: rows[name]["ms"])
-    for name, row in rows.items():
-        row["to_fastest_peer"] = ratios(times[name], times[fastest])
-    return rows
-
-
-def describe(name, row):
-    low, median, high = row["to_fastest_peer"]
-    return f"  {name:26} {row['ms']:9.2f} ms {row['GB/s']:8.1f} GB/s   × {median:.2f} ({low:.2f} … {high:.2f})"
+        gain, bias = (torch.randn(arguments.members, shape[channel_dim], device=device).to(dtype) for _ in range(2))
+        leaves = [t.requires_grad_() for t in (x, gain, bias)]
+        formula, functions = contenders(channel_dim, arguments)
+        useful = 5 * x.numel() * x.element_size()
+        rows = compare(functions, leaves, dy, formula, seconds=arguments.seconds, plain=(FLOOR,), work=useful)
+        layout = "channels_last" if channels_last else "contiguous"
+        yield f"{list(shape)} channel_dim={channel_dim} {layout}", rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each table")
-    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    report = {
-        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "device": arguments.device, "dtype": arguments.dtype,
-        "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
-    }  # fmt: skip
-    for shape, num_members, channel_dim, channels_last in CASES:
-        case = Case(shape, num_members, channel_dim, channels_last, device, getattr(torch, arguments.dtype))
-        rows = bench(case, contenders(device), arguments.seconds)
-        layout = "channels_last" if channels_last else "contiguous"
-        print(f"\n{shape} K={num_members} channel_dim={channel_dim} {layout} {arguments.dtype}")
-        print("\n".join(describe(name, row) for name, row in rows.items()), flush=True)
-        report["tables"].append(
-            {"shape": shape, "members": num_members, "channel_dim": channel_dim, "layout": layout, "rows": rows}
-        )
-    if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    arguments = make_parser(__doc__, seconds=3.0).parse_args()
+    run("member_gain", arguments, cases(arguments), FLOOR, FLOOR)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,25 @@
-"""CPU time of a linear layer with rank-1 gains, forward and backward, beside what a user would otherwise write.
+"""Time of a linear layer with rank-1 gains, forward and backward, beside what a user would otherwise write.
 
-    python benchmarks/bench_rank1_linear.py [--seconds 20] [--members 10] [--layers "MLP 784 → 512" …]
+    python benchmarks/bench_rank1_linear.py [--device cuda] [--dtype bfloat16] [--layers "MLP 784 → 512" …]
 
-All are timed in turn, in one run. The ratio is to F.linear on the same stacked rows, the cost of no members at all,
-round by round; its quartiles stand in brackets.
+benchmarks/README.md says how to read the figures. The plain layer is F.linear on the same stacked rows: no members.
 """
-
-import argparse
-import json
-import os
-import platform
 
 import torch
 import torch.nn.functional as F
-from timing import interleaved, quartiles, ratios
+from comparison import OURS, compare, compiled, make_parser, run
 
 import latephase_kernels as lp
 
-LAYERS = {  # rows a member, in, out; ViT-S: 16 images of 197 tokens; LSTM: one step of 32 sequences
+LAYERS = {  # rows a member, in, out; ViT-S: images of 197 tokens; LSTM: one step of 32 sequences
     "MLP 784 → 512": (200, 784, 512),
     "MLP 512 → 512": (200, 512, 512),
     "ViT-S 384 → 1536": (16 * 197, 384, 1536),
     "ViT-S 1536 → 384": (16 * 197, 1536, 384),
     "LSTM 500 → 2000": (32, 500, 2000),
 }
+GPU_IMAGES = 4  # times as many images a member on a GPU
+PLAIN = "plain layer"
 
 
 def plain(x, weight, s, r, bias):
@@ -48,66 +44,56 @@ def broadcast_formula(x, weight, s, r, bias):
     return (F.linear(by_member * s.unsqueeze(1), weight) * r.unsqueeze(1) + bias).flatten(0, 1)
 
 
-PLAIN = "plain, no members"
-FUNCTIONS = {
-    PLAIN: plain,
-    "loop over members": loop_over_members,
-    "vmap": vmap,
-    "broadcast formula": broadcast_formula,
-    "ours": lp.functional.rank1_linear,
-}
+def torch_uncertainty():
+    """Its BatchLinear as a function, where it is installed."""
+    try:
+        from torch_uncertainty.layers.batch_ensemble import BatchLinear
+    except ImportError:
+        return {}
+
+    def batch_linear(x, weight, s, r, bias):
+        layer = BatchLinear(*reversed(weight.shape), len(s), device="meta")
+        tensors = {"linear.weight": weight, "r_group": s, "s_group": r, "bias": bias.expand(len(s), -1)}
+        return torch.func.functional_call(layer, tensors, x)
+
+    return {"torch-uncertainty's BatchLinear": batch_linear}
 
 
-def bench(layer, arguments):
-    torch.manual_seed(0)
-    (rows, in_features, out_features), num_members = LAYERS[layer], arguments.members
-    tensors = [
-        torch.randn(num_members * rows, in_features),
-        torch.randn(out_features, in_features) / in_features**0.5,
-        1 + 0.1 * torch.randn(num_members, in_features),
-        1 + 0.1 * torch.randn(num_members, out_features),
-        torch.randn(out_features),
-    ]
-    tensors = [tensor.requires_grad_() for tensor in tensors]
-    dy = torch.randn(num_members * rows, out_features)
-
-    def step(function):
-        def run():
-            for tensor in tensors:
-                tensor.grad = None
-            function(*tensors).backward(dy)
-
-        return run
-
-    functions = {name: step(function) for name, function in FUNCTIONS.items()}
-    times = interleaved(functions, torch.device("cpu"), seconds=arguments.seconds)
+def contenders(arguments):
+    peers = {"loop over members": loop_over_members, "vmap": vmap, "broadcast formula": broadcast_formula}
     return {
-        name: {"ms": [1e3 * t for t in quartiles(t)], "to_plain": ratios(t, times[PLAIN]), "rounds": len(t)}
-        for name, t in times.items()
+        PLAIN: plain,
+        **peers,
+        **compiled({"broadcast formula": broadcast_formula, "loop over members": loop_over_members}, arguments),
+        **torch_uncertainty(),
+        OURS: lp.functional.rank1_linear,
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--members", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each layer")
-    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="LAYER")
-    parser.add_argument("--output", help="write the figures here as JSON")
-    arguments = parser.parse_args()
-    layers = {}
+def cases(arguments):
+    options = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     for layer in arguments.layers:
-        layers[layer] = bench(layer, arguments)
-        rows, num_members = LAYERS[layer][0], arguments.members
-        print(f"{layer}, {num_members} members × {rows} rows, threads {torch.get_num_threads()}", end=", ")
-        print(f"load {os.getloadavg()[0]:.1f}")
-        for name, row in layers[layer].items():
-            low, median, high = row["to_plain"]
-            print(f"  {name:18} {row['ms'][1]:9.1f} ms  × {median:.2f}  [{low:.2f}, {high:.2f}]", flush=True)
-    if arguments.output:
-        machine = platform.processor() or platform.machine()
-        report = {"torch": torch.__version__, "machine": machine, "threads": torch.get_num_threads()}
-        with open(arguments.output, "w") as file:
-            json.dump(report | {"members": arguments.members, "layers": layers}, file, indent=1)
+        torch.manual_seed(0)
+        (rows, in_features, out_features), num_members = LAYERS[layer], arguments.members
+        if arguments.device == "cuda" and layer.startswith("ViT"):
+            rows *= GPU_IMAGES
+        x, dy = (torch.randn(num_members * rows, size) for size in (in_features, out_features))
+        weight = torch.randn(out_features, in_features) / in_features**0.5
+        s, r = (1 + 0.1 * torch.randn(num_members, size) for size in (in_features, out_features))
+        leaves = [t.to(**options).requires_grad_() for t in (x, weight, s, r, torch.randn(out_features))]
+        torch._dynamo.reset()
+        useful = 6 * num_members * rows * in_features * out_features
+        yield f"{layer}, {num_members} × {rows} rows", compare(
+            contenders(arguments), leaves, dy.to(**options), broadcast_formula,
+            seconds=arguments.seconds, plain=(PLAIN,), work=useful,
+        )  # fmt: skip
+
+
+def main():
+    parser = make_parser(__doc__, seconds=10.0)
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS), metavar="LAYER")
+    arguments = parser.parse_args()
+    run("rank1_linear", arguments, cases(arguments), PLAIN)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,12 @@
 
     python benchmarks/bench_rank1_lstm.py [--device cuda] [--dtype bfloat16] [--members 10] [--batch 32] [--steps 100]
 
-Every row is timed in turn with the others in one run. Ratios are taken round by round, to the loop over members: an
-nn.LSTM call each, with the member's folded weights W ∘ (r_k s_kᵀ). Their quartiles stand in brackets.
+benchmarks/README.md says how to read the figures. The loop over members is an nn.LSTM call each, with the member's
+folded weights W ∘ (r_k s_kᵀ); one LSTM has one weight for all rows: no members.
 """
 
-import argparse
-import json
-import os
-import platform
-
 import torch
-from timing import interleaved, quartiles, ratios
+from comparison import OURS, compare, compiled, make_parser, run
 from torch import nn
 
 import latephase_kernels as lp
@@ -50,13 +45,24 @@ def plain_formula(x, h, c, weight_ih, weight_hh, s_ih, r_ih, s_hh, r_hh, bias):
     return torch.stack(outputs)
 
 
-LOOP = "loop over members"
-FUNCTIONS = {
-    LOOP: loop_over_members,
-    "one LSTM, no members": one_plain_lstm,
-    "plain formula": plain_formula,
-    "ours": lambda *arguments: lp.functional.rank1_lstm(*arguments)[0],
-}
+def vmap(x, h, c, weight_ih, weight_hh, s_ih, r_ih, s_hh, r_hh, bias):
+    def one_member(x, h, c, s_ih, r_ih, s_hh, r_hh):
+        gains = (gain.unsqueeze(0) for gain in (s_ih, r_ih, s_hh, r_hh))
+        return plain_formula(x, h, c, weight_ih, weight_hh, *gains, bias)
+
+    x, h, c = (t.unflatten(-2, (len(s_ih), -1)) for t in (x, h, c))
+    return torch.func.vmap(one_member, (1, 0, 0, 0, 0, 0, 0), 1)(x, h, c, s_ih, r_ih, s_hh, r_hh).flatten(1, 2)
+
+
+LOOP, PLAIN = "loop over members", "one LSTM, no members"
+
+
+def contenders(arguments):
+    peers = {LOOP: loop_over_members, "plain formula": plain_formula, "vmap of the formula": vmap}
+    # A hundred unrolled steps take a C++ compiler many minutes.
+    under_compile = compiled({"plain formula": plain_formula}, arguments) if arguments.device == "cuda" else {}
+    ours = {OURS: lambda *leaves: lp.functional.rank1_lstm(*leaves)[0]}
+    return {PLAIN: one_plain_lstm, **peers, **under_compile, **ours}
 
 
 def make_tensors(arguments):
@@ -76,49 +82,26 @@ def make_tensors(arguments):
     return [tensor.to(**options).requires_grad_() for tensor in tensors]
 
 
-def bench(arguments):
-    """Return {contender: figures}."""
-    tensors = make_tensors(arguments)
-    expected = loop_over_members(*tensors)
-    dy = torch.randn_like(expected)
-    for name in ("plain formula", "ours"):
-        torch.testing.assert_close(FUNCTIONS[name](*tensors), expected, rtol=0.02, atol=0.02)
-    del expected
-
-    def step(function):
-        for tensor in tensors:
-            tensor.grad = None
-        function(*tensors).backward(dy)
-
-    functions = {name: lambda f=f: step(f) for name, f in FUNCTIONS.items()}
-    times = interleaved(functions, torch.device(arguments.device), seconds=arguments.seconds)
-    return {
-        name: {"ms": [1e3 * t for t in quartiles(t)], "to_loop": ratios(t, times[LOOP]), "rounds": len(t)}
-        for name, t in times.items()
-    }
+def cases(arguments):
+    leaves = make_tensors(arguments)
+    dy = torch.randn(arguments.steps, leaves[1].size(0), arguments.units).to(leaves[0])
+    in_both, out = arguments.inputs + arguments.units, 4 * arguments.units
+    useful = 6 * arguments.steps * leaves[1].size(0) * in_both * out
+    shape = f"{arguments.members} × {arguments.batch} sequences, {arguments.steps} steps, {arguments.units} units"
+    yield (
+        shape,
+        compare(
+            contenders(arguments), leaves, dy, plain_formula, seconds=arguments.seconds, plain=(PLAIN,), work=useful
+        ),
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    shape = {"members": 10, "batch": 32, "steps": 100, "units": 500, "inputs": 205}
-    for name, default in shape.items():
+    parser = make_parser(__doc__, seconds=60.0)
+    for name, default in {"batch": 32, "steps": 100, "units": 500, "inputs": 205}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--output", help="write the figures here as JSON")
     arguments = parser.parse_args()
-    rows = bench(arguments)
-    settings = {name: getattr(arguments, name) for name in ("device", "dtype", *shape)}
-    settings |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    for name, row in rows.items():
-        low, ratio, high = row["to_loop"]
-        print(f"  {name:22} {row['ms'][1]:9.1f} ms   × {ratio:.2f} ({low:.2f} … {high:.2f})")
-    if arguments.output:
-        machine = platform.processor() or platform.machine()
-        with open(arguments.output, "w") as file:
-            json.dump({**settings, "machine": machine, "rows": rows}, file, indent=1)
+    run("rank1_lstm", arguments, cases(arguments), PLAIN)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
 
-    python -m benchmarks.gpu [--parts build test sanitize norm gain] [--output benchmarks/results] [--limit 600]
+    python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm] [--output benchmarks/results] [--limit 600]
 
 Each part is a process with a share of the time limit; one that fails or runs out of time does not stop the others, but
 nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it.
@@ -34,18 +34,20 @@ def commands(part: str, output: Path) -> list[list[str]]:
             ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *KERNEL_TESTS, *few]
             for tool in SANITIZERS
         ]
-    name = {"norm": "ensemble_batch_norm", "gain": "member_gain"}[part]
+    name = BENCHMARKS[part]
     return [
         [
             *(sys.executable, f"benchmarks/bench_{name}.py", "--device", "cuda", "--dtype", dtype),
             *("--seconds", "0.3", "--output", str(output / f"{name}_cuda_{dtype}.json")),
+            *(["--no-compile"] if part == "lstm" or (part == "linear" and dtype == "float32") else []),  # takes minutes
         ]
         for dtype in ("bfloat16", "float32")
     ]
 
 
+BENCHMARKS = {"norm": "ensemble_batch_norm", "gain": "member_gain", "linear": "rank1_linear", "lstm": "rank1_lstm"}
 # Shares of the limit. Nothing is timed without the build and the tests.
-PARTS = {"build": 0.2, "test": 0.2, "sanitize": 0.15, "norm": 0.35, "gain": 0.1}
+PARTS = {"build": 0.2, "test": 0.2, "sanitize": 0.1, "norm": 0.25, "gain": 0.08, "linear": 0.1, "lstm": 0.07}
 
 
 def facts() -> dict:
@@ -109,7 +111,7 @@ def main() -> int:
         if part not in arguments.parts:
             continue
         broken = [name for name in ("build", "test") if ended.get(name, {}).get("ended", "passed") != "passed"]
-        if part in ("norm", "gain") and broken:
+        if part in BENCHMARKS and broken:
             ended[part] = {"ended": f"not timed: {broken[0]} did not pass", "seconds": 0.0}
         else:
             ended[part] = run_part(part, arguments.output, arguments.limit * PARTS[part] / total)
