@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
 
-    python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm] [--output benchmarks/results] [--limit 600]
+    python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm] [--output FOLDER] [--limit 600]
 
 Each part is a process with a share of the time limit; one that fails or runs out of time does not stop the others, but
 nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it.
