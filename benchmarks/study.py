@@ -70,7 +70,7 @@ STUDIES = {
             Row("dropout", "digits_dropout"),
             Row("MC-dropout, 10 passes", "digits_dropout", "MC-dropout"),
             Row("BatchEnsemble, ensemble of 5", "digits_batch_ensemble", "ensemble"),
-            Row("deep ensemble of 5", "digits_base", "ensemble", models=5),
+            Row("deep ensemble of 3", "digits_base", "ensemble", models=3),
             Row("late-phase BatchNorm + head, SGD", "digits"),
             Row("late-phase BatchNorm + head, SGD, ensemble", "digits", "ensemble"),
             Row("late-phase BatchNorm + head, SWA", "digits_swa"),

@@ -1,8 +1,11 @@
 """A run's folder: one writer, one recipe, metrics that survive a crash."""
 
 import csv
+import errno
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -11,7 +14,8 @@ from typing import ClassVar
 import pytest
 
 from latephase_kernels.cli import main
-from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics
+from latephase_kernels.train.progress import Progress
+from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics, write_whole
 
 CONFIG = "name: a\nseed: 0\n"
 
@@ -64,6 +68,51 @@ def test_damaged_metrics_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is no JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.start_metrics(0)
+        run._file.close()
+        run._file = open("/dev/full", "w")
+        with pytest.raises(OSError) as caught:
+            run.log({"step": 1})
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "metrics.jsonl")
+    path = tmp_path / "results.json"
+    write_whole(path, "old")
+
+    def full(file, content):
+        with open(file, "wb") as stream:
+            stream.write(content[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError) as caught:
+        write_whole(path, "new")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path) and path.read_text() == "old"
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(terminal):
+    """A bar with the time left on a terminal, plain lines elsewhere."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    progress = Progress(10, stream)
+    progress.begin("epoch 1")
+    progress.advance(4)
+    progress.begin("epoch 2, 1,000 images/s")
+    progress.advance(1)
+    text = stream.getvalue()
+    if terminal:
+        assert (
+            re.search(r"\r\[#{15}\.{15}\]  50 % +\d+ s left  epoch 2, 1,000 images/s\x1b\[K$", text)
+            and "\n" not in text
+        )
+        progress.end()
+        assert stream.getvalue().endswith("\r\x1b[K")
+    else:
+        assert text == "[  0 %] epoch 1\n[ 40 %] epoch 2, 1,000 images/s\n"
 
 
 def test_nothing_to_draw(tmp_path):

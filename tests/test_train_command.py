@@ -1,8 +1,10 @@
 """`latephase train` as a process: finished, interrupted, killed, refused; on the bundled digits."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,11 +109,44 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, number):
     else:
         assert process.returncode == 128 + number and f"--resume --output {folder}" in messages
     assert not (folder / "model.safetensors").exists()
+    if number == signal.SIGKILL:  # and the disk flipped a bit of the newest checkpoint
+        before, newest = sorted((folder / "checkpoints").glob("step-*.pt"))
+        content = bytearray(newest.read_bytes())
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
     refused = run(folder, *options)
     assert refused.returncode == 2 and "already holds a run; give --resume" in refused.stderr
     resumed = run(folder, "--resume", *options)
     assert resumed.returncode == 0, resumed.stderr
+    if number == signal.SIGKILL:
+        assert f"checkpoint {newest.name}" in resumed.stderr and f"going on from {before.name}" in resumed.stderr
     assert_same_run(folder, finished[0])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
+    """No file may grow beyond 100 kB: the second checkpoint fits no more."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "model.safetensors").unlink()
+    last = max((folder / "checkpoints").glob("step-*.pt"))
+    start = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({last.stat().st_size // 2},) * 2); "
+    start += "from latephase_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    again = [sys.executable, "-c", start, *command(folder, "--resume")[3:]]
+    result = subprocess.run(again, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2 and f"[Errno {errno.EFBIG}] checkpoint of step" in result.stderr
+    assert f"'{folder / 'checkpoints' / 'step-'}" in result.stderr
+    assert last.exists() and not list(folder.glob("**/*unfinished*"))
+    assert run(folder, "--resume").returncode == 0  # where there is room again
+    assert_same_run(folder, finished[0])
+
+
+def test_a_diverging_run_says_so(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(command(folder, "--optimizer.lr=1e30")[3:]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert re.search(
+        r"loss of minibatch \d+ \(epoch 0.\d+\) is not finite; lower optimizer.lr, or give --skip_non", message
+    )
+    assert not (folder / "model.safetensors").exists() and not list((folder / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -128,12 +163,15 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, number):
         (["digits", "--model.name=torchvision:resnet7"], "resnet7"),
         (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, digits"),
         (["cifar10", "--data.folder=nowhere"], "nowhere"),
+        (["digits", "--output=file"], r"\[Errno 17\] File exists: 'file'"),
+        (["digits", "--output=file/run"], r"\[Errno 20\] Not a directory: 'file/run'"),
         (["digits", "--late.start=x"], "late.start"),
         (["digits", "--nothing=1"], "nothing"),
     ],
 )
 def test_what_the_user_can_mend_is_a_message(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     try:
         code = main(["train", *arguments])
     except SystemExit as exit:  # an option that the parser refuses

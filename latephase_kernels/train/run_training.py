@@ -223,10 +223,7 @@ def save_model(model: torch.nn.Module, path: Path) -> None:
         from safetensors.torch import save
     except ModuleNotFoundError:
         raise ImportError("train: saving the model needs safetensors; pip install 'latephase_kernels[train]'") from None
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
 
 def load_model(model: torch.nn.Module, path: Path) -> None:

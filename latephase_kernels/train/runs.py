@@ -9,14 +9,16 @@ checkpoints/        see checkpoints.py
 model.safetensors   the plain model at the end
 """
 
+import contextlib
 import csv
+import io
 import json
 import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,11 +49,31 @@ def _summary_writer() -> Any:
     return SummaryWriter
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that a reader finds the old content or the new, never a part."""
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError the path that it lacks, as that of a write to a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part.
+
+    Raises:
+        OSError: with path and errno; the old content is still there.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        with naming(path):
+            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def environment() -> dict[str, Any]:
@@ -116,7 +138,8 @@ class RunFolder:
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # log has flushed, or raised
+                self._file.close()
         if self._writer is not None:
             self._writer.close()
         self._lock.close()
@@ -175,8 +198,9 @@ class RunFolder:
             for key, value in record.items()
         }
         self._metrics.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self.path / "metrics.jsonl"):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key not in _BOOKKEEPING:
@@ -186,12 +210,13 @@ class RunFolder:
     def finish_metrics(self) -> None:
         """Write the metrics as CSV and their curves as a picture."""
         columns = list(dict.fromkeys(key for record in self._metrics for key in record))
-        path = self.path / "metrics.csv"
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self._metrics)
-        draw_metrics(self._metrics, self.path / "curves.png")
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, columns)
+        writer.writeheader()
+        writer.writerows(self._metrics)
+        write_whole(self.path / "metrics.csv", table.getvalue())
+        with naming(self.path / "curves.png"):
+            draw_metrics(self._metrics, self.path / "curves.png")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
