@@ -18,7 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-KERNEL_TESTS = ["tests/test_cuda_ensemble_batch_norm.py", "tests/test_cuda_member_gain.py"]
+KERNEL_TESTS = [
+    "tests/test_cuda_ensemble_batch_norm.py",
+    "tests/test_cuda_ensemble_batch_norm_tiers.py",
+    "tests/test_cuda_member_gain.py",
+    "tests/test_ensemble_batch_norm_robustness.py",
+]
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
@@ -29,7 +34,7 @@ def commands(part: str, output: Path) -> list[list[str]]:
     if part == "test":
         return [[*PYTEST, *KERNEL_TESTS]]
     if part == "sanitize":  # one small case of each kernel: the tools slow them down by orders of magnitude
-        few = ["-k", "parameters_in_either or off_alignment"]
+        few = ["-k", "one_case_of_every_tier or parameters_in_either or (member_gain and off_alignment)"]
         return [
             ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *KERNEL_TESTS, *few]
             for tool in SANITIZERS

@@ -16,6 +16,8 @@ WIDTHS = {None: "", "1": ", wide", "2": ", narrow"}  # enum Width of unit.cuh
 GAIN_KERNELS = ("gain_kernel", "gain_backward_kernel")
 STREAMING_KERNELS = ("statistics_kernel", "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel")
 RESIDENT_KERNELS = ("resident_forward_kernel", "resident_backward_kernel")
+VIRTUAL_KERNELS = ("virtual_forward_kernel", "virtual_backward_kernel")
+ON_CHIP_KERNELS = (*RESIDENT_KERNELS, *VIRTUAL_KERNELS)
 # Of each kernel, by its template's last flag: for norms, for gains.
 VARIANTS = {False: ("contiguous", "channels_last"), True: ("short runs", "long runs")}
 # Threads that a multiprocessor must have registers for: blocks of them together (see ensemble_batch_norm_plan.cuh).
@@ -42,7 +44,7 @@ def _library_is_built():
 
 
 def _short_name(mangled: str) -> str:
-    """backward_apply_kernel<bfloat16, channels_last> from its mangled name; resident ones end in wide or narrow."""
+    """backward_apply_kernel<bfloat16, channels_last> from its mangled name; on-chip ones end in wide or narrow."""
     kernel = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)Lb([01])E(?:LNS_5WidthE([12])E)?)?", mangled)
     if kernel is None:
         return mangled
@@ -60,7 +62,7 @@ def _expected_kernels() -> set[str]:
         names |= {f"{kernel}<{dtype}, {runs}>" for kernel in GAIN_KERNELS for runs in VARIANTS[True]}
         for layout in VARIANTS[False]:
             names |= {f"{kernel}<{dtype}, {layout}>" for kernel in STREAMING_KERNELS}
-            names |= {f"{k}<{dtype}, {layout}, {width}>" for k in RESIDENT_KERNELS for width in ("wide", "narrow")}
+            names |= {f"{k}<{dtype}, {layout}, {width}>" for k in ON_CHIP_KERNELS for width in ("wide", "narrow")}
     return names
 
 
@@ -91,14 +93,14 @@ def test_no_kernel_spills():
         many = name.startswith(RESIDENT_KERNELS) and "contiguous" in name
         assert used["REG"] <= 65536 // (RESIDENT_CONTIGUOUS_THREADS if many else THREADS), (architecture, name)
         reserved = 0 if architecture == "sm_80" else RESERVED_SHARED_BYTES
-        static = 0 if name.startswith(RESIDENT_KERNELS) else STREAMING_SHARED_BYTES
+        static = 0 if name.startswith(ON_CHIP_KERNELS) else STREAMING_SHARED_BYTES
         static = GAIN_BACKWARD_SHARED_BYTES if name.startswith("gain_backward_kernel") else static
         assert used["SHARED"] <= reserved + static, (architecture, name)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vector_paths_use_128_bit_accesses(architecture):
-    """Resident kernels read straight into shared memory (LDGSTS); wide ones move data in no other width."""
+    """On-chip kernels read straight into shared memory (LDGSTS); wide ones move data in no other width."""
     accesses: dict[str, list[str]] = {}
     name = ""
     for line in _cuobjdump("--dump-sass", "--gpu-architecture", architecture).splitlines():
@@ -116,7 +118,7 @@ def test_vector_paths_use_128_bit_accesses(architecture):
             assert "apply_kernel" not in kernel or count(kernel, "STG", ".128") >= 1, kernel
         elif kernel.startswith(GAIN_KERNELS):
             assert count(kernel, "LDG", ".128") >= 2 and count(kernel, "STG", ".128") >= 1, kernel
-        elif kernel.startswith(RESIDENT_KERNELS):
+        elif kernel.startswith(ON_CHIP_KERNELS):
             wide = kernel.endswith("wide>")
             assert (count(kernel, "LDGSTS", ".128") >= 1) == wide, kernel
             assert (count(kernel, "STG", ".128") >= 1) == wide, kernel

@@ -18,22 +18,31 @@ pytest.importorskip("triton")
 
 CAPABILITIES = (80, 90, 100)
 ELEMENTS = ("x", "y", "dy", "dx", "residual", "dresidual")
-PER_MEMBER = ("mean", "var", "rstd", "weight", "bias", "sum_dz", "sum_dz_xhat", "gain", "dgain", "dbias")
+STATISTICS = ("mean", "var", "rstd", "running_mean", "running_var", "sum_dz", "sum_dz_xhat")
+PER_MEMBER = (*STATISTICS, "weight", "bias", "gain", "dgain", "dbias")
 SUMS = ("first", "second", "partials")
 BLOCKS = dict(BLOCK_SPLITS=64, BLOCK_GROUPS=16)
 FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, RELU=True, BATCH_STATISTICS=True)
-APPLY_KERNELS = ("_apply_kernel", "_backward_apply_kernel")  # tiles of their own; the others have a reduction's
-NORM, GAIN, TILES = "ensemble_batch_norm", "member_gain", "tiles"
+APPLY_KERNELS = ("apply_kernel", "backward_apply_kernel")  # tiles of their own; others have a reduction's
+NORM, ON_CHIP = "ensemble_batch_norm_streaming", "ensemble_batch_norm_resident"
+GAIN, TILES = "member_gain", "tiles"
+RESIDENT_KERNELS = {"resident_forward_kernel": 1, "resident_backward_kernel": 2}  # and how many operands they keep
+RUNNING = ("running_mean", "running_var", "tracked")
 VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goes without
-    "statistics": (NORM, "_statistics_kernel", ["partials"]),
-    "statistics, split": (NORM, "_statistics_kernel", []),
-    "merge statistics": (NORM, "_merge_statistics_kernel", []),
-    "apply + ReLU": (NORM, "_apply_kernel", ["residual", "mask"]),
-    "apply + residual + ReLU": (NORM, "_apply_kernel", []),
-    "backward reduce, ReLU recomputed": (NORM, "_backward_reduce_kernel", ["mask", "partials"]),
-    "backward reduce, ReLU bits, split": (NORM, "_backward_reduce_kernel", []),
-    "backward apply, ReLU recomputed": (NORM, "_backward_apply_kernel", ["mask", "dresidual"]),
-    "backward apply, ReLU bits": (NORM, "_backward_apply_kernel", []),
+    "statistics": (NORM, "statistics_kernel", ["partials", *RUNNING]),
+    "statistics, split": (NORM, "statistics_kernel", []),
+    "merge statistics": (NORM, "merge_statistics_kernel", []),
+    "apply + ReLU": (NORM, "apply_kernel", ["residual", "mask"]),
+    "apply + residual + ReLU": (NORM, "apply_kernel", []),
+    "backward reduce, ReLU recomputed": (NORM, "backward_reduce_kernel", ["mask", "partials"]),
+    "backward reduce, ReLU bits, split": (NORM, "backward_reduce_kernel", []),
+    "backward apply, ReLU recomputed": (NORM, "backward_apply_kernel", ["mask", "dresidual"]),
+    "backward apply, ReLU bits": (NORM, "backward_apply_kernel", []),
+    "on chip, statistics": (ON_CHIP, "resident_forward_kernel", ["y", "mask", "residual", "rstd", *RUNNING]),
+    "on chip, forward + ReLU": (ON_CHIP, "resident_forward_kernel", ["mask", "residual"]),
+    "on chip, forward + residual + ReLU": (ON_CHIP, "resident_forward_kernel", []),
+    "on chip, backward, ReLU recomputed": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual"]),
+    "on chip, backward, ReLU bits": (ON_CHIP, "resident_backward_kernel", []),
     "merge sums": (TILES, "merge_sums_kernel", []),
     "gain + bias + ReLU": (GAIN, "_forward_kernel", []),
     "gain backward": (GAIN, "_backward_kernel", ["partials"]),
@@ -41,12 +50,19 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
 }
 
 
-def _layouts():
+def _layouts(kernel_name):
+    """Sizes of rows in vectors and of odd rows, in both layouts; on chip, the largest that fit."""
     import torch
 
     from latephase_kernels.triton_kernels.tiles import Sizes
 
     for dtype in (torch.float32, torch.bfloat16):
+        if kernel_name in RESIDENT_KERNELS:
+            operands = RESIDENT_KERNELS[kernel_name]
+            yield "contiguous 32×32", Sizes(4, 16 // operands, 64, 1024, False, dtype)
+            yield "contiguous 7×7", Sizes(4, 128 // operands, 512, 49, False, dtype)
+            yield "channels_last", Sizes(4, 64 // operands, 256, 16 * dtype.itemsize // 4, True, dtype)
+            continue
         yield "contiguous 56×56", Sizes(4, 64, 64, 3136, False, dtype)
         yield "contiguous 7×7", Sizes(4, 64, 512, 49, False, dtype)
         yield "channels_last", Sizes(4, 64, 256, 196, True, dtype)
@@ -59,10 +75,15 @@ def _compile(file, kernel_name, without, sizes, capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from latephase_kernels.triton_kernels import ensemble_batch_norm, tiles
+    from latephase_kernels.triton_kernels import ensemble_batch_norm_resident, ensemble_batch_norm_streaming, tiles
 
     kernel = getattr(importlib.import_module(f"latephase_kernels.triton_kernels.{file}"), kernel_name)
-    plan = ensemble_batch_norm._apply(sizes) if kernel_name in APPLY_KERNELS else tiles.reduction(sizes)
+    if kernel_name in RESIDENT_KERNELS:
+        plan = ensemble_batch_norm_resident.resident_plan(sizes, RESIDENT_KERNELS[kernel_name])
+    elif kernel_name in APPLY_KERNELS:
+        plan = ensemble_batch_norm_streaming.apply_plan(sizes)
+    else:
+        plan = tiles.reduction(sizes)
     element = "*fp32" if sizes.dtype == torch.float32 else "*bf16"
     values = dict(
         FLAGS, **BLOCKS, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
@@ -77,6 +98,8 @@ def _compile(file, kernel_name, without, sizes, capability):
         elif name in (*ELEMENTS, *PER_MEMBER, *SUMS, "mask"):
             signature[name] = element if name in ELEMENTS else "*u8" if name == "mask" else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in ("momentum", "tracked"):
+            signature[name] = "fp32" if name == "momentum" else "*i64"
         else:
             signature[name] = "i32"
             if extents.get(name, 1) % 16 == 0:
@@ -103,7 +126,7 @@ def _resources(compiled):
 def _print_table(capability):
     print("target | kernel | layout | type | registers | shared | stack | local | warps")
     for row, variant in VARIANTS.items():
-        for layout, sizes in _layouts():
+        for layout, sizes in _layouts(variant[1]):
             compiled = _compile(*variant, sizes, capability)
             used = _resources(compiled)
             shared = compiled.metadata.shared

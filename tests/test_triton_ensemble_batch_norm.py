@@ -22,6 +22,7 @@ from latephase_kernels.ops import registry
 from latephase_kernels.ops.ensemble_batch_norm import mask_shape
 from latephase_kernels.reference import ensemble_batch_norm as reference
 from latephase_kernels.triton_kernels import ensemble_batch_norm as kernels
+from latephase_kernels.triton_kernels import ensemble_batch_norm_resident as resident
 from latephase_kernels.triton_kernels.tiles import reduction
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the values that overflow
@@ -40,6 +41,13 @@ LAYOUTS = [  # K, shape, memory format
 ]
 SEVERAL_SPLITS = [(2, (4, 2, 110, 112), CONTIGUOUS), (2, (4, 3, 50, 51), LAST)]
 FUSIONS = [(False, "none"), (False, "relu"), (True, "none"), (True, "relu")]
+
+
+@pytest.fixture(params=["on chip", "streaming"])
+def tier(request, monkeypatch):
+    """Send groups that fit on chip to the streaming tier, too."""
+    if request.param == "streaming":
+        monkeypatch.setattr(resident, "RESIDENT_TILE", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +162,7 @@ def equal(first, second):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS, ids=str)
-def test_values_and_gradients(num_members, shape, memory_format, dtype, training, residual, activation):
+def test_values_and_gradients(num_members, shape, memory_format, dtype, training, residual, activation, tier):
     tensors = make(num_members, shape, memory_format, dtype, residual=residual)
     check_against_pytorch(num_members, tensors, training, activation)
 
@@ -172,22 +180,23 @@ def test_float64_is_computed_in_float64(num_members, shape, memory_format, train
 @pytest.mark.parametrize("num_members, shape, memory_format", SEVERAL_SPLITS, ids=str)
 def test_reductions_of_several_splits(num_members, shape, memory_format, dtype):
     tensors = make(num_members, shape, memory_format, dtype)
-    assert reduction(kernels._sizes(tensors[0], num_members)).splits > 1
+    sizes = kernels._sizes(tensors[0], num_members)
+    assert reduction(sizes).splits > 1 and resident.resident_plan(sizes, 1) is None
     check_against_pytorch(num_members, tensors, True, "relu")
 
 
 @pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5], ids=str)
-def test_weights_that_all_members_share(num_members, shape, memory_format):
+def test_weights_that_all_members_share(num_members, shape, memory_format, tier):
     check_against_pytorch(num_members, make(num_members, shape, memory_format, shared=True), True, "relu")
 
 
 @pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5] + SEVERAL_SPLITS, ids=str)
-def test_mean_of_ten_thousand_deviations(num_members, shape, memory_format):
+def test_mean_of_ten_thousand_deviations(num_members, shape, memory_format, tier):
     check_against_pytorch(num_members, make(num_members, shape, memory_format, mean=1e4), True, "none")
 
 
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, LAST], ids=str)
-def test_without_weight_and_bias(memory_format):
+def test_without_weight_and_bias(memory_format, tier):
     input = make(2, (4, 3, 5, 3), memory_format)[0]
     y = ensemble_batch_norm(input, None, None, training=True, num_members=2)
     right = reference.ensemble_batch_norm(input.double(), None, None, None, None, None, True, EPS, 2, "none")[0]
@@ -207,7 +216,7 @@ def test_strided_input_and_gradient():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5] + SEVERAL_SPLITS[1:], ids=str)
-def test_a_broken_member_leaves_the_others_bit_identical(num_members, shape, memory_format, value):
+def test_a_broken_member_leaves_the_others_bit_identical(num_members, shape, memory_format, value, tier):
     tensors = make(num_members, shape, memory_format)
     before = with_gradients(op(num_members, True, "relu"), tensors)
     batch = shape[0] // num_members
@@ -217,7 +226,7 @@ def test_a_broken_member_leaves_the_others_bit_identical(num_members, shape, mem
     assert equal([t[:r] for t, r in zip(before, rows)], [t[:r] for t, r in zip(after, rows)])
 
 
-def test_nan_passes_the_relu_and_its_gradient():
+def test_nan_passes_the_relu_and_its_gradient(tier):
     tensors = make(2, (4, 3, 5, 3), residual=False)
     tensors[0][0, 0] = float("nan")
     y, dx, *_ = with_gradients(op(2, True, "relu"), tensors)
@@ -226,7 +235,7 @@ def test_nan_passes_the_relu_and_its_gradient():
 
 
 @pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5] + SEVERAL_SPLITS, ids=str)
-def test_permuted_repeated_and_lone_members_are_bit_equal(num_members, shape, memory_format):
+def test_permuted_repeated_and_lone_members_are_bit_equal(num_members, shape, memory_format, tier):
     tensors = make(num_members, shape, memory_format)
     found = with_gradients(op(num_members, True, "relu"), tensors)
     assert equal(found, with_gradients(op(num_members, True, "relu"), tensors))
@@ -247,7 +256,7 @@ def test_permuted_repeated_and_lone_members_are_bit_equal(num_members, shape, me
 
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5] + SEVERAL_SPLITS[:1], ids=str)
-def test_halves_compose_to_the_whole(num_members, shape, memory_format, activation):
+def test_halves_compose_to_the_whole(num_members, shape, memory_format, activation, tier):
     ops = {
         name: registry.op(registry.TRITON, f"ensemble_batch_norm{name}")
         for name in ("", "_statistics", "_apply", "_backward", "_backward_reduce", "_backward_apply")
@@ -269,7 +278,7 @@ def test_halves_compose_to_the_whole(num_members, shape, memory_format, activati
 
 
 @pytest.mark.parametrize("num_members, shape, memory_format", [*LAYOUTS, (2, (4, 12, 2, 2), LAST)], ids=str)
-def test_mask_has_one_bit_a_value(num_members, shape, memory_format):
+def test_mask_has_one_bit_a_value(num_members, shape, memory_format, tier):
     input, weight, bias, residual, *_ = make(num_members, shape, memory_format)
     y, _, _, _, mask = registry.op(registry.TRITON, "ensemble_batch_norm")(
         input, None, None, weight, bias, residual, True, EPS, num_members, "relu"
@@ -281,6 +290,23 @@ def test_mask_has_one_bit_a_value(num_members, shape, memory_format):
     bits = torch.stack([(mask >> bit) & 1 for bit in range(8)], -1).flatten(1)
     assert torch.equal(bits[:, : passed.shape[1]].bool(), passed)
     assert not bits[:, passed.shape[1] :].any()
+
+
+@pytest.mark.parametrize("num_members, shape, memory_format", [*LAYOUTS[3:5], SEVERAL_SPLITS[1]], ids=str)
+def test_running_statistics_move_in_the_same_kernels(num_members, shape, memory_format, tier):
+    for momentum in (0.1, 0.8):
+        input, weight, bias, residual, _, mean, var = make(num_members, shape, memory_format)
+        batches = torch.tensor([3, 5])
+        right = (mean.clone(), var.clone())
+        update = registry.op(registry.TRITON, "ensemble_batch_norm_update")
+        arguments = (input, mean, var, batches, weight, bias, residual, momentum, EPS, num_members, "relu")
+        y, batch_mean, _, batch_var, _ = update(*arguments)
+        whole = registry.op(registry.TRITON, "ensemble_batch_norm")
+        assert torch.equal(y, whole(input, None, None, weight, bias, residual, True, EPS, num_members, "relu")[0])
+        n = input.numel() // mean.numel()
+        for found, old, new in zip((mean, var), right, (batch_mean, batch_var * n / (n - 1)), strict=True):
+            torch.testing.assert_close(found, old.lerp(new, momentum), rtol=1e-6, atol=1e-7)
+        assert batches.tolist() == [4, 6]
 
 
 def test_no_rows():

@@ -2,11 +2,12 @@
 // streaming.
 //
 //   _plan.cuh       which tier, and how the groups are cut       _walk.cuh       how threads walk over the data
-//   _resident.cuh   on chip: one read, one launch                _streaming.cuh  groups of any size
-//   _formulas.cuh   the mathematics, once for all tiers
+//   _resident.cuh   on chip: one read, one launch                _virtual.cuh    the same, over the whole device
+//   _streaming.cuh  groups of any size                           _formulas.cuh   the mathematics, once for all tiers
 #include "../ensemble_batch_norm.h"
 #include "ensemble_batch_norm_resident.cuh"
 #include "ensemble_batch_norm_streaming.cuh"
+#include "ensemble_batch_norm_virtual.cuh"
 
 namespace latephase::ensemble_batch_norm {
 namespace {
@@ -21,6 +22,28 @@ std::optional<Plan> plan_on(const Launcher& launch, const Sizes& s, int element_
   return plan_of(
       s, element_size, operands,
       device_of(launch.device_index(), resident_backward_kernel<float, true, Width::kWide>, resident_threads(true)));
+}
+
+// Calls run with the width, as a constant, that accesses of so many bytes have.
+template <class Run>
+void with_width(int access_bytes, const Run& run) {
+  access_bytes == 16 ? run(std::integral_constant<Width, Width::kWide>{})
+                     : run(std::integral_constant<Width, Width::kNarrow>{});
+}
+
+// Launches a plan: the kernel of the resident tier, or that of virtual clusters with memory for their exchange.
+template <bool channels_last, class Arguments, class Finish, class Resident, class Virtual>
+void run_on_chip(const Launcher& launch, const Plan& plan, const Arguments& a, const Finish& finish, const Tensor& like,
+                 const Resident& resident, const Virtual& over_device) {
+  if (!plan.grid.cooperative) {
+    launch(resident, plan.grid, a, plan.geometry, plan.iterations, finish);
+    return;
+  }
+  const int channels = plan.geometry.lanes * Channels<channels_last>::kCount;
+  const Tensor memory =
+      empty(like, {Exchange::floats(plan.clusters, plan.geometry.splits, channels)}, ScalarType::Float);
+  const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, plan.geometry.splits, channels);
+  launch(over_device, plan.grid, a, plan.geometry, plan.iterations, finish, exchange);
 }
 
 template <class scalar_t, bool channels_last>
@@ -39,10 +62,12 @@ void run_forward(const Forward& f) {
     const FinishStatistics finish(f);
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 1)) {
       plan->geometry.access_bytes = access_bytes(s, sizeof(scalar_t), {a.x, a.residual, a.y});
-      const auto kernel = plan->geometry.access_bytes == 16
-                              ? resident_forward_kernel<scalar_t, channels_last, Width::kWide>
-                              : resident_forward_kernel<scalar_t, channels_last, Width::kNarrow>;
-      launch(kernel, plan->grid, a, plan->geometry, plan->iterations, finish);
+      with_width(plan->geometry.access_bytes, [&](auto width) {
+        constexpr Width kWidth = decltype(width)::value;
+        run_on_chip<channels_last>(launch, *plan, a, finish, *f.like,
+                                   resident_forward_kernel<scalar_t, channels_last, kWidth>,
+                                   virtual_forward_kernel<scalar_t, channels_last, kWidth>);
+      });
       return;
     }
     stream_statistics<scalar_t, channels_last>(launch, s, a.x, finish, *f.like);
@@ -74,10 +99,12 @@ void run_backward(const Backward& b) {
     const FinishSums finish{sum_dz, sum_dz_xhat, rstd};
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 2)) {
       plan->geometry.access_bytes = access_bytes(s, sizeof(scalar_t), {a.dy, a.x, a.dx, a.dresidual});
-      const auto kernel = plan->geometry.access_bytes == 16
-                              ? resident_backward_kernel<scalar_t, channels_last, Width::kWide>
-                              : resident_backward_kernel<scalar_t, channels_last, Width::kNarrow>;
-      launch(kernel, plan->grid, a, plan->geometry, plan->iterations, finish);
+      with_width(plan->geometry.access_bytes, [&](auto width) {
+        constexpr Width kWidth = decltype(width)::value;
+        run_on_chip<channels_last>(launch, *plan, a, finish, *b.like,
+                                   resident_backward_kernel<scalar_t, channels_last, kWidth>,
+                                   virtual_backward_kernel<scalar_t, channels_last, kWidth>);
+      });
       return;
     }
     stream_backward_reduce<scalar_t, channels_last>(launch, s, a, finish, *b.like);

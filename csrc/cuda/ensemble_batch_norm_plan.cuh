@@ -6,9 +6,14 @@
 //   several groups a block   a group is less than four warps of work (contiguous data only)
 //   one group a block        the group fits the shared memory of a block
 //   thread-block cluster     it fits that of 2, 4, 8 or 16 blocks, as far as clusters of that size fill the device
+//   virtual cluster          it fits that of as many blocks as there are multiprocessors, or fewer; the groups share
+//   the
+//                            device, a block a multiprocessor (ensemble_batch_norm_virtual.cuh)
 //   streaming                any size (ensemble_batch_norm_streaming.cuh)
 //
-// first with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then one.
+// the first three with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then
+// one; in channels_last all but the last with rows of 128 bytes, then of 64. Of a virtual cluster only the number of
+// blocks is planned, from the device alone; how many clusters there are depends on the number of groups as well.
 // All of it depends on one member's sizes, the type, the layout, the direction and the device, never on the number of
 // members: member k of an ensemble is computed as it would be alone.
 #pragma once
@@ -19,27 +24,32 @@
 #include "ensemble_batch_norm_walk.cuh"
 #include "launch.cuh"
 #include "reduce.cuh"
+#include "virtual_cluster.cuh"
 
 namespace latephase::ensemble_batch_norm {
 
 // On a multiprocessor: as many as the registers are enough for, more of them with one channel a thread than with eight.
 constexpr int resident_threads(bool channels_last) { return channels_last ? 512 : 1024; }
+constexpr int kVirtualThreads = 512;   // of a block, which has a multiprocessor to itself
 constexpr int kUnitsPerThread = 4;     // wished for, at least
 constexpr int kMinBlockThreads = 128;  // where groups are small enough to share a block
 
 struct Plan {
   Geometry geometry;
-  int iterations;  // units of each thread
-  Grid grid;
+  int iterations;    // units of each thread
+  Grid grid;         // of a virtual cluster: cooperative
+  int clusters = 0;  // virtual ones
 };
 
-// Shared memory of a block: slots of each operand; backward, a byte of gate a slot; sums (see Resident::add_up).
+// Shared memory of a block: slots of each operand; backward, a byte of gate a slot; sums (see Resident::add_up), or in
+// their place the results of other blocks (VirtualCluster::merge).
 inline int64_t resident_bytes(const Sizes& s, const Plan& plan, int element_size, int operands) {
   const int64_t slots = int64_t{plan.iterations} * plan.grid.threads;
   const int64_t parts = plan.grid.threads / plan.geometry.threads, warps = plan.grid.threads / kWarp;
-  const int64_t widest = plan.geometry.lanes * (s.channels_last ? kUnit : 1) * 2;
-  return slots * kUnit * element_size * operands + (operands == 2 ? slots : 0) +
-         (warps + 2 + parts) * widest * int64_t{sizeof(float)};
+  const int channels = plan.geometry.lanes * (s.channels_last ? kUnit : 1);
+  const int64_t sums = (warps + 2 + parts) * channels * int64_t{sizeof(float)} * 2;
+  const int64_t merging = (helpers_of(plan.grid.threads, channels) + 1) * channels * int64_t{sizeof(Moments<1>)};
+  return slots * kUnit * element_size * operands + (operands == 2 ? slots : 0) + std::max(sums, merging);
 }
 
 // A part cut over a cluster, with at most this many threads a block.
@@ -55,17 +65,48 @@ inline Plan resident_plan(const Sizes& s, int lanes, int cluster, int max_thread
   return plan;
 }
 
+// The plan of a virtual cluster with at most this much shared memory a block, or nothing: the device has too little.
+inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int64_t budget, int element_size, int operands,
+                                        const Device& device) {
+  const int blocks = device.cooperative_blocks;
+  const int64_t values = s.n() * (s.channels_last ? lanes * kUnit : 1);
+  if (blocks == 0 || budget == 0 || values * element_size * operands > budget * blocks) return std::nullopt;
+  const auto cut = [&](int64_t splits) {
+    return resident_plan(s, lanes, static_cast<int>(splits), kVirtualThreads, element_size, operands);
+  };
+  for (int64_t splits = std::max<int64_t>(2, divide_up(values * element_size * operands, budget)); splits <= blocks;
+       ++splits) {
+    if (cut(splits).grid.shared_bytes > budget) continue;
+    const int clusters = static_cast<int>(blocks / splits);
+    Plan plan = cut(blocks / clusters);  // what is left of the device divided among them
+    if (plan.grid.shared_bytes > budget) plan = cut(splits);
+    Geometry& g = plan.geometry;
+    plan = cut(divide_up(g.positions, g.positions_per_split));  // none without a position
+    plan.clusters = static_cast<int>(std::min<int64_t>(clusters, g.parts / g.splits));
+    plan.grid.blocks = int64_t{plan.clusters} * g.splits;
+    plan.grid.cluster = 1;
+    plan.grid.cooperative = true;
+    return plan;
+  }
+  return std::nullopt;
+}
+
 // The plan of the on-chip tiers, or nothing: streaming. `operands` are kept on chip: x, or x and dy.
-// LATEPHASE_CUDA_SHARED_KIB lowers the shared memory of a block: tests of every tier on small data; 0 always streams.
+// For tests of every tier on small data, LATEPHASE_CUDA_SHARED_KIB lowers the shared memory of a block (0 always
+// streams) and LATEPHASE_CUDA_CLUSTER the largest thread-block cluster.
 inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operands, const Device& device) {
   if (s.n() == 0) return std::nullopt;
-  const char* cap = std::getenv("LATEPHASE_CUDA_SHARED_KIB");
-  const int64_t most = cap != nullptr ? std::atoll(cap) * 1024 : INT64_MAX;
+  const auto lowered = [](const char* name, int64_t value, int64_t unit) {
+    const char* cap = std::getenv(name);
+    return cap != nullptr ? std::min<int64_t>(value, std::atoll(cap) * unit) : value;
+  };
+  const int64_t most = lowered("LATEPHASE_CUDA_SHARED_KIB", device.shared_bytes(1), 1024);
+  const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
   for (const int row_bytes : {128, 64}) {
     const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));
     for (const int blocks : {4, 2, 1}) {  // on a multiprocessor
       const int64_t budget = std::min(most, device.shared_bytes(blocks));
-      for (int cluster = 1; cluster <= device.max_cluster; cluster *= 2) {
+      for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
         const int64_t values = divide_up(s.n(), cluster) * (s.channels_last ? lanes * kUnit : 1);
         if (values * element_size * operands > budget) continue;
         const Plan plan =
@@ -73,6 +114,7 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
         if (plan.grid.shared_bytes <= budget) return plan;
       }
     }
+    if (auto plan = virtual_plan(s, lanes, most, element_size, operands, device)) return plan;
     if (!s.channels_last) break;
   }
   return std::nullopt;

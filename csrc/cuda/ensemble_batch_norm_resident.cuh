@@ -13,20 +13,27 @@ namespace latephase::ensemble_batch_norm {
 
 extern __shared__ uint4 on_chip[];
 
+// The part of this thread where a block holds one or several.
+__device__ __forceinline__ Part part_of_block(const Geometry& g) {
+  return Part(g, int64_t{blockIdx.x} * (blockDim.x / g.threads) + threadIdx.x / g.threads, threadIdx.x % g.threads);
+}
+
 // A part, a thread's place in it, and the block's shared memory: slots of each operand, bits of the gate, sums.
 template <class scalar_t, bool channels_last>
 struct Resident {
   static constexpr int kCount = Channels<channels_last>::kCount;
   const Geometry& g;
   int iterations;  // of the block
+  int cluster;     // blocks of the thread-block cluster that shares a group
   Part part;
   Channels<channels_last> channels;
   int units;  // of this thread
 
-  __device__ Resident(const Geometry& g, int iterations)
+  __device__ Resident(const Geometry& g, int iterations, int cluster, const Part& part)
       : g(g),
         iterations(iterations),
-        part(g, int64_t{blockIdx.x} * (blockDim.x / g.threads) + threadIdx.x / g.threads, threadIdx.x % g.threads),
+        cluster(cluster),
+        part(part),
         channels(g, part),
         units((max(cursor().left, 0) + g.workers - 1) / g.workers) {}
 
@@ -70,14 +77,14 @@ struct Resident {
       const float* first = of_warps + i / width * warps_of_part * width + i % width;
       float sum = 0;
       for (int other = 0; other < warps_of_part; ++other) sum += first[other * width];
-      (g.splits > 1 ? of_this_block : totals)[i] = sum;
+      (cluster > 1 ? of_this_block : totals)[i] = sum;
     }
-    if (g.splits > 1) {
+    if (cluster > 1) {
       cluster_arrive<true>();
       cluster_wait();
       for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float sum = 0;
-        for (int rank = 0; rank < g.splits; ++rank) sum += of_block(rank, of_this_block + i);
+        for (int rank = 0; rank < cluster; ++rank) sum += of_block(rank, of_this_block + i);
         totals[i] = sum;
       }
     }
@@ -89,10 +96,10 @@ struct Resident {
 
   // No block of a cluster may end while another reads its sums: after the last add_up, and at the end.
   __device__ void arrive_at_end() const {
-    if (g.splits > 1) cluster_arrive<false>();
+    if (cluster > 1) cluster_arrive<false>();
   }
   __device__ void wait_at_end() const {
-    if (g.splits > 1) cluster_wait();
+    if (cluster > 1) cluster_wait();
   }
 };
 
@@ -123,14 +130,14 @@ constexpr int kGateBatch = 8;  // the same, of bits of the gate
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// The moments of the thread's channels.
+// The moments of the thread's channels, over the `values` that the block or the cluster has of each.
 template <class scalar_t, bool channels_last>
 __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
-    const Resident<scalar_t, channels_last>& r) {
+    const Resident<scalar_t, channels_last>& r, int64_t values) {
   constexpr int count = Channels<channels_last>::kCount;
   const Slots<scalar_t> x = r.operand(0);
   float* shared_sums = r.template sums<1>();
-  const float n = static_cast<float>(r.g.n);
+  const float n = static_cast<float>(values);
   const float inverse_n = 1 / n;
   float mean[count] = {};
 #pragma unroll 4
@@ -182,23 +189,30 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
   return moments;
 }
 
+// Stores the moments of a thread's channels where it is its place to, and returns what they normalize by.
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ Normalizer<scalar_t, channels_last> normalizer_from(
+    const Resident<scalar_t, channels_last>& r, const ForwardArguments<scalar_t>& a, const FinishStatistics& finish,
+    const Moments<Channels<channels_last>::kCount>& moments) {
+  Normalizer<scalar_t, channels_last> normalizer;
+#pragma unroll
+  for (int j = 0; j < r.kCount; ++j) {
+    const Moments<1> m = moments.channel(j);
+    if (r.writes() && j < r.channels.live) finish(r.part.member * r.g.C + r.channels.first + j, m);
+    normalizer.set(j, m.mean[0], finish.inverse_deviation(m), a.normalization, r.part, r.channels);
+  }
+  return normalizer;
+}
+
 template <class scalar_t, bool channels_last, Width width>
 __global__ void __launch_bounds__(resident_threads(channels_last), 1)
     resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish) {
-  const Resident<scalar_t, channels_last> r(g, iterations);
+  const Resident<scalar_t, channels_last> r(g, iterations, g.splits, part_of_block(g));
   fetch<width>(r, 0, a.x);
   wait_for_copies();
-  Normalizer<scalar_t, channels_last> normalizer;
-  {
-    const auto moments = moments_of(r);
-    r.arrive_at_end();
-#pragma unroll
-    for (int j = 0; j < r.kCount; ++j) {
-      const Moments<1> m = moments.channel(j);
-      if (r.writes() && j < r.channels.live) finish(r.part.member * g.C + r.channels.first + j, m);
-      normalizer.set(j, m.mean[0], finish.inverse_deviation(m), a.normalization, r.part, r.channels);
-    }
-  }
+  const auto moments = moments_of(r, g.n);
+  r.arrive_at_end();
+  const auto normalizer = normalizer_from(r, a, finish, moments);
   Cursor<channels_last> cursor = r.cursor();
   for (int first = 0; a.y != nullptr && first < iterations; first += kBatch<scalar_t, width>) {
     Unit<scalar_t> residual[kBatch<scalar_t, width>];
@@ -234,17 +248,12 @@ __device__ __forceinline__ void fetch_gate(const Resident<scalar_t, channels_las
   }
 }
 
-template <class scalar_t, bool channels_last, Width width>
-__global__ void __launch_bounds__(resident_threads(channels_last), 1)
-    resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish) {
+// Gates dy where it lies, and adds up dz and dz · (x − mean) of the thread's channels over the block or the cluster.
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ Sums<Channels<channels_last>::kCount> sums_of(
+    const Resident<scalar_t, channels_last>& r, const BackwardArguments<scalar_t>& a,
+    const Normalizer<scalar_t, channels_last>& normalizer) {
   constexpr int count = Channels<channels_last>::kCount;
-  const Resident<scalar_t, channels_last> r(g, iterations);
-  fetch<width>(r, 0, a.x);
-  fetch<width>(r, 1, a.dy);
-  if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
-  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
-  wait_for_copies();
-
   const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
   auto sums = Sums<count>::zero();
 #pragma unroll 2
@@ -261,18 +270,44 @@ __global__ void __launch_bounds__(resident_threads(channels_last), 1)
 #pragma unroll
   for (int j = 0; j < count; ++j) totals[2 * j] = sums.first[j], totals[2 * j + 1] = sums.second[j];
   r.add_up(totals, r.template sums<2>(), 0);
-  r.arrive_at_end();
+#pragma unroll
+  for (int j = 0; j < count; ++j) sums.first[j] = totals[2 * j], sums.second[j] = totals[2 * j + 1];
+  return sums;
+}
 
+// Stores the sums of a thread's channels where it is its place to, and returns how they carry gradients to x.
+template <class scalar_t, bool channels_last>
+__device__ __forceinline__ ThroughStatistics<channels_last> through_statistics(
+    const Resident<scalar_t, channels_last>& r, const BackwardArguments<scalar_t>& a, const FinishSums& finish,
+    const Sums<Channels<channels_last>::kCount>& sums) {
   ThroughStatistics<channels_last> through;
 #pragma unroll
-  for (int j = 0; j < count; ++j) {
+  for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
     if (j >= r.channels.live) continue;
-    const int64_t group = r.part.member * g.C + r.channels.first + j;
-    if (r.writes()) finish(group, {{totals[2 * j]}, {totals[2 * j + 1]}});
+    const int64_t group = r.part.member * r.g.C + r.channels.first + j;
+    if (r.writes()) finish(group, sums.channel(j));
     const float rstd = finish.rstd[group];
-    if (!a.constant_statistics) through.set(j, totals[2 * j], totals[2 * j + 1] * rstd, rstd, a.inverse_count);
+    if (!a.constant_statistics) through.set(j, sums.first[j], sums.second[j] * rstd, rstd, a.inverse_count);
   }
+  return through;
+}
+
+template <class scalar_t, bool channels_last, Width width>
+__global__ void __launch_bounds__(resident_threads(channels_last), 1)
+    resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish) {
+  const Resident<scalar_t, channels_last> r(g, iterations, g.splits, part_of_block(g));
+  fetch<width>(r, 0, a.x);
+  fetch<width>(r, 1, a.dy);
+  if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
+  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
+  wait_for_copies();
+
+  const auto sums = sums_of(r, a, normalizer);
+  r.arrive_at_end();
+
+  const auto through = through_statistics(r, a, finish, sums);
+  const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
   Cursor<channels_last> cursor = r.cursor();
   for (int i = 0; a.dx != nullptr && i < iterations; ++i) {
     const Unit<scalar_t> x_unit = x.get(i), dz_unit = dz.get(i);

@@ -1,6 +1,7 @@
 // The streaming tier, for groups of any size: one pass reduces and one applies, each reads its operands from memory.
 //
-// A part is a block. If a member has several splits, partial results are merged in the order of the splits.
+// A part is a block. If a member has several splits, partial results are merged in the order of the splits. The L2
+// cache is asked to keep what the first pass reads and to give up what the second reads and writes, in reverse order.
 #pragma once
 
 #include "ensemble_batch_norm_formulas.cuh"
@@ -8,6 +9,7 @@
 
 namespace latephase::ensemble_batch_norm {
 
+constexpr Keep kFirstRead = Keep::kLonger, kLastUse = Keep::kNoLonger;
 constexpr int kMaxLanes = 8;        // units of channels a block spans in channels_last: 64 channels
 constexpr int kTargetBlocks = 512;  // blocks a member is split into if there are too few channels
 constexpr int kTileBytes = 64;      // that a thread has in flight, of one operand or two halves
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   auto moments = Moments<Channels<channels_last>::kCount>::zero();
   while (cursor.more()) {
     Unit<scalar_t> units[tile];
-    load_tile(units, x, g, cursor);
+    load_tile<Width::kAny, kFirstRead>(units, x, g, cursor);
     int valid[tile];
     bool full = true;
 #pragma unroll
@@ -138,12 +140,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ForwardArguments<
   constexpr int tile = kTile<scalar_t> / 2;
   while (cursor.more()) {
     Unit<scalar_t> x[tile], residual[tile];
-    load_tile(x, a.x, g, cursor);
-    if (a.residual != nullptr) load_tile(residual, a.residual, g, cursor);
+    load_tile<Width::kAny, kLastUse>(x, a.x, g, cursor);
+    if (a.residual != nullptr) load_tile<Width::kAny, kLastUse>(residual, a.residual, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
       const Unit<scalar_t> y = output(a, normalizer, x[i], residual[i]);
-      store_unit(y, a.y, g, cursor);
+      store_unit<kLastUse>(y, a.y, g, cursor);
       if (a.mask != nullptr && cursor.more()) a.mask[cursor.mask_offset] = y.nonzero(cursor.valid(g));
       cursor.advance(g);
     }
@@ -153,13 +155,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ForwardArguments<
 // ---------------------------------------------------------------------------------------------- backward
 
 // Loads a tile of x and dz.
-template <class scalar_t, bool channels_last, int tile>
+template <Keep keep, class scalar_t, bool channels_last, int tile>
 __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scalar_t> (&x)[tile],
                                            const BackwardArguments<scalar_t>& a,
                                            const Normalizer<scalar_t, channels_last>& normalizer, const Geometry& g,
                                            Cursor<channels_last> cursor) {
-  load_tile(dz, a.dy, g, cursor);
-  load_tile(x, a.x, g, cursor);
+  load_tile<Width::kAny, keep>(dz, a.dy, g, cursor);
+  load_tile<Width::kAny, keep>(x, a.x, g, cursor);
   if (a.gate == Gate::kMask) {
     uint32_t passed[tile];
 #pragma unroll
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   auto sums = Sums<Channels<channels_last>::kCount>::zero();
   while (cursor.more()) {
     Unit<scalar_t> dz[tile], x[tile];
-    load_gated(dz, x, a, normalizer, g, cursor);
+    load_gated<kFirstRead>(dz, x, a, normalizer, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
       add_to(sums, normalizer, dz[i], x[i]);
@@ -213,11 +215,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(Backward
   constexpr int tile = kTile<scalar_t> / 2;
   while (cursor.more()) {
     Unit<scalar_t> dz[tile], x[tile];
-    load_gated(dz, x, a, normalizer, g, cursor);
+    load_gated<kLastUse>(dz, x, a, normalizer, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
-      store_unit(input_gradient(normalizer, through, a.constant_statistics, dz[i], x[i]), a.dx, g, cursor);
-      if (a.dresidual != nullptr) store_unit(dz[i], a.dresidual, g, cursor);
+      store_unit<kLastUse>(input_gradient(normalizer, through, a.constant_statistics, dz[i], x[i]), a.dx, g, cursor);
+      if (a.dresidual != nullptr) store_unit<kLastUse>(dz[i], a.dresidual, g, cursor);
       cursor.advance(g);
     }
   }

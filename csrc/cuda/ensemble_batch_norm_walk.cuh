@@ -158,23 +158,23 @@ struct Cursor {
   }
 };
 
-template <Width width = Width::kAny, class scalar_t, bool channels_last, int tile>
+template <Width width = Width::kAny, Keep keep = Keep::kNormal, class scalar_t, bool channels_last, int tile>
 __device__ __forceinline__ void load_tile(Unit<scalar_t> (&units)[tile], const scalar_t* data, const Geometry& g,
                                           Cursor<channels_last> cursor) {
   with_access<scalar_t, width>(g.access_bytes, [&](auto access) {
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
-      units[i] = Unit<scalar_t>::template load<decltype(access)::value>(data + cursor.offset, cursor.valid(g));
+      units[i] = Unit<scalar_t>::template load<decltype(access)::value, keep>(data + cursor.offset, cursor.valid(g));
       cursor.advance(g);
     }
   });
 }
 
-template <class scalar_t, bool channels_last>
+template <Keep keep = Keep::kNormal, class scalar_t, bool channels_last>
 __device__ __forceinline__ void store_unit(const Unit<scalar_t>& unit, scalar_t* data, const Geometry& g,
                                            const Cursor<channels_last>& cursor) {
   with_access<scalar_t>(g.access_bytes, [&](auto access) {
-    unit.template store<decltype(access)::value>(data + cursor.offset, cursor.valid(g));
+    unit.template store<decltype(access)::value, keep>(data + cursor.offset, cursor.valid(g));
   });
 }
 

@@ -28,22 +28,28 @@ struct Grid {
   int threads;
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;           // blocks of a thread-block cluster
+  bool cooperative = false;  // all blocks are on the device at once, or the launch fails
 };
 
 // The arguments of cudaLaunchKernelEx; not copyable, for one part points at another.
 struct LaunchConfig {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attribute{};
 
   LaunchConfig(const Grid& grid, cudaStream_t stream) {
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
     config.blockDim = dim3(grid.threads);
     config.dynamicSmemBytes = grid.shared_bytes;
     config.stream = stream;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-    config.attrs = &cluster;
-    config.numAttrs = grid.cluster > 1;
+    if (grid.cooperative) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+    }
+    config.attrs = &attribute;
+    config.numAttrs = grid.cooperative || grid.cluster > 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;
 };
@@ -93,7 +99,8 @@ class Launcher {
 // What of a device decides how work is cut.
 struct Device {
   int64_t shared_bytes_per_multiprocessor, shared_bytes_per_block, reserved_shared_bytes;
-  int max_cluster;  // 1 without clusters
+  int max_cluster;         // 1 without clusters
+  int cooperative_blocks;  // with a multiprocessor for each; 0 without cooperative launches
 
   // The shared memory of each block when `blocks` of them share a multiprocessor.
   int64_t shared_bytes(int blocks) const {
@@ -124,7 +131,9 @@ const Device& device_of(int index, void (*kernel)(Parameters...), int threads) {
   if (const auto found = known.find(index); found != known.end()) return found->second;
   Device device{device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index),
                 device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-                device_attribute(cudaDevAttrReservedSharedMemoryPerBlock, index), 1};
+                device_attribute(cudaDevAttrReservedSharedMemoryPerBlock, index), 1, 0};
+  if (device_attribute(cudaDevAttrCooperativeLaunch, index))
+    device.cooperative_blocks = device_attribute(cudaDevAttrMultiProcessorCount, index);
   if (device_attribute(cudaDevAttrClusterLaunch, index)) {
     device.max_cluster = 16;
     while (device.max_cluster > 1 &&

@@ -50,6 +50,7 @@ struct Moments {
   }
 
   __device__ Moments<1> channel(int j) const { return {count, {mean[j]}, {m2[j]}}; }
+  __device__ void set(int j, const Moments<1>& m) { count = m.count, mean[j] = m.mean[0], m2[j] = m.m2[0]; }
 };
 
 // Two sums in each of N channels.
@@ -84,6 +85,7 @@ struct Sums {
   }
 
   __device__ Sums<1> channel(int j) const { return {{first[j]}, {second[j]}}; }
+  __device__ void set(int j, const Sums<1>& s) { first[j] = s.first[0], second[j] = s.second[0]; }
 };
 
 // Merges the values of the lanes that are equal modulo `lanes` (a power of two); valid in lanes 0 … lanes − 1.

@@ -61,6 +61,43 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+// How long a 16-byte access asks the L2 cache to keep its line: as usual; until it is read again; no longer.
+enum class Keep { kNormal, kLonger, kNoLonger };
+
+template <Keep keep>
+__device__ __forceinline__ uint64_t cache_policy() {
+  uint64_t policy;
+  if constexpr (keep == Keep::kLonger) {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  }
+  return policy;
+}
+
+template <Keep keep>
+__device__ __forceinline__ uint4 load_vector(const void* p) {
+  if constexpr (keep == Keep::kNormal) return __ldg(static_cast<const uint4*>(p));
+  uint4 read;
+  asm("ld.global.nc.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(read.x), "=r"(read.y), "=r"(read.z), "=r"(read.w)
+      : "l"(__cvta_generic_to_global(p)), "l"(cache_policy<keep>()));
+  return read;
+}
+
+template <Keep keep>
+__device__ __forceinline__ void store_vector(void* p, uint4 value) {
+  if constexpr (keep == Keep::kNormal) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+  } else {
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(cache_policy<keep>())
+                 : "memory");
+  }
+}
+
 template <class scalar_t>
 struct Unit {
   static constexpr int kPerWord = 4 / sizeof(scalar_t);
@@ -137,7 +174,7 @@ struct Unit {
 
   // Reads the first `valid` values (0 … 8) at p by accesses of `bytes`, which p's alignment and valid are multiples of;
   // the others are 0.
-  template <int bytes>
+  template <int bytes, Keep keep = Keep::kNormal>
   static __device__ __forceinline__ Unit load(const scalar_t* p, int valid) {
     constexpr int step = bytes >= 4 ? bytes / 4 : 1;
     Unit unit;
@@ -145,7 +182,7 @@ struct Unit {
     for (int w = 0; w < kWords; w += step) {
       const int first = w * kPerWord;
       if constexpr (bytes == 16) {
-        const uint4 read = first < valid ? __ldg(reinterpret_cast<const uint4*>(p + first)) : uint4{0, 0, 0, 0};
+        const uint4 read = first < valid ? load_vector<keep>(p + first) : uint4{0, 0, 0, 0};
         unit.words[w] = read.x, unit.words[w + 1] = read.y, unit.words[w + 2] = read.z, unit.words[w + 3] = read.w;
       } else if constexpr (bytes == 8) {
         const uint2 read = first < valid ? __ldg(reinterpret_cast<const uint2*>(p + first)) : uint2{0, 0};
@@ -162,7 +199,7 @@ struct Unit {
     return unit;
   }
 
-  template <int bytes>
+  template <int bytes, Keep keep = Keep::kNormal>
   __device__ __forceinline__ void store(scalar_t* p, int valid) const {
     constexpr int step = bytes >= 4 ? bytes / 4 : 1;
 #pragma unroll
@@ -171,9 +208,7 @@ struct Unit {
       if (first >= valid) break;
       // In PTX: written in C++, the compiler merges these with the narrow stores of the other widths.
       if constexpr (bytes == 16) {
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p + first)),
-                     "r"(words[w]), "r"(words[w + 1]), "r"(words[w + 2]), "r"(words[w + 3])
-                     : "memory");
+        store_vector<keep>(p + first, {words[w], words[w + 1], words[w + 2], words[w + 3]});
       } else if constexpr (bytes == 8) {
         asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p + first)), "r"(words[w]),
                      "r"(words[w + 1])

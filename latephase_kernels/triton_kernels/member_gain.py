@@ -27,17 +27,8 @@ from .tiles import (
     on_device,
     over_tile,
     reduction,
+    reduction_part,
 )
-
-
-@triton.jit
-def _part(num_channels, splits, BLOCK_CHANNELS: tl.constexpr):
-    """This program's member, split and channels [1, ·]."""
-    program = tl.program_id(0).to(tl.int64)
-    channel_blocks = tl.cdiv(num_channels, BLOCK_CHANNELS)
-    member = program // channel_blocks // splits
-    channels = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    return member, program // channel_blocks % splits, channels
 
 
 @triton.jit
@@ -61,7 +52,7 @@ def _forward_kernel(
     ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, split, channel block) of y."""
-    member, split, channels = _part(num_channels, splits, BLOCK_C if ROWS_OF_CHANNELS else 1)
+    member, split, channels = reduction_part(num_channels, splits, BLOCK_C if ROWS_OF_CHANNELS else 1)
     gain_value, bias_value = _parameters(gain, bias, member, channels, num_channels, BIAS_SHARED, ACC)
     columns = num_channels if ROWS_OF_CHANNELS else spatial
     first = split * tiles_per_split
@@ -85,7 +76,7 @@ def _backward_kernel(
     ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, split, channel block) of dx, and its sums: dgain and dbias, or partials [2, splits, G]."""
-    member, split, channels = _part(num_channels, splits, BLOCK_C if ROWS_OF_CHANNELS else 1)
+    member, split, channels = reduction_part(num_channels, splits, BLOCK_C if ROWS_OF_CHANNELS else 1)
     gain_value, bias_value = _parameters(gain, bias, member, channels, num_channels, BIAS_SHARED, ACC)
     columns = num_channels if ROWS_OF_CHANNELS else spatial
     sum_value = tl.full([BLOCK_R, BLOCK_C], 0.0, ACC)

@@ -37,6 +37,16 @@ def jit(function):
 
 
 @triton.jit
+def reduction_part(num_channels, splits, BLOCK_CHANNELS: tl.constexpr):
+    """This program's member, split and channels [1, ·]."""
+    program = tl.program_id(0).to(tl.int64)
+    channel_blocks = tl.cdiv(num_channels, BLOCK_CHANNELS)
+    member = program // channel_blocks // splits
+    channels = program % channel_blocks * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
+    return member, program // channel_blocks % splits, channels
+
+
+@triton.jit
 def member_tile(
     tile, member, channels, batch, num_channels, spatial, n,
     ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

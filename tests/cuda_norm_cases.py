@@ -1,0 +1,125 @@
+"""Cases of ensemble batch norm on CUDA, and the comparison with the float64 reference on the CPU."""
+
+import torch
+
+from latephase_kernels import backend
+from latephase_kernels.ops.ensemble_batch_norm import ensemble_batch_norm
+from latephase_kernels.reference import ensemble_batch_norm as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+LAYOUTS = ("contiguous", "channels_last")
+
+# What sends small groups to every tier: the shared memory of a block and the size of a cluster, lowered.
+TIERS = {
+    "as they fit": {},
+    "clusters": {"LATEPHASE_CUDA_SHARED_KIB": "6"},
+    "virtual clusters": {"LATEPHASE_CUDA_SHARED_KIB": "12", "LATEPHASE_CUDA_CLUSTER": "1"},
+    "streaming": {"LATEPHASE_CUDA_SHARED_KIB": "0"},
+}
+
+
+def memory_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if layout == "contiguous" or tensor.dim() not in formats:
+        return tensor
+    return tensor.contiguous(memory_format=formats[tensor.dim()])
+
+
+def normal(shape, dtype, layout="contiguous", *, seed=0, scale=1.0, shift=0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale + shift
+    return memory_format(values.to("cuda", dtype), layout)
+
+
+def case_of(shape, dtype, layout, residual=False, shared=False, parameter_dtype=torch.float32) -> dict:
+    K, B, C, spatial = shape
+    parameters = (C,) if shared else (K, C)
+    return {
+        "input": normal((K * B, C, *spatial), dtype, layout, seed=1, scale=2, shift=0.5),
+        "weight": normal(parameters, parameter_dtype, seed=2),
+        "bias": normal(parameters, parameter_dtype, seed=3),
+        "residual": normal((K * B, C, *spatial), dtype, layout, seed=4) if residual else None,
+        "running_mean": normal((K, C), torch.float32, seed=5, scale=0.1),
+        "running_var": normal((K, C), torch.float32, seed=6).square() + 0.5,
+        "dy": normal((K * B, C, *spatial), dtype, layout, seed=7),
+    }
+
+
+def run(case: dict, K: int, training: bool, activation: str) -> dict:
+    """Return output, gradients and new running statistics of the op on the GPU."""
+    leaves = {name: case[name].detach().clone().requires_grad_() for name in ("input", "weight", "bias")}
+    if case["residual"] is not None:
+        leaves["residual"] = case["residual"].detach().clone().requires_grad_()
+    running_mean, running_var = case["running_mean"].clone(), case["running_var"].clone()
+    assert backend.backend_for(leaves["input"]) == "native"
+    y = ensemble_batch_norm(
+        leaves["input"],
+        running_mean,
+        running_var,
+        leaves["weight"],
+        leaves["bias"],
+        training,
+        num_members=K,
+        residual=leaves.get("residual"),
+        activation=activation,
+    )
+    grads = torch.autograd.grad(y, list(leaves.values()), case["dy"])
+    return {
+        "y": y.detach(),
+        "running_mean": running_mean,
+        "running_var": running_var,
+        **{f"d{name}": grad for name, grad in zip(leaves, grads)},
+    }
+
+
+def expected(case: dict, K: int, training: bool, activation: str, passed: torch.Tensor) -> dict:
+    """Return the same in float64 on the CPU, through the ReLU mask that the op found, which rounding may decide."""
+    double = {name: t.detach().double().cpu() for name, t in case.items() if t is not None}
+    names = [name for name in ("input", "weight", "bias", "residual") if name in double]
+    for name in names:
+        double[name].requires_grad_()
+    z, mean, var = reference.ensemble_batch_norm(
+        double["input"],
+        double["running_mean"],
+        double["running_var"],
+        double["weight"],
+        double["bias"],
+        double.get("residual"),
+        training,
+        1e-5,
+        K,
+        "none",
+    )
+    gate = passed.double().cpu() if activation == "relu" else torch.ones_like(z)
+    grads = torch.autograd.grad(z, [double[name] for name in names], double["dy"] * gate)
+    n = z.numel() // mean.numel()
+    running_mean, running_var = double["running_mean"], double["running_var"]
+    if training:
+        running_mean = running_mean.lerp(mean, 0.1)
+        running_var = running_var.lerp(var * n / (n - 1), 0.1)
+    return {
+        "y": reference.activate(z, activation).detach(),
+        "running_mean": running_mean.detach(),
+        "running_var": running_var.detach(),
+        **{f"d{name}": grad for name, grad in zip(names, grads)},
+    }
+
+
+def check(case: dict, K: int, training: bool, activation: str) -> None:
+    actual = run(case, K, training, activation)
+    right = expected(case, K, training, activation, actual["y"] > 0)
+    dtype = case["input"].dtype
+    n = case["input"].numel() // case["running_mean"].numel()
+    assert actual["y"].dtype == dtype and actual["y"].stride() == case["input"].stride()
+    for name, value in actual.items():
+        error = (value.double().cpu() - right[name]).abs()
+        rounding = ROUNDING[value.dtype] if name in ("y", "dinput", "dresidual") else ROUNDING[torch.float32]
+        if name in ("dweight", "dbias"):
+            rounding = max(ROUNDING[value.dtype], ROUNDING[torch.float32] * max(1.0, n**0.5))
+        scale = right[name].abs().clamp_min(right[name].abs().mean().item() + 1e-3)
+        assert (error / scale).max().item() < 8 * rounding, name
+
+
+def op_arguments(case: dict, K: int, activation: str) -> tuple:
+    return case["input"], None, None, case["weight"], case["bias"], case["residual"], True, 1e-5, K, activation
