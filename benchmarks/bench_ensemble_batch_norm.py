@@ -1,6 +1,7 @@
 """Time of ensemble batch norm + ReLU, forward and backward, beside what a user would otherwise write.
 
-    python benchmarks/bench_ensemble_batch_norm.py [--device cuda] [--dtype bfloat16] [--networks WRN-28-10]
+    python benchmarks/bench_ensemble_batch_norm.py [--device cuda] [--dtype bfloat16] [--residual] [--networks …]
+    python benchmarks/bench_ensemble_batch_norm.py --floors                  (no timing: the bytes of each layer)
     pytest benchmarks/bench_ensemble_batch_norm.py --benchmark-only          (with pytest-benchmark)
 
 benchmarks/README.md says how to read the figures. K members, B rows a member, C channels, size² positions.
@@ -36,56 +37,87 @@ NETWORKS = {
 PLAIN, OURS, FLOOR = "plain batch norm", "ours", "floor"
 
 
-def plain(x, weight, bias):
-    return F.relu(F.batch_norm(x, None, None, weight[0], bias[0], True))
+def activate(y, residual):
+    return F.relu(y if residual is None else y + residual)
 
 
-def slices(x, weight, bias):
+def plain(x, weight, bias, residual=None):
+    return activate(F.batch_norm(x, None, None, weight[0], bias[0], True), residual)
+
+
+def slices(x, weight, bias, residual=None):
     members = zip(x.chunk(len(weight)), weight, bias, strict=True)
-    return F.relu(torch.cat([F.batch_norm(rows, None, None, w, b, True) for rows, w, b in members]))
+    return activate(torch.cat([F.batch_norm(rows, None, None, w, b, True) for rows, w, b in members]), residual)
 
 
-def side_by_side(x, weight, bias):
+def mapped(x, weight, bias, residual=None):
+    def member(rows, w, b):
+        return F.batch_norm(rows, None, None, w, b, True)
+
+    return activate(torch.vmap(member)(x.unflatten(0, (len(weight), -1)), weight, bias).flatten(0, 1), residual)
+
+
+def formula(x, weight, bias, residual=None):
+    rows = x.unflatten(0, (len(weight), -1))
+    var, mean = torch.var_mean(rows.float(), (1, 3, 4), correction=0, keepdim=True)
+    scale = (var + 1e-5).rsqrt() * weight[:, None, :, None, None]
+    y = (rows - mean) * scale + bias[:, None, :, None, None]
+    return activate(y.to(x.dtype).flatten(0, 1), residual)
+
+
+def side_by_side(x, weight, bias, residual=None):
     members, channels = weight.shape
     view = x.unflatten(0, (members, -1)).transpose(0, 1).flatten(1, 2)  # [B, K·C, H, W]
-    y = F.relu(F.batch_norm(view, None, None, weight.flatten(), bias.flatten(), True))
-    return y.unflatten(1, (members, channels)).transpose(0, 1).reshape(x.shape)
+    y = F.batch_norm(view, None, None, weight.flatten(), bias.flatten(), True)
+    return activate(y.unflatten(1, (members, channels)).transpose(0, 1).reshape(x.shape), residual)
 
 
-def ours(x, weight, bias):
+def ours(x, weight, bias, residual=None):
     return lp.functional.ensemble_batch_norm(
-        x, None, None, weight, bias, True, num_members=len(weight), activation="relu"
+        x, None, None, weight, bias, True, num_members=len(weight), residual=residual, activation="relu"
     )
 
 
-def floor(x, weight, bias):
-    """The ReLU alone: two results, 2e bytes forward and 3e backward, nothing read twice."""
-    return F.relu(x)
+def floor(x, weight, bias, residual=None):
+    """The ReLU alone: two results, 2e bytes forward and 3e backward, nothing read twice; with a residual 3e and 4e."""
+    return activate(x, residual)
 
 
-def contenders(device, channels_last):
-    """Return every contender by name; those whose values must be the ensemble's are all but `plain` and `floor`."""
-    found = {PLAIN: plain, "slices + cat": slices}
-    if not channels_last:
-        found["[B, K·C] view"] = side_by_side
+PEERS = {
+    PLAIN: plain, "slices + cat": slices, "vmap": mapped, "formula": formula, "[B, K·C] view": side_by_side,
+}  # fmt: skip
+
+
+def contenders(device, channels_last, compiled=tuple(PEERS)):
+    """Return every contender by name; those whose values must be the ensemble's are all but `plain` and `floor`.
+
+    compiled: the peers that are compiled as well, on a GPU.
+    """
+    found = {name: f for name, f in PEERS.items() if not (channels_last and f is side_by_side)}
     if device.type == "cuda":
-        found |= {f"compiled {name}": torch.compile(f, dynamic=False) for name, f in found.items()}
+        found |= {f"compiled {n}": torch.compile(f, dynamic=False) for n, f in found.items() if n in compiled}
     return {**found, OURS: ours, FLOOR: floor}
+
+
+def floor_bytes(tensor_bytes, residual=False):
+    """Return the bytes that must move, forward and backward, for tensors of so many bytes."""
+    return (7 if residual else 5) * tensor_bytes
 
 
 class Case:
     """One shape: its tensors, a training step of a contender, and the check of its values."""
 
-    def __init__(self, rows, channels, size, *, device, dtype, channels_last, num_members=NUM_MEMBERS):
+    def __init__(self, rows, channels, size, *, device, dtype, channels_last, residual=False, num_members=NUM_MEMBERS):
         torch.manual_seed(0)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         shape = (num_members * rows, channels, size, size)
-        self.x, self.dy = (
-            torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) for _ in range(2)
+        self.x, self.dy, z = (
+            torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) if needed else None
+            for needed in (True, True, residual)
         )
         self.weight, self.bias = (torch.randn(num_members, channels, device=device) for _ in range(2))
-        self.leaves = [t.requires_grad_() for t in (self.x, self.weight, self.bias)]
-        self.bytes = 5 * self.x.numel() * self.x.element_size()
+        self.leaves = [t.requires_grad_() for t in (self.x, self.weight, self.bias, z) if t is not None]
+        self.bytes = floor_bytes(self.x.numel() * self.x.element_size(), residual)
 
     def step(self, function):
         for leaf in self.leaves:
@@ -102,9 +134,9 @@ class Case:
         wrong = 0.0
         for k in (0, len(self.weight) - 1):
             own = slice(k * rows, (k + 1) * rows)
-            x = self.x.detach()[own].double().requires_grad_()
+            x, *residual = (t.detach()[own].double().requires_grad_() for t in (self.x, *self.leaves[3:]))
             weight, bias = (p.detach()[k].double() for p in (self.weight, self.bias))
-            expected = F.relu(F.batch_norm(x, None, None, weight, bias, True))
+            expected = plain(x, weight[None], bias[None], *residual)
             expected.backward(self.dy[own].double())
             for value, truth in ((y.detach()[own], expected.detach()), (self.x.grad[own], x.grad)):
                 # Relative to the largest value: where rounding decides the sign before the ReLU, a gradient is off.
@@ -113,8 +145,22 @@ class Case:
         return wrong
 
 
-def bench(case, functions, seconds):
-    """Return {contender: figures}; a contender with wrong values is not timed."""
+def peak_memory(case, function):
+    """Return the MiB that a step has allocated at once beside the case's own tensors, or None: not on a GPU."""
+    if case.x.device.type != "cuda":
+        return None
+    for leaf in case.leaves:
+        leaf.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    case.step(function)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def bench(case, functions, seconds, copy=None):
+    """Return {contender: figures}; one with wrong values is not timed. copy: bytes a second of a copy."""
     wrong = {name: case.wrong_share(f) for name, f in functions.items() if name not in (FLOOR,) and "plain" not in name}
     timed = {name: f for name, f in functions.items() if wrong.get(name, 0.0) < 1e-3}
     times = interleaved({name: lambda f=f: case.step(f) for name, f in timed.items()}, case.x.device, seconds=seconds)
@@ -124,6 +170,8 @@ def bench(case, functions, seconds):
         rows[name] = {
             "ms": 1e3 * median, "ms_quartiles": [1e3 * low, 1e3 * high], "rounds": len(values),
             "GB/s": case.bytes / median / 1e9, "to_plain": ratios(values, times[PLAIN]),
+            "% of copy": None if copy is None else 100 * case.bytes / median / copy,
+            "peak MiB": peak_memory(case, timed[name]),
         }  # fmt: skip
     if OURS in timed:
         peers = [name for name in timed if name not in (OURS, FLOOR)]
@@ -161,8 +209,9 @@ def summarize(tables):
 
 def markdown(tables):
     lines = [
-        "| network | [K·B, C, H, W] | layout | fastest peer ms | ours ms | GB/s | ratio | floor |",
-        "|" + "---|" * 8,
+        "| network | [K·B, C, H, W] | layout | fastest peer ms | ours ms | GB/s | % of copy | peak MiB | ratio "
+        "| floor |",
+        "|" + "---|" * 10,
     ]
     for t in tables:
         row = t["rows"][OURS]
@@ -170,8 +219,32 @@ def markdown(tables):
         peer, floor_ratio = t["rows"][row["fastest_peer"]]["ms"], t["rows"][FLOOR]["ms"]
         lines.append(
             f"| {t['network']} | {t['shape']} | {t['layout']} | {peer:.1f} ({row['fastest_peer']}) | {row['ms']:.1f} "
-            f"| {row['GB/s']:.1f} | {ratio:.2f} ({low:.2f} … {high:.2f}) | {floor_ratio / peer:.2f} |"
+            f"| {row['GB/s']:.1f} | {cell(row['% of copy'])} | {cell(row['peak MiB'])} "
+            f"| {ratio:.2f} ({low:.2f} … {high:.2f}) | {floor_ratio / peer:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def cell(value):
+    return "–" if value is None else f"{value:.0f}"
+
+
+def floors():
+    """Return a table of the bytes that each layer must move on a GPU, in bfloat16, by the rows that are timed there."""
+    lines = [
+        "| network | C, H × W | in it | values a member and channel | KiB of them | MiB a tensor | floor MiB, ReLU "
+        "| floor MiB, add + ReLU |",
+        "|" + "---|" * 8,
+    ]
+    for network, layers in NETWORKS.items():
+        for channels, size, count in layers:
+            n = ROWS["cuda"][network] * size * size
+            tensor = 2 * NUM_MEMBERS * n * channels
+            lines.append(
+                f"| {network} | {channels}, {size} × {size} | {count} | {n:,} | {2 * n / 1024:,.0f} "
+                f"| {tensor / 2**20:,.0f} | {floor_bytes(tensor) / 2**20:,.0f} "
+                f"| {floor_bytes(tensor, residual=True) / 2**20:,.0f} |"
+            )
     return "\n".join(lines)
 
 
@@ -198,23 +271,41 @@ def main():
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rows", type=int, help="per member; default: by network and device")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and layout")
+    parser.add_argument("--residual", action="store_true", help="add a residual before the ReLU")
+    parser.add_argument(
+        "--compiled", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER", help="peers to compile (GPU)"
+    )
+    parser.add_argument(
+        "--compiled-shapes", type=int, default=99, help="compile for so many shapes of each network only, the largest"
+    )
+    parser.add_argument("--floors", action="store_true", help="print the bytes of each layer; time nothing")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/ensemble_batch_norm_DEVICE_DTYPE.json")
     arguments = parser.parse_args()
+    if arguments.floors:
+        print(floors())
+        return
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     on_gpu = device.type == "cuda"
     report = {
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(), "dtype": arguments.dtype, "members": NUM_MEMBERS,
-        "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
+        "residual": arguments.residual, "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
     }  # fmt: skip
+    suffix = "_residual" if arguments.residual else ""
     output = arguments.output or (
-        Path(__file__).parent / "results" / f"ensemble_batch_norm_{arguments.device}_{arguments.dtype}.json"
+        Path(__file__).parent / "results" / f"ensemble_batch_norm_{arguments.device}_{arguments.dtype}{suffix}.json"
     )
     print({name: value for name, value in report.items() if name != "tables"})
     for network, rows, channels, size, count, layout in cases(device, arguments.networks):
         rows = arguments.rows or rows
-        case = Case(rows, channels, size, device=device, dtype=dtype, channels_last=layout == "channels_last")
-        table = bench(case, contenders(device, layout == "channels_last"), arguments.seconds)
+        channels_last = layout == "channels_last"
+        case = Case(
+            rows, channels, size, device=device, dtype=dtype, channels_last=channels_last, residual=arguments.residual
+        )
+        largest = sorted(NETWORKS[network], key=lambda layer: -layer[0] * layer[1] ** 2 * layer[2])
+        compile_here = (channels, size, count) in largest[: arguments.compiled_shapes]
+        functions = contenders(device, channels_last, arguments.compiled if compile_here else ())
+        table = bench(case, functions, arguments.seconds, 1e9 * report["copy GB/s"])
         shape = list(case.x.shape)
         print(f"\n{network} {shape} {layout}, {count} in the network", flush=True)
         print("\n".join(describe(name, row) for name, row in table.items()), flush=True)
@@ -222,13 +313,15 @@ def main():
         report["summary"] = summarize(report["tables"])
         output.parent.mkdir(exist_ok=True)
         output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\n{markdown(report['tables'])}\n\n{json.dumps(report['summary'], indent=1)}")
+    table = markdown(report["tables"])
+    output.with_suffix(".md").write_text(table + "\n")
+    print(f"\n{table}\n\n{json.dumps(report['summary'], indent=1)}")
 
 
 def pytest_generate_tests(metafunc):
     shapes = [(network, *NETWORKS[network][1][:2]) for network in NETWORKS]
     layouts = ["contiguous", "channels_last"]
-    metafunc.parametrize("name", [PLAIN, "slices + cat", OURS, FLOOR])
+    metafunc.parametrize("name", [*PEERS, OURS, FLOOR])
     metafunc.parametrize("layout", layouts)
     metafunc.parametrize("shape", shapes, ids=lambda shape: shape[0])
 
@@ -238,9 +331,14 @@ def test_ensemble_batch_norm(benchmark, shape, layout, name):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, channels, size = shape
     channels_last = layout == "channels_last"
+    functions = contenders(device, channels_last, ())
+    if name not in functions:
+        import pytest  # not needed as a script
+
+        pytest.skip("has no form of its own in this layout")
     rows = ROWS[device.type][network]
     case = Case(rows, channels, size, device=device, dtype=torch.float32, channels_last=channels_last)
-    function = contenders(device, channels_last)[name]
+    function = functions[name]
     assert name in (PLAIN, FLOOR) or case.wrong_share(function) < 1e-3
 
     def step():
