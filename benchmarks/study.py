@@ -39,6 +39,7 @@ class Row:
         compared_with: the title of the row it is compared with; the study's first by default. Its own: with none.
         models: of a deep ensemble; 1 for none. The first model's seed is the row's, the others have seeds of their own.
         overrides: options of `latephase train` over the recipe's.
+        last: of an SWA run the last weights, not their average: what SGD with the same schedule ends in.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Row:
     compared_with: str | None = None
     models: int = 1
     overrides: tuple[str, ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,19 @@ STUDIES = {
             Row("late-phase hypernetwork", "digits_hypernetwork", compared_with="hypernetwork, SGD"),
         ),
         {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4)},
+    ),
+    "text": Study(
+        (
+            Row("base, SGD", "text_swa_base", last=True),
+            Row("base, SWA", "text_swa_base"),
+            Row("base + one set of gains, SGD", "text_swa_gains", last=True),
+            Row("base + one set of gains, SWA", "text_swa_gains", compared_with="base, SWA"),
+            Row("late-phase rank-1, SGD", "text_swa", last=True),
+            Row("late-phase rank-1, SGD, ensemble", "text_swa", "ensemble", last=True),
+            Row("late-phase rank-1, SWA", "text_swa", compared_with="base, SWA"),
+            Row("late-phase rank-1, SWA, ensemble", "text_swa", "ensemble", compared_with="base, SWA"),
+        ),
+        {"bits_per_character": ("bits per character", 4)},
     ),
 }
 
@@ -155,9 +170,21 @@ def collect(study: Study, seeds: int, runs: Path) -> dict[str, dict[str, list[fl
                 if not (folder / "results.json").exists():
                     with contextlib.redirect_stdout(io.StringIO()):
                         run_eval(members, output=folder, device="cpu")
+            if row.last:
+                folder = _last_weights(folder)
             metrics.append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"][row.way])
         values[row.title] = {quantity: [found[quantity] for found in metrics] for quantity in study.quantities}
     return values
+
+
+def _last_weights(folder: Path) -> Path:
+    """Evaluate a run's last weights, unless that is done; return the folder of the results."""
+    evaluated = folder.with_name(f"{folder.name}-last")
+    if not (evaluated / "results.json").exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_eval(folder, last=True, output=evaluated, device="cpu")
+        (evaluated / "evaluation.json").rename(evaluated / "results.json")
+    return evaluated
 
 
 def run_study(name: str, *, seeds: int, jobs: int, runs: Path, results: Path, docs: Path) -> dict | None:
@@ -191,6 +218,7 @@ def run_study(name: str, *, seeds: int, jobs: int, runs: Path, results: Path, do
                 "recipe": row.recipe,
                 "overrides": list(row.overrides),
                 "prediction": row.way,
+                "last weights": row.last,
                 "models": row.models,
                 "compared with": row.compared_with or study.rows[0].title,
             }

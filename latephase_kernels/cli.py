@@ -176,6 +176,9 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate.add_argument(
         "--corruptions", action="store_true", help="error of the averaged model on CIFAR-10-C or CIFAR-100-C"
     )
+    evaluate.add_argument(
+        "--last", action="store_true", help="of a run with SWA the last weights, not their average over time"
+    )
     evaluate.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
     evaluate.add_argument(
         "--output", metavar="DIR", help="folder to write to (default: the run's, or NAME_deep_ensemble-seedN beside it)"

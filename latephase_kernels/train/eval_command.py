@@ -75,7 +75,9 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(f"eval: {path} is no recipe: {messages.getvalue().strip()}") from None
 
 
-def load_final_model(folder: Path, recipe: Recipe, train: AnyData, device: str) -> tuple[nn.Module, dict[str, Any]]:
+def load_final_model(
+    folder: Path, recipe: Recipe, train: AnyData, device: str, *, last: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Return a run's model, and what it was read from.
 
     The newest whole checkpoint holds the members. Without any there is still the plain model, model.safetensors.
@@ -85,6 +87,7 @@ def load_final_model(folder: Path, recipe: Recipe, train: AnyData, device: str) 
         recipe: from its config.yaml.
         train: the training data; SWA's statistics are recomputed from them.
         device: where the model shall be.
+        last: of an SWA run the last weights, not their average.
 
     Returns:
         The model, and {"weights": "checkpoint" or "model.safetensors", "epoch": a checkpoint's, "finished": whether
@@ -102,6 +105,8 @@ def load_final_model(folder: Path, recipe: Recipe, train: AnyData, device: str) 
             if not plain.exists():
                 raise
             warnings.warn(f"{error}; evaluating {plain.name} instead", stacklevel=2)
+    if last and saved is None:
+        raise RunError(f"eval: {folder} has no checkpoint, and {plain.name} has no last weights; leave out --last")
     model_alone = dataclasses.replace(recipe.model, weights=None)  # those it started from are not wanted
     recipe = dataclasses.replace(recipe, model=model_alone, compile=False, cuda_graph=False)
     trainer = Trainer(recipe, train, device)
@@ -109,8 +114,9 @@ def load_final_model(folder: Path, recipe: Recipe, train: AnyData, device: str) 
         with _fitting(checkpoints):
             # The generators' states are of the training machine's devices, and nothing here draws from them.
             trainer.load_state_dict({**saved[0], "random": random_state()})
-        source = {"weights": "checkpoint", "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
-        model = trainer.final_model()
+        weights = "last weights of the checkpoint" if last else "checkpoint"
+        source = {"weights": weights, "epoch": trainer.epoch, "finished": trainer.minibatch == trainer.total}
+        model = trainer.model if last else trainer.final_model()
         trainer.task.close()
         return model, source
     if plain.exists():
@@ -249,7 +255,7 @@ class Evaluation:
 
 
 def load_runs(
-    folders: Sequence[Path], data: str | None, device: str
+    folders: Sequence[Path], data: str | None, device: str, last: bool
 ) -> tuple[Recipe, nn.Module, dict[str, Any], AnyData]:
     """Return a run's recipe, model, source (see load_final_model) and test data, or those of an ensemble of runs.
 
@@ -265,7 +271,7 @@ def load_runs(
         raise FileNotFoundError(f"eval: {error}; where it lies elsewhere, give --data") from None
     if isinstance(test, TextSet) and len(folders) > 1:
         raise ValueError(f"eval: an ensemble of runs must be of runs on images, got {combined.data.name}; give one run")
-    found = [load_final_model(folder, recipe, train, device) for folder, recipe in zip(folders, recipes)]
+    found = [load_final_model(folder, recipe, train, device, last=last) for folder, recipe in zip(folders, recipes)]
     if len(found) == 1:
         return combined, *found[0], test
     unfinished = [str(folder) for folder, (_, source) in zip(folders, found) if not source["finished"]]
@@ -283,6 +289,7 @@ def run_eval(
     ood: Sequence[str] = (),
     corruptions: bool = False,
     device: str | None = None,
+    last: bool = False,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run or an ensemble of several: print tables, write evaluation.json and, with foreign images, ood.png.
@@ -295,6 +302,7 @@ def run_eval(
         ood: keys of OUT_OF_DISTRIBUTION, or "all": all but the set of the run itself.
         corruptions: evaluate CIFAR-C, all 19 corruptions at 5 severities.
         device: "cuda", "cpu", …; the GPU if there is one by default.
+        last: evaluate the last weights of an SWA run, not their average over time.
         output: the folder to write to. By default the run's own; for an ensemble NAME_deep_ensemble-seedS beside the
             first run, S being its seed.
 
@@ -314,7 +322,7 @@ def run_eval(
     unknown = [name for name in ood if name not in known and name != "all"]
     if unknown:
         raise ValueError(f"eval: --ood must be of {', '.join(known)} or all for a run on {own}, got {unknown[0]!r}")
-    recipe, model, source, test = load_runs(paths, data, device)
+    recipe, model, source, test = load_runs(paths, data, device, last)
     if isinstance(test, TextSet) and (ood or corruptions):
         raise ValueError(f"eval: --ood and --corruptions are for runs on images, this one is on {own}; leave them out")
     several = len(paths) > 1

@@ -13,10 +13,14 @@ QUANTITIES: dict[str, tuple[str, int]] = {
 }
 
 
-def quantities_of(metrics: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Return those of QUANTITIES that are among these keys: a run on images has others than one on a text."""
+# The keys of a run on images and of one on a text; the first is what published figures are of.
+KINDS = (("accuracy", "nll", "ece", "brier"), ("bits_per_character", "validation_bits_per_character"))
+
+
+def kind_of(metrics: Iterable[str]) -> tuple[str, ...]:
+    """Return the one of KINDS that is whole among these keys, () if none is."""
     found = set(metrics)
-    return {key: shown for key, shown in QUANTITIES.items() if key in found}
+    return next((kind for kind in KINDS if found.issuperset(kind)), ())
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,9 +36,6 @@ def format_number(value: float | None, digits: int) -> str:
 
 def format_metrics(metrics: Mapping[str, Mapping[str, float]], title: str) -> str:
     """Return the metrics of several ways to predict as a table, one row a way."""
-    shown = quantities_of(next(iter(metrics.values()), ()))
-    rows = [
-        (way, *(format_number(found[key], digits) for key, (_, digits) in shown.items()))
-        for way, found in metrics.items()
-    ]
-    return format_table((title, *(name for name, _ in shown.values())), rows)
+    kind = kind_of(next(iter(metrics.values()), ()))
+    rows = [(way, *(format_number(found[key], QUANTITIES[key][1]) for key in kind)) for way, found in metrics.items()]
+    return format_table((title, *(QUANTITIES[key][0] for key in kind)), rows)

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .quantities import KINDS, QUANTITIES, kind_of
 from .runs import write_whole
 
-# By the run's name and way to predict: what it is, and the test accuracy in %, mean and standard deviation over 5 seeds
-# (nan: none was published).
+# By the run's name and way to predict: what it is, and the first quantity of its kind (test accuracy in %, bits per
+# character of the test text), mean and standard deviation over 5 seeds (nan: none was published).
 # Source: von Oswald et al., ICLR 2021 (arXiv 2007.12927); WRN-28-10 unless said.
 PUBLISHED: dict[tuple[str, str], tuple[str, float, float]] = {
     ("cifar10", "averaged"): ("late-phase BatchNorm, SGD", 96.46, 0.15),
@@ -30,6 +31,12 @@ PUBLISHED: dict[tuple[str, str], tuple[str, float, float]] = {
     ("cifar100_swa_base", "averaged"): ("base, SWA", 82.46, 0.09),
     ("cifar100_swa_hypernetwork", "averaged"): ("late-phase hypernetwork, SWA", 82.01, math.nan),
     ("cifar100_wide_swa", "averaged"): ("WRN 28-14, late-phase BatchNorm, SWA", 85.00, 0.25),
+    ("enwik8", "averaged"): ("late-phase rank-1, SGD", 1.633, math.nan),
+    ("enwik8_base", "averaged"): ("base, SGD", 1.695, math.nan),
+    ("enwik8_gains", "averaged"): ("base + one set of rank-1 weights, SGD", 1.663, math.nan),
+    ("enwik8_swa", "averaged"): ("late-phase rank-1, SWA", 1.615, math.nan),
+    ("enwik8_swa_base", "averaged"): ("base, SWA", 1.626, math.nan),
+    ("enwik8_swa_gains", "averaged"): ("base + one set of rank-1 weights, SWA", 1.616, math.nan),
     ("imagenet_densenet161", "averaged"): ("DenseNet-161, late-phase BatchNorm, fine-tuning", 78.31, 0.01),
     ("imagenet_densenet161_base", "averaged"): ("DenseNet-161, fine-tuning", 78.17, math.nan),
     ("imagenet_resnet152", "averaged"): ("ResNet-152, late-phase BatchNorm, fine-tuning", 78.77, 0.01),
@@ -37,7 +44,7 @@ PUBLISHED: dict[tuple[str, str], tuple[str, float, float]] = {
     ("imagenet_resnet50", "averaged"): ("ResNet-50, late-phase BatchNorm, fine-tuning", 76.87, 0.03),
     ("imagenet_resnet50_base", "averaged"): ("ResNet-50, fine-tuning", 76.62, math.nan),
 }
-QUANTITIES = {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4), "ece": ("ECE %", 2), "brier": ("Brier", 4)}
+PUBLISHED_DIGITS = {"accuracy": 2, "bits_per_character": 3}
 WAYS = ("averaged", "ensemble", "members", "MC-dropout")
 # Lines of a config.yaml in which runs may differ that are averaged: they do not say what is trained.
 _INCIDENTAL = (
@@ -51,8 +58,8 @@ Summary = dict[tuple[str, str], dict[str, tuple[float, float, int]]]
 def _is_result(content: Any) -> bool:
     try:
         ways = [content["metrics"][way] for way in WAYS if way in content["metrics"]]
-        complete = ways and all(quantity in found for found in ways for quantity in QUANTITIES)
-        return bool(complete) and isinstance(content["name"], str) and isinstance(content["seed"], int)
+        complete = len({kind_of(found) for found in ways} - {()}) == 1 and all(map(kind_of, ways))
+        return complete and isinstance(content["name"], str) and isinstance(content["seed"], int)
     except (KeyError, TypeError):
         return False
 
@@ -121,7 +128,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> Summary:
         for way in WAYS:
             for result in results:
                 if result["name"] == name and way in result["metrics"]:
-                    for quantity in QUANTITIES:
+                    for quantity in kind_of(result["metrics"][way]):
                         values[name, way][quantity].append(result["metrics"][way][quantity])
     return {
         key: {
@@ -141,15 +148,25 @@ def _with_deviation(mean: float, deviation: float, digits: int) -> str:
 
 
 def format_markdown(summary: Summary) -> str:
-    """Return the comparison as a Markdown table."""
-    header = ["run", "prediction", "seeds", *(title for title, _ in QUANTITIES.values()), "published accuracy %"]
+    """Return the comparison as Markdown, one table for each kind of data."""
+    tables = []
+    for kind in KINDS:
+        rows = {key: quantities for key, quantities in summary.items() if kind_of(quantities) == kind}
+        if rows:
+            tables.append(_markdown_table(rows, kind))
+    return "\n\n".join(tables)
+
+
+def _markdown_table(summary: Summary, kind: Sequence[str]) -> str:
+    titles = [QUANTITIES[key][0] for key in kind]
+    header = ["run", "prediction", "seeds", *titles, f"published {titles[0]}"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for (name, way), quantities in summary.items():
-        cells = [name.replace("|", "\\|"), way, str(quantities["accuracy"][2])]
-        cells += [_with_deviation(*quantities[key][:2], digits) for key, (_, digits) in QUANTITIES.items()]
+        cells = [name.replace("|", "\\|"), way, str(quantities[kind[0]][2])]
+        cells += [_with_deviation(*quantities[key][:2], QUANTITIES[key][1]) for key in kind]
         if (name, way) in PUBLISHED:
             title, mean, deviation = PUBLISHED[name, way]
-            cells.append(f"{_with_deviation(mean, deviation, 2)} ({title})")
+            cells.append(f"{_with_deviation(mean, deviation, PUBLISHED_DIGITS[kind[0]])} ({title})")
         else:
             cells.append("")
         lines.append("| " + " | ".join(cells) + " |")
@@ -157,27 +174,27 @@ def format_markdown(summary: Summary) -> str:
 
 
 def draw_report(summary: Summary, path: Path) -> bool:
-    """Draw accuracy and NLL of every run, with the published accuracy beside it; False without matplotlib.
+    """Draw two quantities of every run, with the published one beside it; False without matplotlib.
 
-    Runs whose names begin alike, up to the first "_", share their panels: those of one data set, as the recipes are
-    named.
+    Runs of one kind whose names begin alike, up to the first "_", share their panels: those of one data set, as the
+    recipes are named.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    families: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for name, way in summary:
-        families[name.partition("_")[0]].append((name, way))
+    families: dict[tuple[str, Sequence[str]], list[tuple[str, str]]] = defaultdict(list)
+    for (name, way), quantities in summary.items():
+        families[name.partition("_")[0], kind_of(quantities)].append((name, way))
     heights = [len(rows) + 1.5 for rows in families.values()]
     figure = Figure(figsize=(12, 0.5 * sum(heights) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(
         len(families), 2, sharey="row", squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": (3, 2)}
     )
-    for panels, rows in zip(grid, families.values()):
-        for axes, quantity in zip(panels, ("accuracy", "nll")):
+    for panels, ((_, kind), rows) in zip(grid, families.items()):
+        for axes, quantity in zip(panels, kind):
             for row, key in enumerate(rows):
                 mean, deviation, _ = summary[key][quantity]
                 _draw_value(axes, row - 0.1, mean, deviation, QUANTITIES[quantity][1], above=True, fmt="o", color="C0")
@@ -186,7 +203,8 @@ def draw_report(summary: Summary, path: Path) -> bool:
             axes.margins(x=0.2)
         published = [(row, PUBLISHED[key]) for row, key in enumerate(rows) if key in PUBLISHED]
         for row, (_, mean, deviation) in published:
-            _draw_value(panels[0], row + 0.15, mean, deviation, 2, above=False, fmt="s", color="C1")
+            digits = PUBLISHED_DIGITS[kind[0]]
+            _draw_value(panels[0], row + 0.15, mean, deviation, digits, above=False, fmt="s", color="C1")
         if published:
             panels[0].plot([], [], "s", color="C1", label="published")
             panels[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, borderpad=0.0)
@@ -245,6 +263,6 @@ def _as_json(summary: Summary) -> list[dict[str, Any]]:
         if (name, way) in PUBLISHED:
             title, mean, deviation = PUBLISHED[name, way]
             std = deviation if math.isfinite(deviation) else None
-            entry["published"] = {"what": title, "accuracy": {"mean": mean, "std": std, "seeds": 5}}
+            entry["published"] = {"what": title, kind_of(quantities)[0]: {"mean": mean, "std": std, "seeds": 5}}
         content.append(entry)
     return content
