@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_nqp(commands)
     commands.add_parser(
-        "train", help="train by a recipe: CIFAR-10, CIFAR-100, digits, or a YAML file (latephase train)"
+        "train", help="train by a recipe: CIFAR-10, CIFAR-100, enwik8, digits, text, or a YAML file (latephase train)"
     )
     _add_eval(commands)
     _add_report(commands)
@@ -156,7 +156,7 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate = commands.add_parser(
         "eval",
         allow_abbrev=False,
-        help="evaluate a run of latephase train: accuracy, calibration, foreign and corrupted images",
+        help="evaluate a run of latephase train: accuracy, calibration, foreign and corrupted images; bits per character",
         description="Evaluate the final model of a run, averaged, as an ensemble and member by member, or several runs "
         "as a deep ensemble; print the tables, write evaluation.json and, with --ood, ood.png into the run's folder "
         "(of an ensemble: into one of its own, where latephase report finds it). Data that is missing is named and "
