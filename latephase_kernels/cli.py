@@ -156,7 +156,7 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate = commands.add_parser(
         "eval",
         allow_abbrev=False,
-        help="evaluate a run of latephase train: accuracy, calibration, foreign and corrupted images; bits per character",
+        help="evaluate a run of latephase train: accuracy, calibration, foreign images, bits per character",
         description="Evaluate the final model of a run, averaged, as an ensemble and member by member, or several runs "
         "as a deep ensemble; print the tables, write evaluation.json and, with --ood, ood.png into the run's folder "
         "(of an ensemble: into one of its own, where latephase report finds it). Data that is missing is named and "
