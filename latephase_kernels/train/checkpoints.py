@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: written beside, synced, renamed; the digest is part of the name.
 
     step-000001200-3f2a9c….pt      the first 32 hexadecimal digits of the SHA-256 of its content
+    step-000001200-3f2a9c…/        written by several ranks, see sharded_checkpoints.py
 
 torch.load does not notice flipped bits; the digest does. A damaged newest checkpoint costs the steps since the one
 before it.
@@ -11,6 +12,7 @@ import io
 import os
 import random
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{32})\.pt")
+_NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{32})(\.pt)?")
 _UNFINISHED = "unfinished.pt"
 
 
@@ -76,7 +78,7 @@ class CheckpointFolder:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(unfinished, path)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             steps = self.steps()
@@ -84,10 +86,14 @@ class CheckpointFolder:
             raise OSError(
                 error.errno, f"checkpoint of step {step} not written: {error.strerror}; {kept}", str(path)
             ) from None
+        self.remove_old(path, step)
+        return path
+
+    def remove_old(self, path: Path, step: int) -> None:
+        """Remove what the new checkpoint at path, of this step, replaces, and what is no longer kept."""
         for position, (other_step, other) in enumerate(self.steps()):
             if other != path and (position >= self.keep or other_step == step):
-                other.unlink(missing_ok=True)
-        return path
+                shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
 
     def load(self, device: str | torch.device = "cpu") -> tuple[dict[str, Any], int] | None:
         """Return the state and step of the newest whole checkpoint, or None where there never was one.
@@ -98,21 +104,31 @@ class CheckpointFolder:
             RunError: there are checkpoints, and every one is damaged.
             OSError: the folder cannot be read.
         """
+        newest = self.newest()
+        return None if newest is None else (self.read(newest[1], device), newest[0])
+
+    def read(self, path: Path, device: str | torch.device, layout: str | None = None) -> dict[str, Any]:
+        """Return the state in a whole checkpoint; of several ranks' with what was this layout's own, if it was."""
+        if path.is_dir():
+            from .sharded_checkpoints import read_sharded  # which imports this module
+
+            return read_sharded(path, device, layout)
+        return torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location=device)
+
+    def newest(self) -> tuple[int, Path] | None:
+        """Return step and path of the newest whole checkpoint; warns and raises as load does."""
         damaged: list[str] = []
-        checkpoints = self.steps()
-        for step, path in checkpoints:
-            content = path.read_bytes()
-            match = _NAME.fullmatch(path.name)
-            if match is None or _digest(content) != match[2]:
+        for step, path in self.steps():
+            if not _is_whole(path):
                 damaged.append(path.name)
                 continue
             if damaged:
                 warnings.warn(
                     f"checkpoint {', '.join(damaged)} in {self.folder} is damaged (its content does not have "
                     f"the digest in its name); going on from {path.name}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            return torch.load(io.BytesIO(content), weights_only=True, map_location=device), step
+            return step, path
         if damaged:
             raise RunError(
                 f"every checkpoint in {self.folder} is damaged: {', '.join(damaged)}; remove them to start again"
@@ -120,11 +136,21 @@ class CheckpointFolder:
         return None
 
 
+def _is_whole(path: Path) -> bool:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None  # as steps() has it
+    if path.is_dir():
+        from .sharded_checkpoints import is_whole
+
+        return is_whole(path, match[2])
+    return _digest(path.read_bytes()) == match[2]
+
+
 def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; not every system lets a folder be opened."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)

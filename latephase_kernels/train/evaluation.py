@@ -23,7 +23,7 @@ CALIBRATION_BINS = 15
 
 def is_expanded(model: nn.Module) -> bool:
     """Return whether a model has members."""
-    return any(isinstance(module, Routed) for module in model.modules())
+    return any(isinstance(module, Routed) and module.routing is not None for module in model.modules())
 
 
 def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:

@@ -38,8 +38,13 @@ class ImageTask(Task):
     ):
         self.recipe, self.device = recipe, device
         self.num_classes, self.in_channels = len(train.classes), train.num_channels
+        self._train = train
         self.batches = training_batches(recipe, train, device, rank=rank, num_ranks=num_ranks)
         self.units_per_minibatch = recipe.batch_size
+
+    def set_share(self, rank: int, num_ranks: int) -> None:
+        self.close()
+        self.batches = training_batches(self.recipe, self._train, self.device, rank=rank, num_ranks=num_ranks)
 
     def build_network(self) -> nn.Module:
         network = build_network(self.recipe.model, self.num_classes, self.in_channels)

@@ -164,6 +164,23 @@ class Swa:
 
 
 @dataclass
+class Parallel:
+    """Several devices: one process each, started by torchrun. With R processes each has 1/R of a step's samples.
+
+    Attributes:
+        member_ranks: M processes, or groups of R/M that share them, divide the members among them; 1: all processes
+            have all members.
+        batch_norm: local (a process normalizes by its own samples; statistics are averaged) or synchronized (by all
+            samples of a minibatch: the same optimization on any number of devices).
+        timeout_seconds: after which a process that does not answer ends the others.
+    """
+
+    member_ranks: int = 1
+    batch_norm: str = "local"
+    timeout_seconds: float = 50.0
+
+
+@dataclass
 class Recipe:
     """A training run.
 
@@ -198,6 +215,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     late: Late = field(default_factory=Late)
     swa: Swa = field(default_factory=Swa)
+    parallel: Parallel = field(default_factory=Parallel)
     seed: int = 0
     label_smoothing: float = 0.0
     precision: str = "float32"
@@ -239,7 +257,7 @@ def check(recipe: Recipe) -> Recipe:
     Raises:
         ValueError: the message names the option.
     """
-    late, swa, schedule = recipe.late, recipe.swa, recipe.schedule
+    late, swa, schedule, parallel = recipe.late, recipe.swa, recipe.schedule, recipe.parallel
     demands: Sequence[tuple[bool, str, object, str]] = (
         (recipe.batch_size >= 1, "batch_size", recipe.batch_size, "at least 1"),
         (recipe.accumulate >= 1, "accumulate", recipe.accumulate, "at least 1"),
@@ -260,6 +278,19 @@ def check(recipe: Recipe) -> Recipe:
         (recipe.images.corrupt in ("error", "replace"), "images.corrupt", recipe.images.corrupt, "error or replace"),
         (schedule.drop_factor > 0, "schedule.drop_factor", schedule.drop_factor, "more than 0"),
         (recipe.epochs >= 1, "epochs", recipe.epochs, "at least 1"),
+        (
+            parallel.member_ranks >= 1 and late.members % parallel.member_ranks == 0,
+            "parallel.member_ranks",
+            parallel.member_ranks,
+            f"at least 1, and divide late.members ({late.members})",
+        ),
+        (
+            parallel.batch_norm in ("local", "synchronized"),
+            "parallel.batch_norm",
+            parallel.batch_norm,
+            "local or synchronized",
+        ),
+        (parallel.timeout_seconds > 0, "parallel.timeout_seconds", parallel.timeout_seconds, "more than 0"),
         (recipe.evaluate_every >= 1, "evaluate_every", recipe.evaluate_every, "at least 1"),
         (recipe.dropout_passes >= 0, "dropout_passes", recipe.dropout_passes, "at least 0"),
         (recipe.keep_checkpoints >= 1, "keep_checkpoints", recipe.keep_checkpoints, "at least 1"),

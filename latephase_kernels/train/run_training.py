@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import io
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from ..data import TextSet
 from .build import AnyData, build_data
 from .image_task import ImageEvaluation
 from .progress import Progress
+from .rank_folder import AnyFolder, open_run_folder
+from .ranks import start_ranks
 from .recipe import Recipe, check
 from .runs import RunFolder, write_whole
 from .task import Evaluation
@@ -82,7 +86,7 @@ def run_training(
         tensorboard: write the metrics for TensorBoard, too.
 
     Returns:
-        What results.json holds.
+        What results.json holds; of several processes that torchrun has started, the first returns it, the others {}.
 
     Raises:
         ValueError, OSError: the recipe, the data or the folder; nothing was trained.
@@ -92,18 +96,19 @@ def run_training(
         Interrupted: by SIGINT or SIGTERM; a checkpoint holds everything.
     """
     check(recipe)
-    device = device or default_device()
-    train, test = build_data(recipe.data)
-    if recipe.deterministic:
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not recipe.deterministic
     with contextlib.ExitStack() as closing:
-        trainer = Trainer(recipe, train, device)  # before the folder: what does not fit leaves nothing behind
+        ranks = closing.enter_context(start_ranks(recipe.parallel, device or default_device()))
+        train, test = build_data(recipe.data)
+        if recipe.deterministic:
+            torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = not recipe.deterministic
+        # Before the folder: what does not fit leaves nothing behind.
+        trainer = Trainer(recipe, train, ranks.device, ranks=ranks)
         closing.callback(trainer.task.close)
-        evaluation = build_evaluation(recipe, train, test, device)
+        evaluation = build_evaluation(recipe, train, test, ranks.device)
         closing.callback(evaluation.close)
         options: dict[str, Any] = {"resume": resume, "keep_checkpoints": recipe.keep_checkpoints}
-        folder = closing.enter_context(RunFolder(output, config, **options, tensorboard=tensorboard))
+        folder = closing.enter_context(open_run_folder(ranks, output, config, **options, tensorboard=tensorboard))
         signals = closing.enter_context(_Signals())
         _Run(recipe, folder, trainer, evaluation, signals).train()
         return _finish(recipe, folder, trainer, evaluation)
@@ -120,14 +125,14 @@ def build_evaluation(recipe: Recipe, train: AnyData, test: AnyData, device: str 
 class _Run:
     """The loop over epochs: logging, evaluating, saving."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, trainer: Trainer, evaluation: Evaluation, signals: _Signals):
+    def __init__(self, recipe: Recipe, folder: AnyFolder, trainer: Trainer, evaluation: Evaluation, signals: _Signals):
         self.recipe, self.folder, self.trainer, self.evaluation = recipe, folder, trainer, evaluation
         self.signals = signals
         saved = folder.checkpoints.load(trainer.device)
         if saved is not None:
             trainer.load_state_dict(saved[0])
         folder.start_metrics(trainer.minibatch)
-        self.progress = Progress(trainer.total)
+        self.progress = Progress(trainer.total, sys.stderr if trainer.ranks.rank == 0 else io.StringIO())
         self.progress.done = self.progress.start = trainer.minibatch
         self.saved_at = time.monotonic()
 
@@ -148,11 +153,12 @@ class _Run:
                     units = (trainer.minibatch - first) * trainer.task.units_per_minibatch
                     self._end_epoch(epoch + 1, units / (time.perf_counter() - started))
                     started, first = time.perf_counter(), trainer.minibatch
-                if self.signals.received is not None:
+                due = time.monotonic() - self.saved_at > 60 * self.recipe.checkpoint_minutes
+                received, due = trainer.ranks.agree(self.signals.received, due)
+                if due or received is not None:
                     self._save()
-                    raise Interrupted(self.signals.received)
-                if time.monotonic() - self.saved_at > 60 * self.recipe.checkpoint_minutes:
-                    self._save()
+                if received is not None:
+                    raise Interrupted(received)
             self._save()
         finally:
             self.progress.end()
@@ -176,7 +182,8 @@ class _Run:
         if loss is not None:
             stage += f", loss {loss:.4f}"
         if epoch % self.recipe.evaluate_every == 0 or epoch == self.recipe.epochs:
-            tested, words = self.evaluation.progress(self.trainer.model)
+            with self.trainer.ranks.gathered(self.trainer.model) as model:
+                tested, words = self.evaluation.progress(model)
             record.update(tested)
             stage += f", {words}"
         self.folder.log(record)
@@ -187,12 +194,14 @@ class _Run:
         self.saved_at = time.monotonic()
 
 
-def _finish(recipe: Recipe, folder: RunFolder, trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
+def _finish(recipe: Recipe, folder: AnyFolder, trainer: Trainer, evaluation: Evaluation) -> dict[str, Any]:
     """Evaluate, collapse, save as safetensors, load into the plain network, compare."""
-    model = trainer.final_model()
-    metrics, before = evaluation.final(model)
+    with trainer.ranks.gathered(trainer.final_model()) as model:
+        metrics, before = evaluation.final(model)
+        plain = copy.deepcopy(model).eval()
+    if not isinstance(folder, RunFolder):  # of another rank than the first, which does the rest
+        return {}
     results: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs, "metrics": metrics}
-    plain = copy.deepcopy(model).eval()
     if trainer.expanded:
         lp.collapse(plain)
     path = folder.path / "model.safetensors"

@@ -32,6 +32,7 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None  # type: ignore[assignment]
 
+_FREE = re.compile(r"^  (member_ranks|timeout_seconds): .*$", re.MULTILINE)  # a run may go on with others of these
 _BOOKKEEPING = ("step", "epoch", "seconds")
 _TAG = re.compile(r"^(train|validation|test) ")  # TensorBoard puts train/… and test/… into a group each
 
@@ -171,7 +172,7 @@ class RunFolder:
                 f"run folder {self.path} already holds a run; give --resume to go on with it, or another --output"
             )
         before = existing.read_text(encoding="utf-8")
-        if before != config:
+        if _FREE.sub("", before) != _FREE.sub("", config):
             changed = sorted(set(config.splitlines()) ^ set(before.splitlines()))
             raise ValueError(
                 f"run folder {self.path} holds a run of another recipe; the first difference: {changed[0].strip()!r}; "

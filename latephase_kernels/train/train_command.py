@@ -1,6 +1,7 @@
 """The command line of `latephase train`: a recipe's name or file, and dotted options over it."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,11 +120,13 @@ def run_train(arguments: Sequence[str]) -> int:
     try:
         results = run_training(recipe, as_yaml(recipe), output, **own)
     except Interrupted as interrupted:
-        print(
-            f"latephase: {interrupted} after a checkpoint was written; go on with --resume --output {output}",
-            file=sys.stderr,
-        )
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(
+                f"latephase: {interrupted} after a checkpoint was written; go on with --resume --output {output}",
+                file=sys.stderr,
+            )
         return 128 + interrupted.number
-    print(format_results(results))
-    print(f"written to {output}")
+    if results:  # of the first process, where there are several
+        print(format_results(results))
+        print(f"written to {output}")
     return 0

@@ -24,6 +24,7 @@ from .cuda_graph import GraphedPasses
 from .evaluation import dropout_layers, is_expanded
 from .image_task import ImageTask
 from .pretrained import load_pretrained
+from .ranks import Ranks
 from .recipe import Recipe
 from .schedule import mark_new_groups, set_learning_rates
 from .task import Task
@@ -37,7 +38,7 @@ class Trainer:
         recipe: checked.
         train: the training data; they go to the device.
         device: where to train.
-        rank, num_ranks: which share of every member's minibatches is this process's.
+        ranks: the processes of the run; None: this one alone.
 
     Raises:
         ValueError: the recipe's parts do not fit the data or each other.
@@ -55,15 +56,13 @@ class Trainer:
         recipe: Recipe,
         train: AnyData,
         device: str | torch.device = "cpu",
-        *,
-        rank: int = 0,
-        num_ranks: int = 1,
+        ranks: Ranks | None = None,
     ):
         self.recipe, self.device = recipe, torch.device(device)
+        self.ranks = ranks or Ranks(self.device)
         torch.manual_seed(recipe.seed)
         kind: Any = TextTask if isinstance(train, TextSet) else ImageTask
-        self.task: Task = kind(recipe, train, self.device, rank=rank, num_ranks=num_ranks)
-        self.batches = self.task.batches
+        self.task: Task = kind(recipe, train, self.device, rank=self.ranks.rank, num_ranks=self.ranks.num_ranks)
         self.model: nn.Module = self.task.build_network()
         if recipe.model.weights is not None:
             load_pretrained(self.model, recipe.model)
@@ -84,6 +83,7 @@ class Trainer:
         self.total -= self.total % turns if self.t0 is None else (self.total - self.t0) % (turns * late.members)
         if self.t0 is not None:
             self._check_targets()
+        self.ranks.take(self.model)
         self._prepare_optimizer()
         if recipe.compile:
             self.model.compile()
@@ -92,11 +92,18 @@ class Trainer:
         if recipe.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"train: cuda_graph must be false on {self.device}: only a GPU captures graphs")
         self._graphed = GraphedPasses() if recipe.cuda_graph else None
+        if self.ranks.num_ranks > 1:
+            self.ranks.seed(recipe.seed)  # of dropout: masks of other rows
         # Read late: sums over the steps since the last reading, and the first step whose loss was not finite.
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._minibatches = torch.zeros((), dtype=torch.int64, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._first_nonfinite = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    @property
+    def batches(self) -> Any:
+        """The task's."""
+        return self.task.batches
 
     @property
     def epoch(self) -> float:
@@ -115,20 +122,25 @@ class Trainer:
         """Take one step, of the next minibatch or of the next K (times accumulate); return how many it took."""
         if self.num_members > 1 or self.minibatch == self.t0:
             self._expand_once()
-        count = self.num_members * self.recipe.accumulate
-        inputs, targets = self.batches.stack(self.minibatch, count)
+        own, turns = self.ranks.own(self.num_members), self.recipe.accumulate
+        count = self.num_members * turns
+        inputs, targets = self._stack(own, turns)
         set_learning_rates(self.optimizer.param_groups, self.recipe.schedule, self.recipe.optimizer, self.epoch)
         statistics = self._statistics() if self.recipe.skip_nonfinite else []
         before = [buffer.clone() for buffer in statistics]
         if not self.model.training:
             self.model.train()
-        self.task.begin_step(self.minibatch, count)
+        self.task.begin_step(self.minibatch, len(own) * turns)
         if self._graphed is None:
             self.optimizer.zero_grad()
             loss = self._passes(inputs, targets)
         else:
             loss = self._graphed(self.expanded, self._passes, (inputs, targets), self.model.parameters)
-        finite = torch.isfinite(loss)
+        if self.ranks.num_ranks > 1:
+            self.ranks.reduce_gradients()
+            # A member's loss is the mean over the ranks that have rows of it.
+            loss = loss / (self.ranks.data_ranks if self.expanded else self.ranks.num_ranks)
+        finite = torch.isfinite(self.ranks.total(loss) if self.recipe.skip_nonfinite else loss)
         if self.recipe.skip_nonfinite:
             # The fused step leaves everything as it is where this is 1.
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -143,6 +155,16 @@ class Trainer:
         self._average_if_due(start)
         return count
 
+    def _stack(self, own: range, turns: int) -> tuple[Tensor, Tensor]:
+        """Return this rank's rows of its own members' minibatches, turn after turn of what is accumulated."""
+        members = self.num_members
+        if len(own) == members:
+            return self.batches.stack(self.minibatch, members * turns)
+        starts = range(self.minibatch + own.start, self.minibatch + members * turns, members)
+        parts = [self.batches.stack(first, len(own)) for first in starts]
+        inputs, targets = (torch.cat(tensors) if turns > 1 else tensors[0] for tensors in zip(*parts))
+        return inputs, targets
+
     def _passes(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward; return the sum of the members' losses, each the mean over what is accumulated."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -154,8 +176,8 @@ class Trainer:
         return loss
 
     def _chunks(self) -> Iterator[tuple[range, slice]]:
-        """Yield (members, their rows of the stacked batch): turn after turn of what is accumulated."""
-        count, batch = self.num_members, self.batches.batch_size
+        """Yield (members of this rank, their rows of the stacked batch): turn after turn of what is accumulated."""
+        count, batch = len(self.ranks.own(self.num_members)), self.batches.batch_size
         chunk = self.recipe.late.member_chunk or count
         for turn in range(0, count * self.recipe.accumulate, count):
             for first in range(0, count, chunk):
@@ -206,7 +228,7 @@ class Trainer:
             group["lr"] = group["initial_lr"]
         num_base_groups = len(self.optimizer.param_groups)
         generator = torch.Generator().manual_seed(self.recipe.seed)
-        lp.expand(
+        self.ranks.expand(
             self.model,
             late.members,
             targets=build_targets(late.targets),
@@ -221,6 +243,8 @@ class Trainer:
         lp.set_base_grad_scale(self.optimizer, self.model, late.base_grad_scale)
         self.expanded = True
         mark_new_groups(self.optimizer, num_base_groups)
+        if self.ranks.member_ranks > 1:
+            self.task.set_share(self.ranks.data_rank, self.ranks.data_ranks)
         self._prepare_optimizer()
 
     def _prepare_optimizer(self) -> None:
@@ -260,13 +284,14 @@ class Trainer:
         """
         self._raise_if_nonfinite()
         minibatches = int(self._minibatches)
-        mean = float(self._loss_sum) / minibatches if minibatches else None
+        mean = float(self.ranks.total(self._loss_sum)) / minibatches if minibatches else None
         self._loss_sum.zero_(), self._minibatches.zero_()
         return mean, int(self._skipped)
 
     def _raise_if_nonfinite(self) -> None:
-        first = int(self._first_nonfinite)
-        if first >= 0 and not self.recipe.skip_nonfinite:
+        never = torch.iinfo(torch.int64).max
+        first = int(self.ranks.total(self._first_nonfinite.where(self._first_nonfinite >= 0, never), "min"))
+        if first < never and not self.recipe.skip_nonfinite:
             raise FloatingPointError(
                 f"train: the loss of minibatch {first} (epoch {first / self.batches.minibatches_per_epoch:.2f}) is not "
                 "finite; lower optimizer.lr, or give --skip_nonfinite=true to leave such steps out"
@@ -275,32 +300,64 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on; fit for weights_only loading.
 
+        Of several ranks' the tensors with members are sharded, and what differs between ranks is in "own".
+
         Raises:
             FloatingPointError: a loss was not finite: this state is not worth keeping.
         """
         self._raise_if_nonfinite()
-        return {
+        state: dict[str, Any] = {
             "minibatch": self.minibatch,
             "expanded": self.expanded,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "task": self.task.state_dict(),
-            "late": [self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite],
-            "random": random_state(),
+            "model": self.ranks.model_state(self.model),
+            "optimizer": self.ranks.optimizer_state(self.optimizer),
+            "averaged": None if self.averaged is None else self._averaged_state(self.averaged),
+            "late": [self.ranks.total(self._loss_sum), self._minibatches, self._skipped, self._first_nonfinite],
         }
+        of_process = {"task": self.task.state_dict(), "random": random_state()}
+        if self.ranks.num_ranks == 1:
+            return {**state, **of_process}
+        own = {**of_process, "loss sum": self._loss_sum, "statistics": self.ranks.own_statistics(self.model)}
+        return {**state, "own": own}
+
+    def _averaged_state(self, averaged: AveragedModel) -> dict[str, Tensor]:
+        state = self.ranks.model_state(averaged.module)
+        return {"n_averaged": averaged.n_averaged, **{f"module.{name}": tensor for name, tensor in state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, bit for bit, whatever this trainer has done before T0."""
+        """Go on from a state, bit for bit, whatever this trainer has done before T0.
+
+        A state of other ranks goes on to rounding, with other numbers from the random generators.
+
+        Args:
+            state: with all members; "own" is there if as many ranks, laid out alike, have saved it.
+        """
+        of_process = state if self.ranks.num_ranks == 1 and "task" in state else state.get("own")
         if state["expanded"]:
             self._expand_once()
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.ranks.load_model_state(self.model, state["model"])
+        self.ranks.load_optimizer_state(self.optimizer, state["optimizer"])
         if state["averaged"] is not None:
             self.averaged = AveragedModel(self.model)
-            self.averaged.load_state_dict(state["averaged"])
+            self.averaged.n_averaged.copy_(state["averaged"]["n_averaged"])
+            averaged = {name.removeprefix("module."): tensor for name, tensor in state["averaged"].items()}
+            del averaged["n_averaged"]
+            self.ranks.load_model_state(self.averaged.module, averaged)
         self.minibatch = state["minibatch"]
-        self.task.load_state_dict(state["task"])
         late = (part.to(self.device) for part in state["late"])
         self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite = late
-        set_random_state(state["random"])
+        if self.ranks.rank > 0:  # the sum is over ranks
+            self._loss_sum.zero_()
+        if of_process is None:
+            self.ranks.seed(self.recipe.seed, self.minibatch)
+            if not self.task.independent_steps:
+                warnings.warn(
+                    "train: other processes saved this run; what they carried from step to step starts anew",
+                    stacklevel=2,
+                )
+            return
+        self.task.load_state_dict(of_process["task"])
+        set_random_state(of_process["random"])
+        if self.ranks.num_ranks > 1:
+            self._loss_sum = of_process["loss sum"].to(self.device)
+            self.ranks.load_own_statistics(self.model, of_process["statistics"])
