@@ -60,6 +60,19 @@ def affine(
 
 
 @triton.jit
+def parameters(
+    mean, rstd, weight, bias, member, channel, num_channels, valid,
+    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr,
+):  # fmt: skip
+    """Load mean, rstd, weight · rstd and bias of the channels."""
+    group = member * num_channels + channel
+    mean_value = tl.load(mean + group, valid, other=0.0)
+    rstd_value = tl.load(rstd + group, valid, other=0.0)
+    scale, shift = affine(weight, bias, member, channel, num_channels, valid, rstd_value, WEIGHT_SHARED, BIAS_SHARED)
+    return mean_value, rstd_value, scale, shift
+
+
+@triton.jit
 def output(x, residual, mean, scale, shift, offset, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
     """y from x, in x's type; rounded to DTYPE before the ReLU."""
     z = tl.fma(x - mean, scale, shift)

@@ -7,7 +7,15 @@ A program has one member's channel, or in rows of channels a block of them, and 
 import triton
 import triton.language as tl
 
-from .ensemble_batch_norm_formulas import affine, gated, input_gradient, output, store_mask, store_statistics
+from .ensemble_batch_norm_formulas import (
+    affine,
+    gated,
+    input_gradient,
+    output,
+    parameters,
+    store_mask,
+    store_statistics,
+)
 from .tiles import CHANNEL_BYTES, Reduction, Sizes, jit, member_tile, over_tile, reduction_part
 
 RESIDENT_TILE = 16384  # values of a program: of x, or of x and dy together
@@ -75,10 +83,8 @@ def resident_backward_kernel(
     in_range = channels < num_channels
     columns = num_channels if ROWS_OF_CHANNELS else spatial
     group = member * num_channels + channels
-    mean_value = tl.load(mean + group, in_range, other=0.0)
-    rstd_value = tl.load(rstd + group, in_range, other=0.0)
-    scale, shift = affine(
-        weight, bias, member, channels, num_channels, in_range, rstd_value, WEIGHT_SHARED, BIAS_SHARED
+    mean_value, rstd_value, scale, shift = parameters(
+        mean, rstd, weight, bias, member, channels, num_channels, in_range, WEIGHT_SHARED, BIAS_SHARED
     )
     row, column, valid, _ = member_tile(
         0, member, channels, batch, num_channels, spatial, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .ensemble_batch_norm_formulas import affine, gated, input_gradient, output, store_mask, store_statistics
+from .ensemble_batch_norm_formulas import gated, input_gradient, output, parameters, store_mask, store_statistics
 from .tiles import CHANNEL_BYTES, MAX_COLUMNS, Sizes, jit, member_tile, over_tile, reduction_part, warps_for
 
 APPLY_TILE = 2048  # values
@@ -153,11 +153,8 @@ def apply_kernel(
         batch, num_channels, spatial, n, rows, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C
     )
     columns = num_channels if ROWS_OF_CHANNELS else spatial
-    group = member * num_channels + channel
-    mean_value = tl.load(mean + group, parameter_valid, other=0.0)
-    rstd_value = tl.load(rstd + group, parameter_valid, other=0.0)
-    scale, shift = affine(
-        weight, bias, member, channel, num_channels, parameter_valid, rstd_value, WEIGHT_SHARED, BIAS_SHARED
+    mean_value, _, scale, shift = parameters(
+        mean, rstd, weight, bias, member, channel, num_channels, parameter_valid, WEIGHT_SHARED, BIAS_SHARED
     )
     offset = row * columns + column
     value = tl.load(x + offset, valid, other=0.0).to(ACC)
@@ -187,10 +184,8 @@ def backward_reduce_kernel(
     in_range = channels < num_channels
     columns = num_channels if ROWS_OF_CHANNELS else spatial
     group = member * num_channels + channels
-    mean_value = tl.load(mean + group, in_range, other=0.0)
-    rstd_value = tl.load(rstd + group, in_range, other=0.0)
-    scale, shift = affine(
-        weight, bias, member, channels, num_channels, in_range, rstd_value, WEIGHT_SHARED, BIAS_SHARED
+    mean_value, rstd_value, scale, shift = parameters(
+        mean, rstd, weight, bias, member, channels, num_channels, in_range, WEIGHT_SHARED, BIAS_SHARED
     )
 
     sum_value = tl.full([BLOCK_R, BLOCK_C], 0.0, ACC)
@@ -231,10 +226,8 @@ def backward_apply_kernel(
     )
     columns = num_channels if ROWS_OF_CHANNELS else spatial
     group = member * num_channels + channel
-    mean_value = tl.load(mean + group, parameter_valid, other=0.0)
-    rstd_value = tl.load(rstd + group, parameter_valid, other=0.0)
-    scale, shift = affine(
-        weight, bias, member, channel, num_channels, parameter_valid, rstd_value, WEIGHT_SHARED, BIAS_SHARED
+    mean_value, rstd_value, scale, shift = parameters(
+        mean, rstd, weight, bias, member, channel, num_channels, parameter_valid, WEIGHT_SHARED, BIAS_SHARED
     )
     offset = row * columns + column
     value = tl.load(x + offset, valid, other=0.0).to(ACC)
