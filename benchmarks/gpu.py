@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
 
-    python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm] [--output FOLDER] [--limit 600]
+    python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm input] [--output FOLDER]
 
 Each part is a process with a share of the time limit; one that fails or runs out of time does not stop the others, but
 nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it.
@@ -39,6 +39,13 @@ def commands(part: str, output: Path) -> list[list[str]]:
             ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *KERNEL_TESTS, *few]
             for tool in SANITIZERS
         ]
+    if part == "input":
+        bench = [sys.executable, "benchmarks/bench_input.py", "--seconds", "3", "--distinct", "64"]
+        return [
+            [*PYTEST, "tests/test_image_batches.py", "-k", "on_a_gpu"],
+            [*bench, "--output", str(output / "input_cuda.json")],
+            [*PYTEST, "tests/test_trainer_passes.py", "-k", "on_a_gpu"],
+        ]
     name = BENCHMARKS[part]
 
     def timed(dtype: str, *options: str, suffix: str = "") -> list[str]:
@@ -60,7 +67,10 @@ def commands(part: str, output: Path) -> list[list[str]]:
 
 BENCHMARKS = {"norm": "ensemble_batch_norm", "gain": "member_gain", "linear": "rank1_linear", "lstm": "rank1_lstm"}
 # Shares of the limit. Nothing is timed without the build and the tests.
-PARTS = {"build": 0.2, "test": 0.18, "sanitize": 0.1, "norm": 0.28, "gain": 0.08, "linear": 0.1, "lstm": 0.06}
+PARTS = {
+    **{"build": 0.18, "test": 0.17, "sanitize": 0.08},
+    **{"norm": 0.25, "gain": 0.07, "linear": 0.09, "lstm": 0.06, "input": 0.1},
+}
 
 
 def facts() -> dict:
@@ -124,7 +134,7 @@ def main() -> int:
         if part not in arguments.parts:
             continue
         broken = [name for name in ("build", "test") if ended.get(name, {}).get("ended", "passed") != "passed"]
-        if part in BENCHMARKS and broken:
+        if part in (*BENCHMARKS, "input") and broken:
             ended[part] = {"ended": f"not timed: {broken[0]} did not pass", "seconds": 0.0}
         else:
             ended[part] = run_part(part, arguments.output, arguments.limit * PARTS[part] / total)
