@@ -66,7 +66,7 @@ def cases(arguments):
         leaves = [t.requires_grad_() for t in (x, gain, bias)]
         formula, functions = contenders(channel_dim, arguments)
         useful = 5 * x.numel() * x.element_size()
-        rows = compare(functions, leaves, dy, formula, seconds=arguments.seconds, plain=(FLOOR,), work=useful)
+        rows = compare(functions, leaves, dy, formula, arguments, plain=(FLOOR,), work=useful)
         layout = "channels_last" if channels_last else "contiguous"
         yield f"{list(shape)} channel_dim={channel_dim} {layout}", rows
 

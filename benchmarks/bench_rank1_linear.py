@@ -84,8 +84,8 @@ def cases(arguments):
         torch._dynamo.reset()
         useful = 6 * num_members * rows * in_features * out_features
         yield f"{layer}, {num_members} × {rows} rows", compare(
-            contenders(arguments), leaves, dy.to(**options), broadcast_formula,
-            seconds=arguments.seconds, plain=(PLAIN,), work=useful,
+            contenders(arguments), leaves, dy.to(**options), broadcast_formula, arguments,
+            plain=(PLAIN,), work=useful,
         )  # fmt: skip
 
 

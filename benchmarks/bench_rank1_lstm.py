@@ -90,9 +90,7 @@ def cases(arguments):
     shape = f"{arguments.members} × {arguments.batch} sequences, {arguments.steps} steps, {arguments.units} units"
     yield (
         shape,
-        compare(
-            contenders(arguments), leaves, dy, plain_formula, seconds=arguments.seconds, plain=(PLAIN,), work=useful
-        ),
+        compare(contenders(arguments), leaves, dy, plain_formula, arguments, plain=(PLAIN,), work=useful),
     )
 
 

@@ -6,6 +6,7 @@ A contender is a function of a case's leaves. One whose values or gradients are 
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -30,14 +31,14 @@ def error(results, truth):
     return torch.stack(errors).nan_to_num(torch.inf).max().item()
 
 
-def compare(functions, leaves, dy, formula, *, seconds, plain=(), work=0.0):
+def compare(functions, leaves, dy, formula, arguments, *, plain=(), work=0.0):
     """Return {contender: figures} of forward and backward of each function.
 
     Args:
         functions: by name; one of them OURS.
         leaves, dy: arguments that require gradients, and the gradient of the answer.
         formula: what the functions compute, in plain PyTorch; runs in float64.
-        seconds: of timing.
+        arguments: of make_parser.
         plain: names of those that compute something else, and are neither checked nor peers.
         work: useful bytes, or operations, of one call.
     """
@@ -48,7 +49,8 @@ def compare(functions, leaves, dy, formula, *, seconds, plain=(), work=0.0):
     del truth, wide
     timed = {name: f for name, f in functions.items() if errors.get(name, 0.0) <= allowed}
     steps = {name: lambda f=f: with_gradients(f, leaves, dy) for name, f in timed.items()}
-    times = interleaved(steps, dy.device, seconds=seconds)
+    clock = time.thread_time if arguments.one_thread else time.perf_counter
+    times = interleaved(steps, dy.device, seconds=arguments.seconds, clock=clock)
     rows = {name: {"error": e} for name, e in errors.items() if name not in timed}
     for name, values in times.items():
         low, median, high = quartiles(values)
@@ -100,6 +102,9 @@ def make_parser(description, *, seconds):
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=seconds, help="for each case")
+    parser.add_argument(
+        "--one-thread", action="store_true", help="its CPU time in place of the clock's: for a machine in use"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes its time")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/OP_DEVICE_DTYPE.json")
     return parser
@@ -115,11 +120,14 @@ def compiled(functions, arguments):
 def run(op, arguments, cases, plain, floor=None):
     """Time cases, an iterable of (name, rows), print them, and write JSON after each one."""
     device = torch.device(arguments.device)
+    if arguments.one_thread:
+        torch.set_num_threads(1)
     report = {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": arguments.dtype,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
-        "members": arguments.members, "load": os.getloadavg()[0], "copy GB/s": copy_bandwidth(device) / 1e9,
-        "tables": [],
+        "members": arguments.members, "load": os.getloadavg()[0],
+        "clock": "CPU time of one thread" if arguments.one_thread else "wall",
+        "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
     }  # fmt: skip
     print({name: value for name, value in report.items() if name != "tables"})
     results = Path(__file__).parent / "results"

@@ -11,17 +11,18 @@ _FLUSH_BYTES = 256 << 20  # written between two timings on a GPU: more than its 
 
 
 class Timer:
-    """Seconds of one call on a device."""
+    """Seconds of one call on a device; clock: of the CPU."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.on_gpu = device.type == "cuda"
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self.on_gpu else None
 
     def __call__(self, function: Callable[[], object]) -> float:
         if self.flush is None:
-            start = time.perf_counter()
+            start = self.clock()
             function()
-            return time.perf_counter() - start
+            return self.clock() - start
         self.flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -32,10 +33,15 @@ class Timer:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], device: torch.device, *, seconds: float, warmup: int = 1
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Time each function in turn until `seconds` are over, five rounds at least; return all seconds, by name."""
-    timer = Timer(device)
+    timer = Timer(device, clock)
     for function in functions.values():
         for _ in range(warmup):
             function()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from fuse_blocks import B, K, assert_same, fused_patterns, images
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 import latephase_kernels as lp
 from latephase_kernels.ops.ensemble_batch_norm_gain import normalize_with_gain
@@ -145,7 +145,8 @@ def make_arguments(dtype, *, spatial=(3,), residual=True):
 def test_gradcheck(activation, residual):
     *arguments, added = make_arguments(torch.float64, residual=residual)
     added = added if residual else None
-    assert gradcheck(lambda *a: normalize_with_gain(*a, 1e-2, K, activation)[0], (*arguments, added))
+    for check in (gradcheck, gradgradcheck):
+        assert check(lambda *a: normalize_with_gain(*a, 1e-2, K, activation)[0], (*arguments, added))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

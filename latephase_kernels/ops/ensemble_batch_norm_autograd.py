@@ -44,18 +44,32 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     y, _, _ = reference.ensemble_batch_norm(
         input, mean, running_var, weight, bias, None, training, eps, num_members, "none"
     )
+    *gradients, dz = differentiate(y, dy, mask, activation, (input, weight, bias), ctx.needs[:3])
+    return *gradients, dz if ctx.needs[3] else None
+
+
+def differentiate(
+    y: Tensor, dy: Tensor, mask: Tensor, activation: str, tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> tuple:
+    """Return differentiable gradients of the tensors, None where no need is, and that of y.
+
+    Args:
+        y: computed from tensors, before residual and activation.
+        dy: of what came after them.
+        mask: of the ReLU, packed, if there was a residual.
+    """
     if mask.numel():
-        passed = unpack_mask(mask, input)
+        passed = unpack_mask(mask, y)
     else:
         passed = ~(y.detach() <= 0) if activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
     dz = dy * passed
-    inputs = [t if t is not None and needed else None for t, needed in zip((input, weight, bias), ctx.needs[:3])]
+    inputs = [t if t is not None and needed else None for t, needed in zip(tensors, needs)]
     found = (
         iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True))
         if any(t is not None for t in inputs)
         else iter(())
     )
-    return (*(None if t is None else next(found) for t in inputs), dz if ctx.needs[3] else None)
+    return *(None if t is None else next(found) for t in inputs), dz
 
 
 def unpack_mask(mask: Tensor, input: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from ..reference import member_gain as gain_reference
 from . import registry
+from .double_backward import aliases
+from .ensemble_batch_norm_autograd import differentiate
 from .layout import dense, dense_like
 
 
@@ -38,10 +40,11 @@ class _GainBatchNorm(torch.autograd.Function):
         return y, mean_z, var_z
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
         *saved, gain, shift, weight, q = ctx.saved_tensors
         input, bias = saved[0], saved[4]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, gain, weight, bias)):
+            return _differentiable_gradients(ctx, dy)
         dy = dense_like(dy, input)
         _, _, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
         write_dresidual = needs_residual and ctx.settings[1] != "none"
@@ -71,6 +74,22 @@ class _GainBatchNorm(torch.autograd.Function):
         )
 
 
+def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
+    """The same gradients by the reference formula, so that they can be differentiated again."""
+    saved = ctx.saved_tensors
+    mask, shift = saved[5], saved[7]
+    input, gain, weight, bias = aliases((saved[0], saved[6], saved[8], saved[4]))
+    num_members, activation = ctx.settings
+    z = gain_reference.member_gain(input, gain, None, 1, "none")
+    y, _, _ = reference.ensemble_batch_norm(z, None, None, weight, bias, None, True, ctx.eps, num_members, "none")
+    _, needs_input, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+    dx, dgain, dweight, dbias, dz = differentiate(
+        y, dy, mask, activation, (input, gain, weight, bias), (needs_input, needs_gain, needs_weight, needs_bias)
+    )
+    dshift = torch.zeros_like(shift) if needs_shift else None
+    return None, dx, dgain, dshift, dweight, dbias, dz if needs_residual else None, *(None,) * 3
+
+
 def normalize_with_gain(
     input: Tensor,
     gain: Tensor,
@@ -84,7 +103,7 @@ def normalize_with_gain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, biased variance) of z = input · gain + shift; arguments unchecked.
 
-    Gradients can be taken once. Saved for backward: input, a few [K, C] and, with residual and ReLU, one bit a value.
+    Saved for backward: input, a few [K, C] and, with residual and ReLU, one bit a value.
     """
     backend = _backend.backend_for(input)
     settings = (eps, num_members, activation)
