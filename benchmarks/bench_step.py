@@ -24,7 +24,7 @@ DEFAULTS = {  # networks, K, images a member, layouts, contenders that run there
     "cuda": (
         ["WRN-28-10", "ResNet-50", "DenseNet-161"],
         [10],
-        {"WRN-28-10": 64, "DenseNet-161": 16},
+        {"WRN-28-10": 64, "DenseNet-161": 8},
         ["channels_last"],
     ),
 }
@@ -32,29 +32,39 @@ ROWS = 32
 ALLOWED = {torch.float32: 0.02, torch.bfloat16: 0.25}  # relative distance of a gradient; a wrong member is beyond 1
 
 
-def make_steps(setting: Setting, names: list[str]) -> tuple[dict, dict]:
-    """Return the contenders whose gradients are right, ready to run, and figures of all: differences, peak memory."""
+def make_step(setting: Setting, name: str, truth: dict):
+    """Return a contender ready to run, or None where its gradients are wrong, and its difference and peak memory."""
     on_gpu = setting.device.type == "cuda"
-    steps, rows = {}, {}
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    step = STEPS[name](setting)
+    row = {}
+    if "floor" not in name:
+        row["gradient difference"] = largest_difference(step.gradients(), truth[step.is_ensemble])
+        if not row["gradient difference"] < ALLOWED[setting.dtype]:
+            return None, row
+    step()
+    if name == GRAPHED:  # its memory is taken once, when the step is captured
+        row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    else:
+        step.release()
+        standing = (torch.cuda.memory_allocated() - before) / 2**20 if on_gpu else 0.0
+        row["peak MiB"] = standing + peak_mib(step, setting.device)
+    return step, row
+
+
+def make_steps(setting: Setting, names: list[str]) -> tuple[dict, dict]:
+    """Return the contenders that can be timed, and the figures of all: differences, peak memory, why not."""
     truth = {True: STEPS[IN_TURN](setting).gradients(), False: STEPS[PLAIN](setting).gradients()}
+    steps, rows = {}, {}
     for name in names:
-        before = torch.cuda.memory_allocated() if on_gpu else 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        step = STEPS[name](setting)
-        row = rows[name] = {}
-        if "floor" not in name:
-            row["gradient difference"] = largest_difference(step.gradients(), truth[step.is_ensemble])
-            if not row["gradient difference"] < ALLOWED[setting.dtype]:
-                continue
-        step()
-        if name == GRAPHED:  # its memory is taken once, when the step is captured
-            row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        else:
-            step.release()
-            standing = (torch.cuda.memory_allocated() - before) / 2**20 if on_gpu else 0.0
-            row["peak MiB"] = standing + peak_mib(step, setting.device)
-        steps[name] = step
+        try:
+            step, rows[name] = make_step(setting, name, truth)
+        except torch.OutOfMemoryError:
+            step, rows[name] = None, {"failed": "out of memory"}
+        if step is not None:
+            steps[name] = step
     return steps, rows
 
 
@@ -90,7 +100,8 @@ def markdown(table: dict) -> str:
     ]
     for name, row in table["contenders"].items():
         if "ms" not in row:
-            lines.append(f"| {name} | wrong gradients ({row['gradient difference']:.1g}), not timed | | | | |")
+            why = row.get("failed") or f"wrong gradients ({row['gradient difference']:.1g})"
+            lines.append(f"| {name} | not timed: {why} | | | | |")
             continue
         peak = f"{row['peak MiB']:.0f}" if "peak MiB" in row else "–"
         figures = [spread(row, f"to {baseline}") for baseline in (PLAIN, IN_TURN)]
