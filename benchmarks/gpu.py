@@ -1,9 +1,11 @@
 """Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
 
     python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm input] [--output FOLDER]
+    python -m benchmarks.gpu --parts step_resnet      # whole training steps; step_wrn, step_densenet, growth, profile
 
 Each part is a process with a share of the time limit; one that fails or runs out of time does not stop the others, but
-nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it.
+nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it. Whole steps compile
+whole networks: each of these parts has the limit to itself, and none runs unless it is named.
 """
 
 import argparse
@@ -46,6 +48,8 @@ def commands(part: str, output: Path) -> list[list[str]]:
             [*bench, "--output", str(output / "input_cuda.json")],
             [*PYTEST, "tests/test_trainer_passes.py", "-k", "on_a_gpu"],
         ]
+    if part in STEPS:
+        return step_commands(part, output)
     name = BENCHMARKS[part]
 
     def timed(dtype: str, *options: str, suffix: str = "") -> list[str]:
@@ -65,12 +69,37 @@ def commands(part: str, output: Path) -> list[list[str]]:
     ]
 
 
+def step_commands(part: str, output: Path) -> list[list[str]]:
+    """Return what a part that times whole training steps runs."""
+
+    def timed(script: str, name: str, *options: str) -> list[str]:
+        return [sys.executable, f"benchmarks/{script}.py", "--device", "cuda", "--output", str(output / name), *options]
+
+    if part == "growth":
+        return [timed("bench_growth", "growth_cuda.json", "--seconds", "60")]
+    if part == "profile":
+        return [timed("profile_step", "profile_cuda.json")]
+    network = STEP_NETWORKS[part]
+    name, options = f"step_cuda_bfloat16_{network}", ["--networks", network, "--members"]
+    # Compiling takes minutes: once for each network, and not for a DenseNet, which would not be done in time.
+    eager = ["--contenders", "plain", "members in turn", "ours, fused", "ours, CUDA graph", "floor: no norm, no ReLU"]
+    if part == "step_densenet":
+        return [timed("bench_step", f"{name}.json", *options, "10", "4", "1", "--seconds", "30", *eager)]
+    return [
+        timed("bench_step", f"{name}.json", *options, "10", "--seconds", "40"),
+        timed("bench_step", f"{name}_members.json", *options, "4", "1", "--seconds", "20", *eager),
+    ]
+
+
+STEP_NETWORKS = {"step_wrn": "WRN-28-10", "step_resnet": "ResNet-50", "step_densenet": "DenseNet-161"}
+STEPS = (*STEP_NETWORKS, "growth", "profile")
 BENCHMARKS = {"norm": "ensemble_batch_norm", "gain": "member_gain", "linear": "rank1_linear", "lstm": "rank1_lstm"}
 # Shares of the limit. Nothing is timed without the build and the tests.
 PARTS = {
     **{"build": 0.18, "test": 0.17, "sanitize": 0.08},
     **{"norm": 0.25, "gain": 0.07, "linear": 0.09, "lstm": 0.06, "input": 0.1},
 }
+ALL_PARTS = {**PARTS, **dict.fromkeys(STEPS, 1.0)}  # those of STEPS only where they are named
 
 
 def facts() -> dict:
@@ -119,7 +148,7 @@ def run_part(part: str, output: Path, seconds: float) -> dict:
 def main() -> int:
     """Run the parts, print one line each, write gpu.json; return 0 if all passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(ALL_PARTS), default=list(PARTS))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--limit", type=float, default=590.0, help="seconds in all (default 590)")
     arguments = parser.parse_args()
@@ -128,17 +157,17 @@ def main() -> int:
         parser.error("torch sees no CUDA device here")
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    total = sum(PARTS[part] for part in arguments.parts)
+    total = sum(ALL_PARTS[part] for part in arguments.parts)
     ended: dict[str, dict] = {}
-    for part in PARTS:
+    for part in ALL_PARTS:
         if part not in arguments.parts:
             continue
         broken = [name for name in ("build", "test") if ended.get(name, {}).get("ended", "passed") != "passed"]
-        if part in (*BENCHMARKS, "input") and broken:
+        if part in (*BENCHMARKS, *STEPS, "input") and broken:
             ended[part] = {"ended": f"not timed: {broken[0]} did not pass", "seconds": 0.0}
         else:
-            ended[part] = run_part(part, arguments.output, arguments.limit * PARTS[part] / total)
-        print(f"{part:9} {ended[part]['seconds']:7.1f} s  {ended[part]['ended']}", flush=True)
+            ended[part] = run_part(part, arguments.output, arguments.limit * ALL_PARTS[part] / total)
+        print(f"{part:13} {ended[part]['seconds']:7.1f} s  {ended[part]['ended']}", flush=True)
         (arguments.output / "gpu.json").write_text(json.dumps({**found, "parts": ended}, indent=2) + "\n")
     return 0 if all(part["ended"] == "passed" for part in ended.values()) else 1
 

@@ -17,10 +17,14 @@ def gpu(monkeypatch):
 
 
 def test_what_it_runs_exists(gpu, tmp_path):
-    for part in gpu.PARTS:
+    for part in gpu.ALL_PARTS:
         for command in gpu.commands(part, tmp_path):
             files = [ROOT / argument for argument in command if argument.endswith(".py")]
             assert files and all(file.is_file() for file in files), command
+    for part in gpu.STEPS:
+        for _, script, *options in gpu.commands(part, tmp_path):
+            known = (ROOT / script).read_text()
+            assert all(f'"{option}"' in known for option in options if option.startswith("--")), part
     sanitize = gpu.commands("sanitize", tmp_path)[0]
     pytest_command = sanitize[sanitize.index(sys.executable) :]
     found = subprocess.run([*pytest_command, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
