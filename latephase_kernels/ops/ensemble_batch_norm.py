@@ -309,7 +309,7 @@ def normalize_and_update(
     except (RuntimeError, TypeError, AttributeError):
         check_arguments(input, *arguments, ranks)
         raise
-    torch.autograd.graph.increment_version([tensor for tensor in running if tensor is not None])
+    torch.autograd.graph.increment_version(_present(running))
     return y
 
 
@@ -328,6 +328,11 @@ def _normalize_then_update(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
+
+
+def _present(running: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    mean, var, num_batches_tracked = running
+    return (mean, var) if num_batches_tracked is None else (mean, var, num_batches_tracked)
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
