@@ -20,7 +20,8 @@ test-native: $(VENV)/.installed
 
 # Triton kernels in the interpreter, in a process of its own.
 test-triton: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton_ensemble_batch_norm.py tests/test_triton_member_gain.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton_ensemble_batch_norm.py tests/test_triton_member_gain.py \
+		tests/test_triton_rank1_linear.py tests/test_triton_rank1_lstm.py
 
 # Triton kernels compiled ahead of time for GPUs that need not be there.
 test-compile: $(VENV)/.installed

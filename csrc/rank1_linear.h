@@ -32,7 +32,8 @@ inline Weights weights_of(const Tensor& data, const Tensor& weight, const Tensor
           data_type(kOp, weight.scalar_type()),
           weight.const_data_ptr(),
           input_gain.const_data_ptr(),
-          output_gain.const_data_ptr()};
+          output_gain.const_data_ptr(),
+          &data};
 }
 
 // The ops for one device; Device has static fold(const Fold&) and fold_backward(const FoldBackward&).

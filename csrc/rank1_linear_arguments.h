@@ -3,6 +3,10 @@
 
 #include "layout.h"
 
+namespace torch::stable {
+class Tensor;
+}
+
 namespace latephase::rank1_linear {
 
 // K members, a weight [out, in] that they share; gains [K, in] and [K, out] in the accumulation type.
@@ -10,6 +14,7 @@ struct Weights {
   int64_t K, out, in;
   DataType dtype, weight_dtype;  // of the data, and of the weight: the same, or the accumulation type
   const void *weight, *input_gain, *output_gain;
+  const torch::stable::Tensor* like;  // any tensor on the device, to allocate workspace from
 };
 
 // folded [K, out, in], in the data's type, becomes W ∘ (r_k s_kᵀ).

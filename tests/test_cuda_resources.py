@@ -14,18 +14,22 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 DTYPES = {"float": "f", "half": "6__half", "bfloat16": "13__nv_bfloat16"}
 WIDTHS = {None: "", "1": ", wide", "2": ", narrow"}  # enum Width of unit.cuh
 GAIN_KERNELS = ("gain_kernel", "gain_backward_kernel")
+FOLD_KERNELS = ("fold_kernel", "fold_backward_kernel")
+LSTM_KERNELS = ("lstm_scale_kernel", "lstm_forward_kernel", "lstm_backward_kernel")
 STREAMING_KERNELS = ("statistics_kernel", "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel")
 RESIDENT_KERNELS = ("resident_forward_kernel", "resident_backward_kernel")
 VIRTUAL_KERNELS = ("virtual_forward_kernel", "virtual_backward_kernel")
 ON_CHIP_KERNELS = (*RESIDENT_KERNELS, *VIRTUAL_KERNELS)
 # Of each kernel, by its template's last flag: for norms, for gains.
 VARIANTS = {False: ("contiguous", "channels_last"), True: ("short runs", "long runs")}
+WEIGHTS = ("float weight", "own weight")  # of folds: the flag says whether the weight has the data's type
 # Threads that a multiprocessor must have registers for: blocks of them together (see ensemble_batch_norm_plan.cuh).
 THREADS = 512
 RESIDENT_CONTIGUOUS_THREADS = 1024
 # Bytes of static shared memory: what block_reduce needs, and none where a plan counts the bytes of a block.
 STREAMING_SHARED_BYTES = 8 * 8 * 17 * 4
 GAIN_BACKWARD_SHARED_BYTES = 18 * 1024
+FOLD_BACKWARD_SHARED_BYTES = 16 * 1024
 RESERVED_SHARED_BYTES = 1024  # of every block, by the system
 
 
@@ -50,6 +54,11 @@ def _short_name(mangled: str) -> str:
         return mangled
     name, code, flag, width = kernel.groups()
     dtype = {mangled: dtype for dtype, mangled in DTYPES.items()}.get(code)
+    if name in LSTM_KERNELS:
+        of = re.match(r"I(f|6__half|13__nv_bfloat16)E", mangled[kernel.end(1) :])
+        return f"{name}<{next(d for d, code in DTYPES.items() if of and code == of.group(1))}>"
+    if name in FOLD_KERNELS:
+        return f"{name}<{dtype}, {WEIGHTS[int(flag)]}>"
     if dtype is not None:
         return f"{name}<{dtype}, {VARIANTS[name in GAIN_KERNELS][int(flag)]}{WIDTHS[width]}>"
     partial = re.search(r"_kernelI\w*?(Moments|Sums)", mangled)
@@ -58,7 +67,10 @@ def _short_name(mangled: str) -> str:
 
 def _expected_kernels() -> set[str]:
     names = {"inverse_deviation_kernel", "finalize_kernel<Moments>", "finalize_kernel<Sums>", "gain_merge_kernel"}
+    names.add("fold_merge_kernel")
     for dtype in DTYPES:
+        names |= {f"{kernel}<{dtype}>" for kernel in LSTM_KERNELS}
+        names |= {f"{k}<{dtype}, {w}>" for k in FOLD_KERNELS for w in WEIGHTS if dtype != "float" or w == WEIGHTS[1]}
         names |= {f"{kernel}<{dtype}, {runs}>" for kernel in GAIN_KERNELS for runs in VARIANTS[True]}
         for layout in VARIANTS[False]:
             names |= {f"{kernel}<{dtype}, {layout}>" for kernel in STREAMING_KERNELS}
@@ -95,6 +107,7 @@ def test_no_kernel_spills():
         reserved = 0 if architecture == "sm_80" else RESERVED_SHARED_BYTES
         static = 0 if name.startswith(ON_CHIP_KERNELS) else STREAMING_SHARED_BYTES
         static = GAIN_BACKWARD_SHARED_BYTES if name.startswith("gain_backward_kernel") else static
+        static = FOLD_BACKWARD_SHARED_BYTES if name.startswith("fold_backward_kernel") else static
         assert used["SHARED"] <= reserved + static, (architecture, name)
 
 
@@ -116,7 +129,7 @@ def test_vector_paths_use_128_bit_accesses(architecture):
         if kernel.startswith(STREAMING_KERNELS):
             assert count(kernel, "LDG", ".128") >= 2, kernel
             assert "apply_kernel" not in kernel or count(kernel, "STG", ".128") >= 1, kernel
-        elif kernel.startswith(GAIN_KERNELS):
+        elif kernel.startswith((*GAIN_KERNELS, *FOLD_KERNELS, *LSTM_KERNELS)):
             assert count(kernel, "LDG", ".128") >= 2 and count(kernel, "STG", ".128") >= 1, kernel
         elif kernel.startswith(ON_CHIP_KERNELS):
             wide = kernel.endswith("wide>")

@@ -49,6 +49,22 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
     "gain backward without bias, split": (GAIN, "_backward_kernel", ["bias"]),
 }
 
+# The kernels around a matrix product: rows a member, in and out.
+PRODUCTS = {
+    "product forward": ("rank1_linear", "_product_kernel", (3152, 384, 1536)),
+    "product forward, few rows": ("rank1_linear", "_product_kernel", (32, 500, 2000)),
+    "product forward, odd rows": ("rank1_linear", "_product_kernel", (200, 785, 511)),
+    "product backward": ("rank1_linear", "_product_kernel", (3152, 1536, 384)),
+    "weight gradients": ("rank1_linear", "_weight_gradient_kernel", (3152, 384, 1536)),
+    "weight gradients, few rows": ("rank1_linear", "_weight_gradient_kernel", (32, 500, 2000)),
+    "merge of parts": ("rank1_linear", "_merge_kernel", (1, 1, 1)),
+}
+PRECISIONS = (("float32", "ieee"), ("float32", "tf32"), ("bfloat16", "ieee"))
+OPERANDS = {  # that have the data's type; other pointers are to float32
+    "_product_kernel": ("a", "b", "out"),
+}
+GAINS = ("inner_gain", "outer_gain", "input_gain", "output_gain", "dweight", "ds", "dr", "total", "parts")
+
 
 def _layouts(kernel_name):
     """Sizes of rows in vectors and of odd rows, in both layouts; on chip, the largest that fit."""
@@ -71,9 +87,6 @@ def _layouts(kernel_name):
 def _compile(file, kernel_name, without, sizes, capability):
     """Return the compiled kernel as the launch in triton_kernels/<file>.py would specialize it."""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from latephase_kernels.triton_kernels import ensemble_batch_norm_resident, ensemble_batch_norm_streaming, tiles
 
@@ -90,13 +103,55 @@ def _compile(file, kernel_name, without, sizes, capability):
         BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
     )  # fmt: skip
     extents = dict(num_channels=sizes.channels, spatial=sizes.spatial)
+    options = dict(num_warps=4 if "merge" in kernel_name else plan.num_warps)
+    return _compiled(kernel, without, values, element, extents, capability, options)
+
+
+def _compile_product(file, kernel_name, shape, dtype, precision, capability):
+    """Return a kernel around a matrix product, compiled as the launch in triton_kernels/<file>.py specializes it."""
+    import torch
+    import triton.language as tl
+
+    from latephase_kernels.triton_kernels import rank1_linear
+    from latephase_kernels.triton_kernels.tiles import unit
+
+    kernel = getattr(importlib.import_module(f"latephase_kernels.triton_kernels.{file}"), kernel_name)
+    torch_dtype, without = getattr(torch, dtype), []
+    values = dict(ACC=tl.float32, OPERAND=getattr(tl, dtype), PRECISION=precision)
+    if kernel_name == "_product_kernel":
+        tile = rank1_linear.product_tile(torch_dtype, precision, *shape)
+        _, inner, outer = shape
+        forward = inner < outer or outer % 16 != 0
+        without = [] if forward else ["bias"]
+        values |= dict(TRANSPOSED=forward, BIAS_SHARED=False, EVEN=inner % tile.k == 0, GROUP=8)
+        values |= dict(INNER_UNIT=unit(inner), OUTER_UNIT=unit(outer))
+        values |= dict(BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k)
+    elif kernel_name == "_weight_gradient_kernel":
+        tile = rank1_linear.gradient_plan(torch_dtype, precision, *shape).tile
+        _, inner, outer = shape
+        values |= dict(IN_UNIT=unit(inner), OUT_UNIT=unit(outer), BLOCK_O=tile.m, BLOCK_I=tile.n, BLOCK_M=tile.k)
+    else:
+        tile = rank1_linear.Tile(16, 16, 16, 4, 3)
+        values |= dict(BLOCK_C=rank1_linear.MERGE_COLUMNS)
+    element = "*fp32" if dtype == "float32" else "*bf16"
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return _compiled(kernel, without, values, element, {}, capability, options)
+
+
+def _compiled(kernel, without, values, element, extents, capability, options):
+    """Compile a kernel; what `without` names is None, what `extents` names is specialized if 16 divides it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    data = OPERANDS.get(kernel.__name__, ())
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in without or name in values:
             signature[name] = "constexpr"
             constants[name] = values.get(name)
-        elif name in (*ELEMENTS, *PER_MEMBER, *SUMS, "mask"):
-            signature[name] = element if name in ELEMENTS else "*u8" if name == "mask" else "*fp32"
+        elif name in (*ELEMENTS, *PER_MEMBER, *SUMS, *GAINS, *data, "mask"):
+            signature[name] = element if name in (*ELEMENTS, *data) else "*u8" if name == "mask" else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in ("momentum", "tracked"):
             signature[name] = "fp32" if name == "momentum" else "*i64"
@@ -107,7 +162,7 @@ def _compile(file, kernel_name, without, sizes, capability):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=4 if "merge" in kernel_name else plan.num_warps),
+        options=options,
     )
 
 
@@ -125,13 +180,19 @@ def _resources(compiled):
 
 def _print_table(capability):
     print("target | kernel | layout | type | registers | shared | stack | local | warps")
+
+    def print_row(row, layout, dtype, compiled):
+        used = _resources(compiled)
+        cells = (used["REG"], compiled.metadata.shared, used["STACK"], used["LOCAL"], compiled.metadata.num_warps)
+        print(f"sm_{capability}", row, layout, dtype, *cells, sep=" | ", flush=True)
+
+    for row, variant in PRODUCTS.items():
+        for dtype, precision in PRECISIONS:
+            compiled = _compile_product(*variant, dtype, precision, capability)
+            print_row(row, "×".join(map(str, variant[2])), f"{dtype} {precision}", compiled)
     for row, variant in VARIANTS.items():
         for layout, sizes in _layouts(variant[1]):
-            compiled = _compile(*variant, sizes, capability)
-            used = _resources(compiled)
-            shared = compiled.metadata.shared
-            cells = (used["REG"], shared, used["STACK"], used["LOCAL"], compiled.metadata.num_warps)
-            print(f"sm_{capability}", row, layout, str(sizes.dtype)[6:], *cells, sep=" | ", flush=True)
+            print_row(row, layout, str(sizes.dtype)[6:], _compile(*variant, sizes, capability))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +223,7 @@ def test_every_kernel_compiles_without_spills(tables, capability):
     print(output)
     assert tables[capability].returncode == 0, errors
     header, *rows = (line.split(" | ") for line in output.splitlines())
-    assert len(rows) == len(VARIANTS) * 6
+    assert len(rows) == len(VARIANTS) * 6 + len(PRODUCTS) * len(PRECISIONS)
     for row in rows:
         cells = dict(zip(header, row, strict=True))
         assert cells["stack"] == cells["local"] == "0", cells

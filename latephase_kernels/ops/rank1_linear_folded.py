@@ -5,6 +5,8 @@ Symbols: s = input_gain, r = output_gain, W = weight, H_k = dy_kᵀ x_k. Shapes:
 Registered ops, around the products: `rank1_fold` and `rank1_fold_backward`, their gains in the accumulation type.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,12 @@ registry.define(
     composite=_fold_backward,
 )
 
+
+def _op(name: str, composite: Callable, x: Tensor) -> Callable:
+    """Return the registered op, or for what has no kernels (float64 on a GPU) its composite implementation itself."""
+    return composite if registry.namespace_for(x, name) is None else registry.op(registry.NATIVE, name)
+
+
 # ---------------------------------------------------------------------------------------------- the layer
 
 _CACHED_VALUES = 1 << 18
@@ -79,7 +87,7 @@ def forward(x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, 
     shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
     chunks = _chunks(num_members, weight)
     buffer = x.new_empty(chunks[0].stop, *weight.shape)
-    fold = registry.op(registry.NATIVE, "rank1_fold")
+    fold = _op("rank1_fold", _fold, x)
     for some in chunks:
         folded = buffer[: some.stop - some.start]
         fold(weight, s[some], r[some], folded)
@@ -98,7 +106,7 @@ def backward(dy, x, weight, input_gain, output_gain, needs) -> list[Tensor | Non
     dweight = torch.zeros_like(weight, dtype=s.dtype) if needs_weight else None
     chunks = _chunks(x.size(0), weight)
     buffer = x.new_empty(chunks[0].stop, *weight.shape)
-    fold, fold_backward = (registry.op(registry.NATIVE, name) for name in ("rank1_fold", "rank1_fold_backward"))
+    fold, fold_backward = _op("rank1_fold", _fold, x), _op("rank1_fold_backward", _fold_backward, x)
     of_gains = []
     for some in chunks:
         own = buffer[: some.stop - some.start]

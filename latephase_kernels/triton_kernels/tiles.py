@@ -11,7 +11,8 @@ that know K are not specialized; bases are 16-byte aligned, so that the compiler
 """
 
 import contextlib
-from typing import NamedTuple
+import os
+from typing import NamedTuple, overload
 
 import torch
 import triton
@@ -26,8 +27,13 @@ MAX_COLUMNS = 1024
 PROGRAMS = 512  # of a member that a reduction is split into, where it is large enough
 MAX_SPLITS = 128
 MERGE_GROUPS = 16
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_UNSPECIALIZED = ["batch", "n", "rows", "groups", "count", "splits", "tiles", "tiles_per_split", "block_count"]
+_UNSPECIALIZED = [
+    *("batch", "n", "rows", "groups", "count", "splits", "tiles", "tiles_per_split", "block_count"),
+    *("members", "items", "items_per_group", "rows_per_split", "inner_units", "outer_units", "in_units", "out_units"),
+    *("t", "steps", "unit_units"),
+]
 
 
 def jit(function):
@@ -166,7 +172,31 @@ def warps_for(block_r: int, block_c: int, values: int) -> int:
     return max(1, min(8, block_r * block_c // (32 * values)))
 
 
-def aligned(tensor: Tensor | None) -> Tensor | None:
+def dot_types(dtype: torch.dtype) -> dict:
+    """The types of a product's operands and sums, and its precision in float32: what torch's own products have.
+
+    Operands enter as they are, but for the interpreter, whose product cannot read bfloat16.
+    """
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    element = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}.get(dtype, acc)
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return dict(ACC=acc, OPERAND=element, PRECISION="tf32" if tf32 else "ieee")
+
+
+def unit(extent: int) -> int:
+    """Return the largest power of two, up to 16, that divides an extent.
+
+    Kernels are given an extent in such units: the compiler, which asks of an argument only whether 16 divides it, then
+    knows how far apart rows are, and reads them in the widest vectors that stay aligned.
+    """
+    return min(16, extent & -extent or 16)
+
+
+@overload
+def aligned(tensor: Tensor) -> Tensor: ...
+@overload
+def aligned(tensor: Tensor | None) -> Tensor | None: ...
+def aligned(tensor):
     """Return tensor, or its copy at an address that is a multiple of 16."""
     return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
 

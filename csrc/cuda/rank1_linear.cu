@@ -1,0 +1,219 @@
+// The folded weights of rank1_linear on CUDA: one pass writes every member's W ∘ (r_k s_kᵀ), another reads every
+// member's H_k = dy_kᵀ x_k once for dW, ds and dr. No block's work depends on the number of members.
+#include <algorithm>
+
+#include "../rank1_linear.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "rows.cuh"
+
+namespace latephase::rank1_linear {
+namespace {
+
+constexpr int kMembersOfThread = 4;  // whose weights a thread folds from one read of W
+constexpr int kRowsOfWarp = 2, kRowsOfBlock = kRowsOfWarp * kMaxThreads / kWarp;
+constexpr int kColumnsOfBlock = kWarp * kUnit;
+
+LATEPHASE_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class weight_t>
+struct Arguments {
+  int64_t K, out, in;
+  Rows<weight_t> weight;
+  Rows<float> input_gain;
+  const float* output_gain;
+
+  explicit Arguments(const Weights& w)
+      : K(w.K),
+        out(w.out),
+        in(w.in),
+        weight(w.weight, in),
+        input_gain(w.input_gain, in),
+        output_gain(static_cast<const float*>(w.output_gain)) {}
+};
+
+// A weight of the data's type, or float.
+template <class scalar_t, bool own_type>
+using weight_of = std::conditional_t<own_type, scalar_t, float>;
+
+// A thread has eight columns of one row of W, for some members.
+template <class scalar_t, bool own_type>
+__global__ void __launch_bounds__(kMaxThreads)
+    fold_kernel(Arguments<weight_of<scalar_t, own_type>> a, Rows<scalar_t> folded) {
+  const int64_t units = units_of(a.in), blocks = divide_up(a.out * units, kMaxThreads);
+  const int64_t index = blockIdx.x % blocks * kMaxThreads + threadIdx.x;
+  if (index >= a.out * units) return;
+  const int64_t row = index / units, column = index % units * kUnit;
+  const int valid = static_cast<int>(min(a.in - column, int64_t{kUnit}));
+  const auto weight = a.weight.load(row * a.in + column, valid);
+  const int64_t first = blockIdx.x / blocks * kMembersOfThread, last = min(first + kMembersOfThread, a.K);
+  for (int64_t k = first; k < last; ++k) {
+    const auto s = a.input_gain.load(k * a.in + column, valid);
+    const float r = a.output_gain[k * a.out + row];
+    float values[kUnit];
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) values[j] = weight.get(j) * s.get(j) * r;
+    folded.store((k * a.out + row) * a.in + column, valid, values);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- backward
+
+// ds of each block of rows [row blocks, K, in], and dr of each block of columns [column blocks, K, out].
+struct Partials {
+  float *ds, *dr;
+};
+
+// A block has kRowsOfBlock rows and kColumnsOfBlock columns of W, a warp kRowsOfWarp of the rows, and goes through the
+// members: dW stays in registers, the next member's H is on its way meanwhile.
+template <class scalar_t, bool own_type>
+__global__ void __launch_bounds__(kMaxThreads)
+    fold_backward_kernel(Arguments<weight_of<scalar_t, own_type>> a, Rows<scalar_t> products, Rows<float> dweight,
+                         Partials to) {
+  __shared__ float warps[2][kMaxThreads / kWarp][kColumnsOfBlock];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t column_blocks = divide_up(a.in, kColumnsOfBlock);
+  const int64_t row_block = blockIdx.x / column_blocks, column_block = blockIdx.x % column_blocks;
+  const int64_t first_row = row_block * kRowsOfBlock + warp * kRowsOfWarp,
+                first_column = column_block * kColumnsOfBlock;
+  const int64_t column = first_column + lane * kUnit;
+  const int valid = static_cast<int>(min(max(a.in - column, int64_t{0}), int64_t{kUnit}));
+  const auto valid_of = [&](int i) { return first_row + i < a.out ? valid : 0; };
+  Unit<weight_of<scalar_t, own_type>> weight[kRowsOfWarp];
+  Unit<scalar_t> next[kRowsOfWarp];
+  float total[kRowsOfWarp][kUnit] = {};
+#pragma unroll
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    const int64_t offset = (first_row + i) * a.in + column;
+    weight[i] = a.weight.load(offset, valid_of(i));
+    next[i] = products.load(offset, valid_of(i));
+  }
+  for (int64_t k = 0; k < a.K; ++k) {
+    Unit<scalar_t> product[kRowsOfWarp];
+#pragma unroll
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+      product[i] = next[i];
+      if (k + 1 < a.K) {
+        const int64_t row = (k + 1) * a.out + first_row + i;
+        next[i] = products.load(row * a.in + column, valid_of(i));
+      }
+    }
+    const auto s = a.input_gain.load(k * a.in + column, valid);
+    float column_sums[kUnit] = {};
+#pragma unroll
+    for (int i = 0; i < kRowsOfWarp; ++i) {
+      const int64_t row = first_row + i;
+      const float r = row < a.out ? a.output_gain[k * a.out + row] : 0;
+      float row_sum = 0;
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        const float h = product[i].get(j), weighted = h * weight[i].get(j);
+        row_sum = fmaf(weighted, s.get(j), row_sum);
+        column_sums[j] = fmaf(weighted, r, column_sums[j]);
+        total[i][j] = fmaf(h * r, s.get(j), total[i][j]);
+      }
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) row_sum += __shfl_down_sync(~0u, row_sum, offset);
+      if (lane == 0 && row < a.out) to.dr[(column_block * a.K + k) * a.out + row] = row_sum;
+    }
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) warps[k % 2][warp][lane * kUnit + j] = column_sums[j];
+    __syncthreads();  // one a member: the other half of `warps` is written next
+    const int64_t mine = first_column + threadIdx.x;
+    if (mine < a.in) {
+      float sum = 0;
+#pragma unroll
+      for (int other = 0; other < kMaxThreads / kWarp; ++other) sum += warps[k % 2][other][threadIdx.x];
+      to.ds[(row_block * a.K + k) * a.in + mine] = sum;
+    }
+  }
+  if (!dweight) return;
+#pragma unroll
+  for (int i = 0; i < kRowsOfWarp; ++i) {
+    const int64_t place = (first_row + i) * a.in + column;
+    const auto before = dweight.load(place, valid_of(i));
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) total[i][j] += before.get(j);
+    dweight.store(place, valid_of(i), total[i]);
+  }
+}
+
+// total [columns] = the sum of partials [count, columns], in an order of its own: a thread has every eighth of a
+// column.
+__global__ void __launch_bounds__(kMaxThreads)
+    fold_merge_kernel(const float* partials, int64_t count, int64_t columns, float* total) {
+  __shared__ float lanes[kMaxThreads];
+  const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp;
+  float sum = 0;
+  if (column < columns) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.x / kWarp; i < count; i += kMaxThreads / kWarp) sum += partials[i * columns + column];
+  }
+  lanes[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kWarp || column >= columns) return;
+  for (int other = 1; other < kMaxThreads / kWarp; ++other) sum += lanes[other * kWarp + threadIdx.x];
+  total[column] = sum;
+}
+
+// ---------------------------------------------------------------------------------------------- launches
+
+// Calls run(scalar_t{}, own_type) for the types of the data and the weight.
+template <class Run>
+void with_types(const Weights& w, const Run& run) {
+  using std::bool_constant;
+  const bool own = w.weight_dtype == w.dtype;
+  switch (w.dtype) {
+    case DataType::Float:
+      return run(float{}, bool_constant<true>{});
+    case DataType::Half:
+      return own ? run(__half{}, bool_constant<true>{}) : run(__half{}, bool_constant<false>{});
+    case DataType::BFloat16:
+      return own ? run(__nv_bfloat16{}, bool_constant<true>{}) : run(__nv_bfloat16{}, bool_constant<false>{});
+    default:
+      STD_TORCH_CHECK(false, kOp, ": CUDA kernels take float32, float16 and bfloat16");
+  }
+}
+
+struct Cuda {
+  static void fold(const Fold& call) {
+    const int64_t units = call.out * units_of(call.in);
+    if (call.K * units == 0) return;
+    with_types(call, [&](auto type, auto own) {
+      using scalar_t = decltype(type);
+      const Arguments<weight_of<scalar_t, own>> arguments(call);
+      const Grid grid{divide_up(units, kMaxThreads) * divide_up(call.K, kMembersOfThread), kMaxThreads};
+      Launcher{*call.like}(fold_kernel<scalar_t, own>, grid, arguments, Rows<scalar_t>(call.folded, call.in));
+    });
+  }
+
+  static void fold_backward(const FoldBackward& call) {
+    const Launcher launch(*call.like);
+    const int64_t row_blocks = divide_up(call.out, kRowsOfBlock), column_blocks = divide_up(call.in, kColumnsOfBlock);
+    const int64_t ds_values = row_blocks * call.K * call.in, dr_values = column_blocks * call.K * call.out;
+    Tensor workspace = empty(*call.like, {ds_values + dr_values}, ScalarType::Float);
+    float* partials = static_cast<float*>(workspace.mutable_data_ptr());
+    const Partials to{partials, partials + ds_values};
+    with_types(call, [&](auto type, auto own) {
+      using scalar_t = decltype(type);
+      if (row_blocks * column_blocks == 0) return;
+      const Arguments<weight_of<scalar_t, own>> arguments(call);
+      launch(fold_backward_kernel<scalar_t, own>, {row_blocks * column_blocks, kMaxThreads}, arguments,
+             Rows<scalar_t>(call.products, call.in), Rows<float>(call.dweight, call.in), to);
+    });
+    merge(launch, to.ds, row_blocks, call.K * call.in, call.ds);
+    merge(launch, to.dr, column_blocks, call.K * call.out, call.dr);
+  }
+
+  static void merge(const Launcher& launch, const float* partials, int64_t count, int64_t columns, void* total) {
+    if (columns == 0) return;
+    launch(fold_merge_kernel, {divide_up(columns, kWarp), kMaxThreads}, partials, count, columns,
+           static_cast<float*>(total));
+  }
+};
+
+}  // namespace
+}  // namespace latephase::rank1_linear
+
+STABLE_TORCH_LIBRARY_IMPL(latephase_kernels, CUDA, m) {
+  latephase::rank1_linear::Ops<latephase::rank1_linear::Cuda>::implement(m);
+}

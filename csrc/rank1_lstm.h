@@ -1,0 +1,125 @@
+// The time loop of rank1_lstm: argument checks, and a product and one pointwise step of a device for each time step.
+#pragma once
+
+#include "checks.h"
+#include "rank1_lstm_arguments.h"
+#include "stable.h"
+
+namespace latephase::rank1_lstm {
+
+constexpr const char* kOp = "rank1_lstm";
+
+// out = a · b.
+inline void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(a), from(b), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // out once more: takes the reference
+}
+
+inline Tensor as_type(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(torch::stable::to(t, dtype));
+}
+
+inline Sizes sizes_of(const Tensor& gates, const Tensor& c0, const Tensor& weight, const Tensor& input_gain,
+                      const Tensor& output_gain) {
+  STD_TORCH_CHECK(gates.dim() == 4 && gates.is_contiguous() && gates.size(3) % 4 == 0, kOp,
+                  ": gates must be contiguous, [K, T, B, 4H]");
+  const Sizes s{gates.size(0), gates.size(1), gates.size(2), gates.size(3) / 4};
+  const auto check = [&](const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, kOp, ": ", name, " must be [", rows,
+                    ", ", columns, "]");
+  };
+  check("c0", c0, s.rows(), s.H);
+  check("weight", weight, 4 * s.H, s.H);
+  check("input_gain", input_gain, s.K, s.H);
+  check("output_gain", output_gain, s.K, 4 * s.H);
+  STD_TORCH_CHECK(s.T >= 1, kOp, ": gates must have at least one step");
+  return s;
+}
+
+inline void check_sequence(const char* name, const Tensor& t, const Sizes& s, ScalarType dtype) {
+  const bool fits = t.dim() == 3 && t.size(0) == s.T && t.size(1) == s.rows() && t.size(2) == s.H;
+  STD_TORCH_CHECK(fits && t.scalar_type() == dtype, kOp, ": ", name, " must be [T, K·B, H] of gates' type");
+}
+
+// The ops for one device; Device has static scale(const Scale&), forward(const Step&) and backward(const
+// StepBackward&). Everything is put on the current stream, nothing waits: a loop can be captured in a graph.
+template <class Device>
+struct Ops {
+  static std::tuple<Tensor, Tensor> steps(const Tensor& gates, const Tensor& h0, const Tensor& c0, const Tensor& weight,
+                                          const Tensor& input_gain, const Tensor& output_gain) {
+    const Sizes s = sizes_of(gates, c0, weight, input_gain, output_gain);
+    STD_TORCH_CHECK(h0.dim() == 2 && h0.size(0) == s.rows() && h0.size(1) == s.H, kOp, ": h0 must be [K·B, H]");
+    const ScalarType dtype = gates.scalar_type(), sum = accumulation_type(dtype);
+    const DataType type = data_type(kOp, dtype);
+    Tensor output = empty(gates, {s.T, s.rows(), s.H}, dtype), cells = empty(gates, {s.T, s.rows(), s.H}, sum);
+    if (s.rows() * s.H == 0) return {output, cells};
+    Tensor scaled = empty(gates, {s.rows(), s.H}, dtype), product = empty(gates, {s.rows(), 4 * s.H}, dtype);
+    const Tensor s_gain = as_type(input_gain, sum), r_gain = as_type(output_gain, sum);
+    const Tensor h = as_type(h0, dtype), c = as_type(c0, sum);
+    const Tensor weight_t = torch::stable::transpose(torch::stable::to(weight, dtype), 0, 1);
+    Device::scale(Scale{s, type, h.const_data_ptr(), s_gain.const_data_ptr(), scaled.mutable_data_ptr(), &gates});
+    Step step{s, type};
+    step.gates = gates.mutable_data_ptr();
+    step.product = product.const_data_ptr();
+    step.input_gain = s_gain.const_data_ptr();
+    step.output_gain = r_gain.const_data_ptr();
+    step.c0 = c.const_data_ptr();
+    step.cells = cells.mutable_data_ptr();
+    step.output = output.mutable_data_ptr();
+    step.scaled = scaled.mutable_data_ptr();
+    step.like = &gates;
+    for (step.t = 0; step.t < s.T; ++step.t) {
+      multiply(scaled, weight_t, product);
+      Device::forward(step);
+    }
+    return {output, cells};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> steps_backward(const Tensor& gates, const Tensor& cells,
+                                                           const OptionalTensor& dy, const OptionalTensor& dc_n,
+                                                           const Tensor& c0, const Tensor& weight,
+                                                           const Tensor& input_gain, const Tensor& output_gain) {
+    const Sizes s = sizes_of(gates, c0, weight, input_gain, output_gain);
+    const ScalarType dtype = gates.scalar_type(), sum = accumulation_type(dtype);
+    const DataType type = data_type(kOp, dtype);
+    check_sequence("cells", cells, s, sum);
+    STD_TORCH_CHECK(cells.is_contiguous(), kOp, ": cells must be contiguous");
+    if (dy.has_value()) check_sequence("dy", *dy, s, dtype);
+    Tensor dgates = empty(gates, {s.K, s.T, s.B, 4 * s.H}, dtype), dh0 = empty(gates, {s.rows(), s.H}, dtype);
+    Tensor dc = empty(gates, {s.rows(), s.H}, sum);
+    if (s.rows() * s.H == 0) return {dgates, dh0, dc};
+    Tensor scaled = empty(gates, {s.rows(), 4 * s.H}, dtype), recurrent = empty(gates, {s.rows(), s.H}, dtype);
+    const Tensor s_gain = as_type(input_gain, sum), r_gain = as_type(output_gain, sum), c = as_type(c0, sum);
+    const Tensor own_weight = torch::stable::to(weight, dtype);
+    const OptionalTensor own_dy = dy.has_value() ? OptionalTensor(torch::stable::contiguous(*dy)) : std::nullopt;
+    const OptionalTensor own_dc_n = dc_n.has_value() ? OptionalTensor(as_type(*dc_n, sum)) : std::nullopt;
+    StepBackward step{s, type};
+    step.gates = gates.const_data_ptr();
+    step.cells = cells.const_data_ptr();
+    step.c0 = c.const_data_ptr();
+    step.dy = own_dy.has_value() ? own_dy->const_data_ptr() : nullptr;
+    step.dc_n = own_dc_n.has_value() ? own_dc_n->const_data_ptr() : nullptr;
+    step.recurrent = recurrent.const_data_ptr();
+    step.input_gain = s_gain.const_data_ptr();
+    step.output_gain = r_gain.const_data_ptr();
+    step.dc = dc.mutable_data_ptr();
+    step.dgates = dgates.mutable_data_ptr();
+    step.scaled = scaled.mutable_data_ptr();
+    step.like = &gates;
+    for (step.t = s.T - 1; step.t >= 0; --step.t) {
+      Device::backward(step);
+      multiply(scaled, own_weight, recurrent);
+    }
+    Device::scale(Scale{s, type, recurrent.const_data_ptr(), s_gain.const_data_ptr(), dh0.mutable_data_ptr(), &gates});
+    return {dgates, dh0, dc};
+  }
+
+  static void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("rank1_lstm_steps", TORCH_BOX(&Ops::steps));
+    m.impl("rank1_lstm_steps_backward", TORCH_BOX(&Ops::steps_backward));
+  }
+};
+
+}  // namespace latephase::rank1_lstm
