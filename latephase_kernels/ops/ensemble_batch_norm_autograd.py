@@ -23,7 +23,8 @@ def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, weight, bias)):
         return _differentiable_gradients(ctx, dy)
     training, _, num_members, activation = ctx.settings
-    dy = dense_like(dy, input)
+    if dy.stride() != input.stride():
+        dy = dense_like(dy, input)
     write_dresidual = needs_residual and activation != "none"
     dx, dweight, dbias, dresidual = registry.op(namespace, "ensemble_batch_norm_backward")(
         dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, write_dresidual
@@ -116,13 +117,13 @@ class NormalizeAndUpdate(torch.autograd.Function):
         y, mean, rstd, _, mask = registry.op(namespace, "ensemble_batch_norm_update")(
             input, *running, weight, bias, residual, momentum, eps, num_members, activation
         )
-        _save(ctx, (input, weight, bias, mean, rstd, mask), ctx.needs_input_grad, settings)
-        ctx.namespace = namespace
+        ctx.save_for_backward(input, weight, bias, mean, rstd, mask)
+        ctx.needs, ctx.settings, ctx.namespace = ctx.needs_input_grad, settings, namespace
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return (None,) * 5 if dy is None else (*_gradients(ctx, ctx.namespace, dy), None)
+        return *_gradients(ctx, ctx.namespace, dy), None
 
 
 def setup_context(ctx, inputs, output):
