@@ -49,7 +49,7 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
     "gain backward without bias, split": (GAIN, "_backward_kernel", ["bias"]),
 }
 
-# The kernels around a matrix product: rows a member, in and out.
+# The kernels around a matrix product: rows a member, in and out, or for the LSTM rows and units.
 PRODUCTS = {
     "product forward": ("rank1_linear", "_product_kernel", (3152, 384, 1536)),
     "product forward, few rows": ("rank1_linear", "_product_kernel", (32, 500, 2000)),
@@ -57,13 +57,18 @@ PRODUCTS = {
     "product backward": ("rank1_linear", "_product_kernel", (3152, 1536, 384)),
     "weight gradients": ("rank1_linear", "_weight_gradient_kernel", (3152, 384, 1536)),
     "weight gradients, few rows": ("rank1_linear", "_weight_gradient_kernel", (32, 500, 2000)),
+    "LSTM step": ("rank1_lstm", "_step_kernel", (32, 500)),
+    "LSTM step backward": ("rank1_lstm", "_step_backward_kernel", (32, 500)),
     "merge of parts": ("rank1_linear", "_merge_kernel", (1, 1, 1)),
 }
 PRECISIONS = (("float32", "ieee"), ("float32", "tf32"), ("bfloat16", "ieee"))
 OPERANDS = {  # that have the data's type; other pointers are to float32
     "_product_kernel": ("a", "b", "out"),
+    "_step_kernel": ("gates", "h_before", "weight", "output"),
+    "_step_backward_kernel": ("gates", "weight", "dgates"),
 }
 GAINS = ("inner_gain", "outer_gain", "input_gain", "output_gain", "dweight", "ds", "dr", "total", "parts")
+STATES = ("cells", "c_before", "dc")
 
 
 def _layouts(kernel_name):
@@ -112,7 +117,7 @@ def _compile_product(file, kernel_name, shape, dtype, precision, capability):
     import torch
     import triton.language as tl
 
-    from latephase_kernels.triton_kernels import rank1_linear
+    from latephase_kernels.triton_kernels import rank1_linear, rank1_lstm
     from latephase_kernels.triton_kernels.tiles import unit
 
     kernel = getattr(importlib.import_module(f"latephase_kernels.triton_kernels.{file}"), kernel_name)
@@ -130,6 +135,9 @@ def _compile_product(file, kernel_name, shape, dtype, precision, capability):
         tile = rank1_linear.gradient_plan(torch_dtype, precision, *shape).tile
         _, inner, outer = shape
         values |= dict(IN_UNIT=unit(inner), OUT_UNIT=unit(outer), BLOCK_O=tile.m, BLOCK_I=tile.n, BLOCK_M=tile.k)
+    elif file == "rank1_lstm":
+        tile = rank1_lstm.step_tile(torch_dtype, precision, *shape)
+        values |= dict(H_UNIT=unit(shape[1]), BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k)
     else:
         tile = rank1_linear.Tile(16, 16, 16, 4, 3)
         values |= dict(BLOCK_C=rank1_linear.MERGE_COLUMNS)
@@ -150,7 +158,7 @@ def _compiled(kernel, without, values, element, extents, capability, options):
         if name in without or name in values:
             signature[name] = "constexpr"
             constants[name] = values.get(name)
-        elif name in (*ELEMENTS, *PER_MEMBER, *SUMS, *GAINS, *data, "mask"):
+        elif name in (*ELEMENTS, *PER_MEMBER, *SUMS, *GAINS, *STATES, *data, "mask"):
             signature[name] = element if name in (*ELEMENTS, *data) else "*u8" if name == "mask" else "*fp32"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in ("momentum", "tracked"):
