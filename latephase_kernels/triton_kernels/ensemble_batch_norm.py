@@ -8,6 +8,7 @@ ops/ensemble_batch_norm.py tells apart. A member's bits depend on that member al
     …_formulas.py    the mathematics, once for both
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class _Running(NamedTuple):
 
 
 def _sizes(input: Tensor, num_members: int) -> Sizes:
-    spatial = input[0, 0].numel()
+    spatial = math.prod(input.shape[2:])
     rows_of_channels = spatial == 1 or not input.is_contiguous()
     return Sizes(num_members, input.size(0) // num_members, input.size(1), spatial, rows_of_channels, input.dtype)
 
