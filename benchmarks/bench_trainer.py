@@ -5,6 +5,7 @@
 CIFAR's recipe on random images of CIFAR's number and shape, which live on the device: before T0 (one minibatch) and
 after it (K stacked ones). The front-end's own work is the rest: drawing and augmenting the batch, the learning rates,
 the sums of the losses. Both take turns in one run; the overhead is the ratio within a round, less one.
+"deterministic" is the same step with --deterministic.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from timing import interleaved, quartiles, ratios
 
 from latephase_kernels.data import ImageSet
+from latephase_kernels.train.determinism import determinism
 from latephase_kernels.train.recipe import Data, Late, Model, Recipe, check
 from latephase_kernels.train.trainer import Trainer
 
@@ -59,9 +61,15 @@ def bench(arguments, data, late):
     trained.step(), bare.step()  # expands after T0, and makes the optimizers' state
     images, labels = bare.batches.stack(0, count)
     number = iter(range(1_000_000))
+
+    def deterministic_step():
+        with determinism(True):
+            trained.step()
+
     functions = {
         "bare": lambda: bare_step(bare, images, labels, count),
         "trainer": trained.step,
+        "deterministic": deterministic_step,
         "of it: batch": lambda: trained.batches.stack(next(number) * count, count),
     }
     times = interleaved(functions, torch.device(arguments.device), seconds=arguments.seconds / 2)

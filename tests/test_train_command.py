@@ -19,6 +19,7 @@ from latephase_kernels.train.recipe import Data, Model
 from latephase_kernels.train.run_training import load_model
 from latephase_kernels.train.runs import read_metrics
 from latephase_kernels.train.train_command import parse_recipe
+from latephase_kernels.train.trainer import Trainer
 
 pytest.importorskip("jsonargparse"), pytest.importorskip("torchmetrics"), pytest.importorskip("safetensors")
 SHORT = [
@@ -89,6 +90,30 @@ def test_a_finished_run(finished):
 def test_a_seed_reproduces_a_run(finished, tmp_path):
     assert run(tmp_path / "again").returncode == 0
     assert_same_run(tmp_path / "again", finished[0])
+
+
+def test_deterministic(finished, tmp_path, monkeypatch):
+    """On a CPU the same bits; PyTorch's settings are those of the run inside it, and as before after it."""
+    seen = []
+    step = Trainer.step
+
+    def looking(trainer):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", looking)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    threads, before = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(1)
+    try:
+        assert main(command(tmp_path / "run", "--deterministic=true")[3:]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert set(seen) == {(True, False)} and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark == before
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    a, b = tensors(tmp_path / "run"), tensors(finished[0])
+    assert all(torch.equal(a[name], b[name]) for name in b)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

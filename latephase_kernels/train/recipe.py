@@ -195,7 +195,8 @@ class Recipe:
         channels_last: memory format of images and convolutions.
         compile: torch.compile the model.
         cuda_graph: capture forward and backward once, and replay them without Python; on a GPU, for images.
-        deterministic: refuse kernels whose results differ between runs; slower on a GPU.
+        deterministic: refuse operators whose results differ between runs. Costs nothing on a CPU, where a seed
+            reproduces a run in any case; on a GPU convolutions may be slower, and sums do without atomics.
         skip_nonfinite: skip a step whose loss is not finite (statistics restored), and count it; else stop the run.
         evaluate_every: epochs between evaluations on the test set, or the validation text; the last epoch always is.
         dropout_passes: at the end, predict by the mean over this many passes with dropout, too (MC-dropout); 0: do not.

@@ -15,6 +15,7 @@ import torch
 from .. import late_phase as lp
 from ..data import TextSet
 from .build import AnyData, build_data
+from .determinism import determinism
 from .image_task import ImageEvaluation
 from .progress import Progress
 from .rank_folder import AnyFolder, open_run_folder
@@ -97,11 +98,9 @@ def run_training(
     """
     check(recipe)
     with contextlib.ExitStack() as closing:
+        closing.enter_context(determinism(recipe.deterministic))
         ranks = closing.enter_context(start_ranks(recipe.parallel, device or default_device()))
         train, test = build_data(recipe.data)
-        if recipe.deterministic:
-            torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = not recipe.deterministic
         # Before the folder: what does not fit leaves nothing behind.
         trainer = Trainer(recipe, train, ranks.device, ranks=ranks)
         closing.callback(trainer.task.close)
