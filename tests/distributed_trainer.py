@@ -1,5 +1,6 @@
 """Runs of the Trainer in float64 on several ranks, or on one."""
 
+import test_text_task
 import torch
 
 from latephase_kernels.data import ImageSet
@@ -95,3 +96,15 @@ def resume(member_ranks, batch_norm, folder, several=True):
     trainer.load_state_dict(state)
     assert trainer.minibatch == step > 0
     return outcome(run(trainer))
+
+
+def train_on_text(member_ranks, several):
+    parallel = Parallel(member_ranks=member_ranks)
+    given = test_text_task.recipe(batch_size=2 * member_ranks, parallel=parallel)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ranks = SeveralRanks(given.parallel, torch.device("cpu")) if several else None
+        return outcome(run(Trainer(given, test_text_task.text(), ranks=ranks)))
+    finally:
+        torch.set_default_dtype(before)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from distributed_trainer import outcome, recipe_for, resume, run, train, train_and_save, trainer_of
+from distributed_trainer import outcome, recipe_for, resume, run, train, train_and_save, train_on_text, trainer_of
 from ranks import run_on_ranks
 
 from latephase_kernels.train.checkpoints import CheckpointFolder, RunError
@@ -32,6 +32,12 @@ def test_the_same_optimization_on_any_number_of_ranks(member_ranks, ranks, swa, 
     expected = outcome(run(trainer_of(recipe_for(1, "local", swa, skip), False)))
     answers = run_on_ranks(ranks, train, member_ranks, "synchronized", swa, skip)
     assert_same_outcome(answers, expected)
+
+
+def test_a_text_is_divided_by_its_streams():
+    assert_same_outcome(run_on_ranks(2, train_on_text, 1, True), train_on_text(1, False))
+    for answer in run_on_ranks(3, train_on_text, 3, True):
+        assert "parallel.member_ranks must be 1 for a text, got 3" in answer
 
 
 @pytest.mark.parametrize("step", [5, 11])  # before T0, after it

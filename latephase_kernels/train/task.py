@@ -54,13 +54,8 @@ class Task(ABC):
             finite: [] bool on the device; False where the step is to be as if it had never been.
         """
 
-    def set_share(self, rank: int, num_ranks: int) -> None:
-        """Take another share of every member's minibatches from now on: members have been divided among ranks.
-
-        Raises:
-            ValueError: this kind of data cannot.
-        """
-        raise ValueError("train: parallel.member_ranks must be 1 for this kind of data; each process has all members")
+    def set_share(self, rank: int, num_ranks: int) -> None:  # noqa: B027 (nothing to do is a fine answer)
+        """Take another share of every member's minibatches from now on: members have been divided among ranks."""
 
     def update_statistics(self, model: nn.Module, expanded: bool) -> None:  # noqa: B027
         """Recompute the running statistics of averaged weights from one pass over the training data."""

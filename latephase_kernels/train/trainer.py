@@ -89,6 +89,11 @@ class Trainer:
             self.model.compile()
         if (recipe.accumulate > 1 or recipe.cuda_graph) and not self.task.independent_steps:
             raise ValueError("train: accumulate must be 1 and cuda_graph false for a text, whose steps carry a state")
+        if self.ranks.member_ranks > 1 and not self.task.independent_steps:
+            raise ValueError(
+                f"train: parallel.member_ranks must be 1 for a text, got {self.ranks.member_ranks}; each process has "
+                "streams of all members"
+            )
         if recipe.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"train: cuda_graph must be false on {self.device}: only a GPU captures graphs")
         self._graphed = GraphedPasses() if recipe.cuda_graph else None
