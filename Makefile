@@ -5,18 +5,24 @@ BIN := $(VENV)/bin
 OPS_TESTS := tests/test_ensemble_batch_norm.py tests/test_member_gain.py tests/test_rank1_linear.py
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-native test-triton test-compile check format wheel bench
+# Tests of the front-end, of several devices and of the benchmarks: many processes, and as long as all others together.
+TRAINING_TESTS := $(shell grep -lE 'latephase_kernels\.(train|data)|benchmarks|distributed' tests/test_*.py)
+
+.PHONY: demo test test-native test-training test-triton test-compile check format wheel bench
 
 demo: $(VENV)/.installed
 	$(BIN)/latephase demo
 
-test: test-native test-triton test-compile
+test: test-native test-training test-triton test-compile
 
-# Everything that runs natively, then the ops' tests again on each older instruction set.
+# All else that runs natively, then the ops' tests again on each older instruction set.
 test-native: $(VENV)/.installed
-	$(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*'
+	$(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*' $(TRAINING_TESTS:%=--ignore=%)
 	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q $(OPS_TESTS)
 	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q $(OPS_TESTS)
+
+test-training: $(VENV)/.installed
+	$(BIN)/python -m pytest -q $(TRAINING_TESTS)
 
 # Triton kernels in the interpreter, in a process of its own.
 test-triton: $(VENV)/.installed
