@@ -53,9 +53,11 @@ def command(data, output, *more):
     return [sys.executable, "-m", "latephase_kernels", "train", *options]
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
+
+
 def run(*arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_a_run_and_its_collapsed_model(finished, folder):
 def test_a_run_killed_in_an_epoch_goes_on(finished, folder, tmp_path):
     """Wherever it was: the resumed run ends in the same bits, and no worker keeps the folder locked."""
     process = subprocess.Popen(
-        command(folder, tmp_path / "run", "--checkpoint_minutes=0"), stderr=subprocess.PIPE, text=True
+        command(folder, tmp_path / "run", "--checkpoint_minutes=0"), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
     for line in process.stderr:
         if "epoch 1 of 3, loss" in line:

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ Slot = dict[str, np.ndarray]
 Work = Callable[[Slot, Callable[[int], None]], Any]
 
 _POLL_SECONDS = 0.5
+_IGNORED = (signal.SIGINT, signal.SIGTERM)  # by workers
 _LONGEST_TEXT = 1500  # messages stay below PIPE_BUF: written whole or not at all
 
 
@@ -100,8 +101,10 @@ class WorkerPool:
             receive, send = context.Pipe(duplex=False)
             arguments = (self._work, self.slots, self._stage, self._beat, self._tasks, send)
             process = context.Process(target=_worker, args=arguments, daemon=True)
-            with warnings.catch_warnings():  # forking beside threads: the workers use none of their locks
-                warnings.simplefilter("ignore", DeprecationWarning)
+            with warnings.catch_warnings(), _signals_held_back():
+                warnings.simplefilter(
+                    "ignore", DeprecationWarning
+                )  # forking beside threads: workers use no lock of theirs
                 process.start()
             send.close()
             self._processes.append(process)
@@ -203,17 +206,22 @@ class WorkerPool:
             As result.
         """
         sentinels = {process.sentinel: process for process in self._processes}
-        ready: list[Any] = multiprocessing.connection.wait([*self._results, *sentinels], timeout=_POLL_SECONDS)
+        senders = dict(zip(self._results, self._processes, strict=True))
+        ready: list[Any] = multiprocessing.connection.wait([*senders, *sentinels], timeout=_POLL_SECONDS)
+        dead = [sentinels[source] for source in ready if source in sentinels]
         for source in ready:
             if source in sentinels:
                 continue
-            number, report, error = source.recv()
+            try:
+                number, report, error = source.recv()
+            except (EOFError, ConnectionError):  # its end of the pipe is closed before its exit is seen
+                dead.append(senders[source])
+                continue
             if error is not None:
                 raise error
             self._finish(number, report)
-        for source in ready:
-            if source in sentinels:
-                raise self._death_of(sentinels[source])
+        if dead:
+            raise self._death_of(dead[0])
         if ready:
             self._heard = time.monotonic()
         else:
@@ -257,8 +265,9 @@ def _kill(processes: Iterable[Any]) -> None:
 
 def _worker(work: Work, slots: list[Slot], stages: Any, beats: Any, tasks: Any, results: Any) -> None:
     """What a worker process runs: tasks, until the caller's process is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     _die_with_parent()
     tasks._writer.close()  # when the caller's end is gone, too, reading ends with an EOFError
     while True:
@@ -286,6 +295,16 @@ def _worker(work: Work, slots: list[Slot], stages: Any, beats: Any, tasks: Any, 
             results.send((slot, report, failure))
         except BrokenPipeError:
             return
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Hold back the signals that workers ignore: one forked in here does not meet them before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_with_parent() -> None:
