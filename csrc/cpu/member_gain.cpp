@@ -30,16 +30,20 @@ const Kernels& kernels() {
   return chosen;
 }
 
-constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a second thread
+// Fewer than this are not worth a second thread: values of the data, and sums of the parts.
+constexpr int64_t kGrainValues = 16384, kGrainSums = 65536;
 
-int64_t grain(int64_t items, int64_t values) { return std::max<int64_t>(1, kGrainValues * items / values); }
+// For a loop over `items` that share `values` evenly.
+int64_t grain(int64_t items, int64_t values, int64_t least = kGrainValues) {
+  return std::max<int64_t>(1, least * items / values);
+}
 
 // Adds up the sums of a member's row parts, in their order, and stores them.
 template <class A>
 void merge(const Call& call, const Parts& parts, double* sums) {
   const Sizes& s = call.sizes;
   const int64_t values = s.K * parts.row_parts * 2 * s.C;
-  torch::stable::parallel_for(0, s.K, grain(s.K, values), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, s.K, grain(s.K, values, kGrainSums), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       double* total = sums + parts.sums_at(s, k, 0);
       for (int64_t part = 1; part < parts.row_parts; ++part) {

@@ -14,6 +14,8 @@ namespace {
 using namespace latephase::member_gain;
 
 constexpr int64_t kTile = 64;
+template <class T>
+constexpr int64_t kAhead = 1024 / sizeof(T);  // from what is read to what is prefetched, at least
 
 // What the activation lets through of one register, decided by the output x · gain + bias as stored.
 template <class T, bool relu, class A = typename Accumulation<T>::type>
@@ -105,7 +107,6 @@ struct LongRuns {
 template <class T, bool relu>
 struct ShortRuns {
   using A = typename Accumulation<T>::type;
-  static constexpr int kRows = 4;  // whose sums are in registers
 
   static void forward(const Call& call, const Part<T>& part) {
     for (int64_t row = 0; row < part.rows; ++row) {
@@ -119,44 +120,41 @@ struct ShortRuns {
     }
   }
 
-  // Writes dx of `rows` rows, and adds their sums to product and total.
-  template <int rows>
-  static void backward_rows(const Call& call, const Part<T>& part, int64_t row, A* product, A* total) {
-    const int64_t at = part.offset(call.sizes, row), stride = call.sizes.C * call.sizes.S;
-    const T* x = static_cast<const T*>(call.x) + at;
-    const T* dy = static_cast<const T*>(call.dy) + at;
-    T* dx = static_cast<T*>(call.dx) + at;
-    for_columns<A>(0, part.columns, [&](int64_t j, auto count) {
-      const Vec<A> gain = load(part.gain + j), bias = load(part.bias + j);
-      Vec<A> products = load(product + j), totals = load(total + j);
-      for (int r = 0; r < rows; ++r) {
-        const Vec<A> value = load(x + r * stride + j, count);
-        const Vec<A> dz = gated<T, relu>(load(dy + r * stride + j, count), fma(value, gain, bias));
-        store(dx + r * stride + j, dz * gain, count);
-        products = fma(dz, value, products);
-        totals += dz;
-      }
-      store(product + j, products);
-      store(total + j, totals);
-    });
+  // sums[c] += the S values of channel c.
+  static void add_runs(const A* values, int64_t channels, int64_t S, double* sums) {
+    if (S == 1)  // in vectors
+      for (int64_t c = 0; c < channels; ++c) sums[c] += values[c];
+    else
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < S; ++i) sums[c] += *values++;
   }
 
   static void backward(const Call& call, const Part<T>& part, double* dgain, double* dbias) {
+    const int64_t S = call.sizes.S, ahead = (kAhead<T> / part.columns + 1) * call.sizes.C * S;
     std::fill_n(dgain, part.channels, 0.0);
     std::fill_n(dbias, part.channels, 0.0);
     for (int64_t begin = 0; begin < part.rows; begin += kTile) {
       A product[kMaxColumns], total[kMaxColumns];
       std::fill_n(product, part.padded(), A(0));
       std::fill_n(total, part.padded(), A(0));
-      const int64_t end = std::min(begin + kTile, part.rows);
-      int64_t row = begin;
-      for (; row + kRows <= end; row += kRows) backward_rows<kRows>(call, part, row, product, total);
-      for (; row < end; ++row) backward_rows<1>(call, part, row, product, total);
-      for (int64_t c = 0, j = 0; c < part.channels; ++c)
-        for (const int64_t run = j + call.sizes.S; j < run; ++j) {
-          dgain[c] += product[j];
-          dbias[c] += total[j];
-        }
+      for (int64_t row = begin; row < std::min(begin + kTile, part.rows); ++row) {
+        const int64_t at = part.offset(call.sizes, row);
+        const T* x = static_cast<const T*>(call.x) + at;
+        const T* dy = static_cast<const T*>(call.dy) + at;
+        T* dx = static_cast<T*>(call.dx) + at;
+        for_columns<A>(0, part.columns, [&](int64_t j, auto count) {
+          __builtin_prefetch(x + j + ahead);
+          __builtin_prefetch(dy + j + ahead);
+          __builtin_prefetch(dx + j + ahead, 1);
+          const Vec<A> value = load(x + j, count), gain = load(part.gain + j);
+          const Vec<A> dz = gated<T, relu>(load(dy + j, count), fma(value, gain, load(part.bias + j)));
+          store(dx + j, dz * gain, count);
+          store(product + j, fma(dz, value, load(product + j)));
+          store(total + j, load(total + j) + dz);
+        });
+      }
+      add_runs(product, part.channels, S, dgain);
+      add_runs(total, part.channels, S, dbias);
     }
   }
 };
