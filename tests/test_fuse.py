@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import latephase_kernels as lp
 from latephase_kernels.late_phase import fuse_graph
 from latephase_kernels.late_phase.fuse_block import FusedForward
+from latephase_kernels.nn import shared_batch_norm
 
 # name → BN → ReLU, BN → add → ReLU, left: as the architectures are defined.
 # resnet18: stem + 8 blocks of two; resnet50: stem + 16 blocks of three; left are the batch norms of the downsamples.
@@ -170,12 +171,31 @@ def test_one_rounding_in_short_types(dtype, tolerance):
         assert (y - z).abs().max() <= tolerance * y.abs().max()
 
 
-def test_shared_batch_norms_are_fused_too():
-    plain, fused = pair(nn.Sequential(Block(), nn.Flatten(), nn.Linear(4 * 16 * 16, 3)), targets="head")
-    assert fused_patterns(fused) == {RELU: 1, ADD_RELU: 1}
-    for training, rows in ((True, K * B), (False, 3), (True, K * B)):
-        plain.train(training), fused.train(training)
-        assert_same(plain, fused, [images(rows, channels=4)])
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "densenet", "pre-activation"])
+def test_shared_batch_norms_are_fused_too(name, monkeypatch):
+    """One op a chain, also for one member at a time and for frozen norms; values and gradients to the last bit."""
+    make, expected = SMALL[name]
+    model = nn.Sequential(make(), nn.Flatten(), nn.LazyLinear(3))
+    model(images(dtype=torch.float32))
+    plain, fused = pair(model, targets="head")
+    calls, op = [], shared_batch_norm.normalize
+
+    def spy(*arguments):
+        *_, residual, _, _, _, activation, _, _ = arguments
+        calls.append((residual is not None, activation))
+        return op(*arguments)
+
+    monkeypatch.setattr(shared_batch_norm, "normalize", spy)
+    for members, rows, frozen in (range(K), K * B, False), (range(1, 2), 3, False), (range(K), K * B, True):
+        with lp.members(plain, members), lp.members(fused, members):
+            for module in (*plain.modules(), *fused.modules()):
+                module.training = not (frozen and hasattr(module, "running_var"))
+            assert_same(plain, fused, [images(rows)], tolerance=0.0)
+            calls.clear()
+            copy.deepcopy(fused)(images(rows))
+            assert Counter(calls) == expected
+    plain.eval(), fused.eval()
+    assert_same(plain, fused, [images(3)], tolerance=0.0)
 
 
 # ---------------------------------------------------------------------------------------------- copies, tools, errors

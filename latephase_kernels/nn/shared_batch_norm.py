@@ -71,27 +71,23 @@ class _SharedBatchNorm(Routed, _BatchNorm):
             ValueError: a shape does not fit, or one value a channel and member in training.
         """
         members = self.active_members()
-        training = self.training or self.running_mean is None or self.running_var is None
-        group = self._statistics_ranks()
-        if isinstance(members, str) or not training or (len(members) == 1 and gain is None and self._is_plain(group)):
+        if isinstance(members, str):
             y = super().forward(input)
             y = y if residual is None else y + residual
             return F.relu(y) if activation == "relu" else y
         self._check_input_dim(input)
-        arguments = (input, None, None, self.weight, self.bias)
-        num_members = len(members)
+        statistics, num_members, group = (None, None), len(members), self._statistics_ranks()
+        training = self.training or self.running_mean is None or self.running_var is None
+        if not training:  # all members' rows alike, by the one set of running statistics
+            statistics, num_members = (self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)), 1
+        arguments = (input, *statistics, self.weight, self.bias)
         ranks = 1 if group is None else group.size
-        check_arguments(*arguments, True, 0.1, self.eps, num_members, residual, activation, ranks)
-        y, mean, var = normalize(*arguments, residual, True, self.eps, num_members, activation, group, gain)
+        check_arguments(*arguments, training, 0.1, self.eps, num_members, residual, activation, ranks)
+        y, mean, var = normalize(*arguments, residual, training, self.eps, num_members, activation, group, gain)
         if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
             n = input.numel() // mean.numel() * ranks
             self._update(mean.detach(), var.detach() * (n / (n - 1)), members)
         return y
-
-    def _is_plain(self, group: StatisticsGroup | None) -> bool:
-        """Whether one member's rows, here, are all that moves the running statistics in a turn."""
-        _, owned, total = self._owned()
-        return owned == total and (group is None or group.size == 1)
 
     def _owned(self) -> tuple[int, int, int]:
         """Return the first member of this rank, how many it has, and how many members there are in all."""
