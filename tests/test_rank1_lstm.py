@@ -157,6 +157,23 @@ def test_members_are_isolated():
             assert torch.equal(one[[0, 2]], other[[0, 2]]) and one.isfinite().all()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeats_are_bit_equal(dtype, threads):
+    before = torch.get_num_threads()
+    arguments = [torch.randn_like(t) for t in make_arguments("own", batch=64, dtype=dtype)]
+    runs = []
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            leaves = [t.clone().requires_grad_() for t in arguments]
+            output = lp.functional.rank1_lstm(*leaves)
+            runs.append([*output, *torch.autograd.grad(sum(t.sum() for t in output), leaves)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for again in runs[1:] for pair in zip(runs[0], again))
+
+
 def test_strides_and_repeated_backward():
     arguments = make_arguments()
     rows_first = arguments[0].detach().transpose(0, 1).contiguous().transpose(0, 1)
@@ -175,10 +192,21 @@ def test_strides_and_repeated_backward():
     assert arguments[3].grad.eq(0).all()
 
 
-def test_registered_op_and_compiled_module():
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    arguments = make_arguments()
-    torch.library.opcheck(torch.ops.latephase_kernels.rank1_lstm.default, arguments, test_utils=checks)
+@pytest.mark.parametrize("bias", ["shared", "own", "none"])
+def test_opcheck(bias):
+    ops, arguments = torch.ops.latephase_kernels, make_arguments(bias)
+    torch.library.opcheck(ops.rank1_lstm.default, arguments)
+    detached = [None if t is None else t.detach() for t in arguments]
+    output, c_n, cells, gates = ops.rank1_lstm.default(*detached)
+    needs = [t is not None for t in arguments]
+    _, h0, c0, _, weight, _, _, *gains, _ = detached
+    torch.library.opcheck(ops.rank1_lstm_steps.default, (gates.clone(), h0, c0, weight, *gains))
+    for dy, dc_n in ((output, None), (None, c_n), (output, c_n)):
+        torch.library.opcheck(ops.rank1_lstm_backward.default, (dy, dc_n, *detached, output, cells, gates, needs))
+        torch.library.opcheck(ops.rank1_lstm_steps_backward.default, (gates, cells, dy, dc_n, c0, weight, *gains))
+
+
+def test_compiled_module():
     layer = Rank1LSTM(C, H, K, num_layers=2, dtype=torch.float64)
     x = torch.randn(T, K * B, C, dtype=torch.float64)
     with torch._dynamo.config.patch(allow_rnn=True):  # without it, LSTMs are where a compiled graph breaks
