@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from bench_ensemble_batch_norm import processor
-from timing import copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
+from timing import attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
 
 OURS = "ours"
 
@@ -31,6 +31,25 @@ def error(results, truth):
     return torch.stack(errors).nan_to_num(torch.inf).max().item()
 
 
+def check(functions, leaves, dy, formula, plain):
+    """Return the errors of the functions by name (0 for those in `plain`), and the rows of those that are not timed."""
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    truth = with_gradients(formula, wide, dy.double())
+    allowed = 2e-5 + 6 * torch.finfo(dy.dtype).eps
+    errors, rows = {}, {}
+
+    def error_of(name, function):
+        results = with_gradients(function, leaves, dy)
+        errors[name] = 0.0 if name in plain else error(results, truth)
+        return errors[name]
+
+    for name, function in functions.items():
+        failure = attempt(lambda name=name, function=function: error_of(name, function), allowed, "error")
+        if failure is not None:
+            rows[name] = failure
+    return errors, rows
+
+
 def compare(functions, leaves, dy, formula, arguments, *, plain=(), work=0.0):
     """Return {contender: figures} of forward and backward of each function.
 
@@ -42,21 +61,16 @@ def compare(functions, leaves, dy, formula, arguments, *, plain=(), work=0.0):
         plain: names of those that compute something else, and are neither checked nor peers.
         work: useful bytes, or operations, of one call.
     """
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    truth = with_gradients(formula, wide, dy.double())
-    allowed = 2e-5 + 6 * torch.finfo(dy.dtype).eps
-    errors = {n: error(with_gradients(f, leaves, dy), truth) for n, f in functions.items() if n not in plain}
-    del truth, wide
-    timed = {name: f for name, f in functions.items() if errors.get(name, 0.0) <= allowed}
+    errors, rows = check(functions, leaves, dy, formula, plain)
+    timed = {name: f for name, f in functions.items() if name not in rows}
     steps = {name: lambda f=f: with_gradients(f, leaves, dy) for name, f in timed.items()}
     clock = time.thread_time if arguments.one_thread else time.perf_counter
     times = interleaved(steps, dy.device, seconds=arguments.seconds, clock=clock)
-    rows = {name: {"error": e} for name, e in errors.items() if name not in timed}
     for name, values in times.items():
         low, median, high = quartiles(values)
         rows[name] = {
             "ms": 1e3 * median, "ms_quartiles": [1e3 * low, 1e3 * high], "rounds": len(values),
-            "error": errors.get(name), "work_per_second": work / median,
+            "error": None if name in plain else errors[name], "work_per_second": work / median,
         }  # fmt: skip
     if OURS in timed:
         fastest = min((n for n in timed if n not in (OURS, *plain)), key=lambda n: rows[n]["ms"])
@@ -69,7 +83,7 @@ def describe(rows):
     """Lines to print of one table."""
     for name, row in rows.items():
         if "ms" not in row:
-            yield f"  {name:30} off by {row['error']:.1e}, not timed"
+            yield f"  {name:30} {row.get('failed') or 'off by {:.1e}'.format(row['error'])}, not timed"
             continue
         line = f"  {name:30} {row['ms']:9.2f} ms ({row['ms_quartiles'][0]:.2f} … {row['ms_quartiles'][1]:.2f})"
         ratios_to = dict(row.get("to", {}))

@@ -32,6 +32,15 @@ class Timer:
         return begin.elapsed_time(end) / 1e3
 
 
+def attempt(check: Callable[[], float], allowed: float, name_of_result: str) -> dict | None:
+    """Return None where check() is at most `allowed`, else what it was, or how it failed: for a contender's row."""
+    try:
+        found = check()
+    except Exception as error:  # of any library that is compared: the others are timed all the same
+        return {"failed": f"{type(error).__name__}: {error}"[:500]}
+    return None if found <= allowed else {name_of_result: found}
+
+
 def interleaved(
     functions: dict[str, Callable[[], object]],
     device: torch.device,

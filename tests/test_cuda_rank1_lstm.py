@@ -50,31 +50,56 @@ def ours(leaves):
     return rank1_lstm(*leaves)
 
 
-def plain_on_cpu(arguments, dtype=None):
-    return run(plain_lstm, [None if t is None else t.to(arguments[0].dtype) for t in arguments], dtype, "cpu")
+def formula(leaves):
+    """The plain formula, a step at a time, in the arguments' type."""
+    x, h, c, weight_ih, weight_hh, *gains, bias = leaves
+    batch = len(h) // len(gains[0])
+    s_ih, r_ih, s_hh, r_hh = (gain.repeat_interleave(batch, 0) for gain in gains)
+    shift = 0 if bias is None else bias if bias.dim() == 1 else bias.repeat_interleave(batch, 0)
+    outputs = []
+    for x_t in x:
+        z = ((x_t * s_ih) @ weight_ih.T) * r_ih + ((h * s_hh) @ weight_hh.T) * r_hh + shift
+        i, f, g, o = z.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs), h, c
 
 
-def check(arguments):
-    """At most twice the error of nn.LSTM of that type, and one output rounding at the tensor's scale."""
-    found, plain, truth = run(ours, arguments), plain_on_cpu(arguments), plain_on_cpu(arguments, torch.float64)
-    for i, (value, own, right) in enumerate(zip(found, plain, truth, strict=True)):
-        error = (value.double().cpu() - right).abs().max().item()
-        allowed = 2 * (own.double() - right).abs().max().item()
-        allowed += torch.finfo(value.dtype).eps * right.abs().max().item()
-        assert error <= allowed, (i, error, allowed)
+def check(*sizes, dtype, **options):
+    """At most twice PyTorch's own error on the same GPU and inputs, plus one output rounding at the tensor's scale.
+
+    Over several draws together: of a few values the largest error is a matter of luck.
+    """
+    draws = []
+    for seed in range(4):
+        arguments = make_arguments(*sizes, dtype=dtype, seed=seed, **options)
+        own_type = [None if t is None else t.to(dtype) for t in arguments]
+        truth = run(plain_lstm, arguments, torch.float64, "cpu")
+        found = [run(ours, arguments), *(run(function, own_type) for function in (plain_lstm, formula))]
+        draws.append([torch.tensor([_distance(t, right) for t, right in zip(each, truth)]) for each in found])
+        roundings = [torch.finfo(t.dtype).eps * right.abs().max() for t, right in zip(found[0], truth)]
+        draws[-1].append(torch.stack(roundings))
+    error, lstm, plain, rounding = (torch.stack(each).amax(0) for each in zip(*draws))
+    allowed = 2 * torch.maximum(lstm, plain) + rounding
+    assert (error <= allowed).all(), (error.tolist(), allowed.tolist())
+
+
+def _distance(found, right):
+    return (found.double().cpu() - right).abs().max().nan_to_num(torch.inf).item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_values_and_gradients(sizes, dtype):
-    check(make_arguments(*sizes, dtype=dtype))
+    check(*sizes, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parameters_in_either_type_and_shape(dtype):
     for bias in ("none", "shared", "own"):
-        check(make_arguments(3, 4, 5, 7, 12, bias=bias, dtype=dtype))
-    check(make_arguments(3, 4, 5, 7, 12, dtype=dtype, parameters=torch.float32))
+        check(3, 4, 5, 7, 12, bias=bias, dtype=dtype)
+    check(3, 4, 5, 7, 12, dtype=dtype, parameters=torch.float32)
 
 
 def test_members_do_not_meet():

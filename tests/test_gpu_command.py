@@ -1,5 +1,6 @@
 """`python -m benchmarks.gpu` on a machine without one: what it would run exists, and what fails stops nothing else."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -132,6 +133,28 @@ def test_a_rehearsal_writes_everything(tmp_path):
     assert report["parts"]["gain"]["gain bfloat16"]["ended"] == "ran out of time"
     assert report["parts"]["linear"]["linear bfloat16"]["ended"] == "not begun: no time left"
     assert "results/gain_bfloat16.log" in tarfile.open(archive).getnames()
+
+
+def test_a_contender_that_raises_or_is_wrong_is_named_and_the_others_are_timed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    comparison, bench = pytest.importorskip("comparison"), pytest.importorskip("bench_ensemble_batch_norm")
+
+    def raises(*_):
+        raise RuntimeError("no kernel image is available")
+
+    arguments = argparse.Namespace(seconds=0.0, one_thread=False)
+    functions = {"raises": raises, "wrong": lambda x: x * 1.1, "square": torch.square, "ours": lambda x: x * x}
+    leaf, dy = torch.randn(8, requires_grad=True), torch.randn(8)
+    rows = comparison.compare(functions, [leaf], dy, torch.square, arguments)
+    assert "no kernel image" in rows["raises"]["failed"] and rows["wrong"]["error"] > 0.05
+    assert rows["ours"]["fastest_peer"] == "square" and len(list(comparison.describe(rows))) == 4
+    case = bench.Case(2, 3, 4, device=torch.device("cpu"), dtype=torch.float32, channels_last=False)
+    plain = {bench.PLAIN: bench.plain, bench.FLOOR: bench.floor}
+    for ours, key in ((raises, "failed"), (bench.plain, "wrong_share")):
+        table = {"layout": "contiguous", "rows": bench.bench(case, {**plain, bench.OURS: ours}, 0.0)}
+        assert key in table["rows"][bench.OURS] and "ms" in table["rows"][bench.PLAIN]
+        assert all(bench.describe(*row) for row in table["rows"].items())
+        assert bench.summarize([table]) == {} and bench.markdown([table]).count("\n") == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -33,7 +33,7 @@ def make_arguments(bias="shared", members=K, batch=B, dtype=torch.float64):
 def plain_lstm(arguments):
     """nn.LSTM on each member's rows with that member's folded weights: every h, the last h and the last c."""
     x, h0, c0, weight_ih, weight_hh, s_ih, r_ih, s_hh, r_hh, bias = arguments
-    lstm = nn.LSTM(x.size(2), h0.size(1), bias=bias is not None).to(x.dtype)
+    lstm = nn.LSTM(x.size(2), h0.size(1), bias=bias is not None).to(x)
     members, outputs = len(s_ih), []
     for k in range(members):
         weights = {
