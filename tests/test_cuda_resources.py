@@ -1,11 +1,15 @@
-"""What the compiler made of the CUDA kernels, read from the built library: needs no GPU."""
+"""What the compiler made of the CUDA kernels, and what launches plan for them, from the built library: needs no GPU."""
 
+import ctypes
+import itertools
+import math
 import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import latephase_kernels
 
@@ -31,6 +35,18 @@ STREAMING_SHARED_BYTES = 8 * 8 * 17 * 4
 GAIN_BACKWARD_SHARED_BYTES = 18 * 1024
 FOLD_BACKWARD_SHARED_BYTES = 16 * 1024
 RESERVED_SHARED_BYTES = 1024  # of every block, by the system
+# Of a device: shared memory of a multiprocessor and of a block at most, the system's share of a block, the largest
+# cluster, multiprocessors; and the threads of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).
+LIMITS = {
+    "sm_80": ((164 << 10, 163 << 10, 1024, 1, 108), 2048),
+    "sm_86": ((100 << 10, 99 << 10, 1024, 1, 84), 1536),
+    "sm_90": ((228 << 10, 227 << 10, 1024, 16, 132), 2048),
+    "sm_100": ((228 << 10, 227 << 10, 1024, 16, 148), 2048),
+    "sm_120": ((100 << 10, 99 << 10, 1024, 8, 170), 1536),
+}
+RUNS_ON = {"sm_86": "sm_80", "sm_120": "sm_100"}  # whose machine code, or PTX, it runs
+KERNELS = {1: "forward_kernel", 2: "backward_kernel"}  # by the operands that are kept on chip
+UNIT = 8  # values of a thread's access
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -136,3 +152,75 @@ def test_vector_paths_use_128_bit_accesses(architecture):
             assert (count(kernel, "LDGSTS", ".128") >= 1) == wide, kernel
             assert (count(kernel, "STG", ".128") >= 1) == wide, kernel
             assert (count(kernel, "LDGSTS", ".64") == 0) == wide, kernel
+
+
+PLAN = ("blocks", "threads", "shared", "cluster", "cooperative", "splits", "lanes", "part_threads", "iterations")
+
+
+def _plan(sizes: tuple, element_size: int, operands: int, device: tuple) -> dict[str, int] | None:
+    """The plan of sizes (K, B, C, S, channels_last) on a device; None: it streams."""
+    planned = (ctypes.c_int64 * len(PLAN))()
+    arrays = [(ctypes.c_int64 * 5)(*numbers) for numbers in (sizes, device)]
+    function = ctypes.CDLL(str(LIBRARY)).latephase_ensemble_batch_norm_plan
+    return dict(zip(PLAN, planned)) if function(arrays[0], element_size, operands, arrays[1], planned) else None
+
+
+@pytest.fixture(scope="module")
+def registers() -> dict[tuple[str, str], int]:
+    """The registers of a thread by (architecture, kernel)."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch is built without CUDA: the library does not load")
+    return {(architecture, name): used["REG"] for architecture, name, used in _resources()}
+
+
+@pytest.mark.parametrize("architecture", LIMITS)
+@pytest.mark.parametrize("operands", KERNELS)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+def test_plans_fit_the_device(registers, architecture, operands, channels_last):
+    """Shared memory, registers and threads of the blocks that share a multiprocessor; all data has a place on chip."""
+    device, most_threads = LIMITS[architecture]
+    per_multiprocessor, per_block, reserved, max_cluster, multiprocessors = device
+    layout, code = ("contiguous", "channels_last")[channels_last], RUNS_ON.get(architecture, architecture)
+    tiers = set()
+    for B, C, S, dtype in itertools.product((1, 5, 32, 128, 256), (1, 7, 64, 640), (1, 49, 784, 3136, 50176), DTYPES):
+        element_size = 4 if dtype == "float" else 2
+        plan, alone = (_plan((K, B, C, S, channels_last), element_size, operands, device) for K in (10, 1))
+        group_bytes = B * S * element_size * operands * (min(C, 32 // element_size * UNIT) if channels_last else 1)
+        if plan is None:
+            assert alone is None and group_bytes > per_block, "what fits one block need not stream"
+            tiers.add("streaming")
+            continue
+        shape = ("threads", "shared", "cluster", "cooperative", "splits", "lanes", "part_threads", "iterations")
+        assert [plan[name] for name in shape] == [alone[name] for name in shape], "K has no say"
+        assert plan["shared"] <= per_block and plan["cluster"] <= max_cluster
+        assert plan["blocks"] % plan["splits"] == 0 and plan["blocks"] < 2**31
+        slots = plan["threads"] * plan["iterations"]
+        assert plan["shared"] >= slots * (UNIT * element_size * operands + (operands == 2))
+        positions = B * S if channels_last else B * math.ceil(S / UNIT)
+        assert plan["splits"] * plan["part_threads"] // plan["lanes"] * plan["iterations"] >= positions
+        if plan["cooperative"]:
+            assert plan["blocks"] <= multiprocessors and plan["cluster"] == 1
+            together, kernel = 1, "virtual"
+        else:
+            together = next(n for n in (4, 2, 1) if plan["shared"] <= per_multiprocessor // n - reserved)
+            assert plan["cluster"] == plan["splits"]
+            kernel = "resident"
+        tiers.add((kernel, plan["cluster"] > 1, plan["threads"] > plan["part_threads"]))
+        assert together * plan["threads"] <= most_threads
+        for width in ("wide", "narrow"):
+            used = registers[code, f"{kernel}_{KERNELS[operands]}<{dtype}, {layout}, {width}>"]
+            warps = together * plan["threads"] // 32
+            assert warps * math.ceil(used / 8) * 8 * 32 <= 65536, "registers are given out by eight"
+    assert "streaming" in tiers and ("virtual", False, False) in tiers and ("resident", False, False) in tiers
+    assert (("resident", True, False) in tiers) == (max_cluster > 1)
+    assert (("resident", False, True) in tiers) == (not channels_last)
+
+
+def test_a_margin_leaves_multiprocessors_out_of_virtual_clusters(registers, monkeypatch):
+    device, _ = LIMITS["sm_90"]
+    sizes, options = (10, 64, 64, 3136, True), (2, 2, device)
+    assert _plan(sizes, *options)["cooperative"] and 100 < _plan(sizes, *options)["blocks"] <= 132
+    monkeypatch.setenv("LATEPHASE_CUDA_SM_MARGIN", "16")
+    assert _plan(sizes, *options) is None or _plan(sizes, *options)["blocks"] <= 116
+    monkeypatch.setenv("LATEPHASE_CUDA_SM_MARGIN", "132")
+    assert _plan(sizes, *options) is None

@@ -57,6 +57,7 @@ PRODUCTS = {
     "product backward": ("rank1_linear", "_product_kernel", (3152, 1536, 384)),
     "weight gradients": ("rank1_linear", "_weight_gradient_kernel", (3152, 384, 1536)),
     "weight gradients, few rows": ("rank1_linear", "_weight_gradient_kernel", (32, 500, 2000)),
+    "weight gradients, odd rows": ("rank1_linear", "_weight_gradient_kernel", (200, 785, 511)),
     "LSTM step": ("rank1_lstm", "_step_kernel", (32, 500)),
     "LSTM step backward": ("rank1_lstm", "_step_backward_kernel", (32, 500)),
     "merge of parts": ("rank1_linear", "_merge_kernel", (1, 1, 1)),

@@ -159,3 +159,23 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(latephase_kernels, CUDA, m) {
   latephase::ensemble_batch_norm::Ops<latephase::ensemble_batch_norm::Cuda>::implement(m);
 }
+
+// The plan of a call as numbers, for whoever wants to know it without a GPU: 0 where it streams, else 1.
+// sizes: K, B, C, S, channels_last. device: as Device. plan: blocks, threads, shared bytes, cluster, cooperative,
+// splits, lanes, threads of a part, units of a thread.
+extern "C" __attribute__((visibility("default"))) int latephase_ensemble_batch_norm_plan(const int64_t* sizes,
+                                                                                         int element_size, int operands,
+                                                                                         const int64_t* device,
+                                                                                         int64_t* plan) {
+  using namespace latephase;
+  const Sizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4] != 0};
+  const Device d{device[0], device[1], device[2], static_cast<int>(device[3]), static_cast<int>(device[4])};
+  const auto found = ensemble_batch_norm::plan_of(s, element_size, operands, d);
+  if (!found) return 0;
+  const Grid& grid = found->grid;
+  const ensemble_batch_norm::Geometry& g = found->geometry;
+  const int64_t numbers[] = {grid.blocks,       grid.threads, grid.shared_bytes, grid.cluster,     grid.cooperative,
+                             int64_t{g.splits}, g.lanes,      g.threads,         found->iterations};
+  std::copy(std::begin(numbers), std::end(numbers), plan);
+  return 1;
+}

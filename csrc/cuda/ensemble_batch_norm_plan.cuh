@@ -6,9 +6,8 @@
 //   several groups a block   a group is less than four warps of work (contiguous data only)
 //   one group a block        the group fits the shared memory of a block
 //   thread-block cluster     it fits that of 2, 4, 8 or 16 blocks, as far as clusters of that size fill the device
-//   virtual cluster          it fits that of as many blocks as there are multiprocessors, or fewer; the groups share
-//   the
-//                            device, a block a multiprocessor (ensemble_batch_norm_virtual.cuh)
+//   virtual cluster          it fits that of as many blocks as there are multiprocessors, or fewer: one on each;
+//                            the groups share them (ensemble_batch_norm_virtual.cuh)
 //   streaming                any size (ensemble_batch_norm_streaming.cuh)
 //
 // the first three with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then
@@ -67,10 +66,9 @@ inline Plan resident_plan(const Sizes& s, int lanes, int cluster, int max_thread
 
 // The plan of a virtual cluster with at most this much shared memory a block, or nothing: the device has too little.
 inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int64_t budget, int element_size, int operands,
-                                        const Device& device) {
-  const int blocks = device.cooperative_blocks;
+                                        int64_t blocks) {
   const int64_t values = s.n() * (s.channels_last ? lanes * kUnit : 1);
-  if (blocks == 0 || budget == 0 || values * element_size * operands > budget * blocks) return std::nullopt;
+  if (budget == 0 || values * element_size * operands > budget * blocks) return std::nullopt;
   const auto cut = [&](int64_t splits) {
     return resident_plan(s, lanes, static_cast<int>(splits), kVirtualThreads, element_size, operands);
   };
@@ -92,8 +90,9 @@ inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int64_t budge
 }
 
 // The plan of the on-chip tiers, or nothing: streaming. `operands` are kept on chip: x, or x and dy.
-// For tests of every tier on small data, LATEPHASE_CUDA_SHARED_KIB lowers the shared memory of a block (0 always
-// streams) and LATEPHASE_CUDA_CLUSTER the largest thread-block cluster.
+// LATEPHASE_CUDA_SM_MARGIN leaves so many multiprocessors out of virtual clusters, which else wait for all: for kernels
+// of collectives that run beside them. For tests of every tier on small data, LATEPHASE_CUDA_SHARED_KIB lowers the
+// shared memory of a block (0 always streams) and LATEPHASE_CUDA_CLUSTER the largest thread-block cluster.
 inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operands, const Device& device) {
   if (s.n() == 0) return std::nullopt;
   const auto lowered = [](const char* name, int64_t value, int64_t unit) {
@@ -102,6 +101,8 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   };
   const int64_t most = lowered("LATEPHASE_CUDA_SHARED_KIB", device.shared_bytes(1), 1024);
   const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
+  const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
+  const int64_t blocks_of_device = device.cooperative_blocks - (margin != nullptr ? std::atoll(margin) : 0);
   for (const int row_bytes : {128, 64}) {
     const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));
     for (const int blocks : {4, 2, 1}) {  // on a multiprocessor
@@ -114,7 +115,7 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
         if (plan.grid.shared_bytes <= budget) return plan;
       }
     }
-    if (auto plan = virtual_plan(s, lanes, most, element_size, operands, device)) return plan;
+    if (auto plan = virtual_plan(s, lanes, most, element_size, operands, blocks_of_device)) return plan;
     if (!s.channels_last) break;
   }
   return std::nullopt;

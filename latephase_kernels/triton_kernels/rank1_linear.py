@@ -213,7 +213,7 @@ _GRADIENT_TILES = {  # m: of out, n: of in
     "16 bits": Tile(128, 64, 64, 8, 3),
     "tf32": Tile(64, 64, 32, 8, 3),
     "ieee": Tile(64, 64, 16, 8, 2),
-    "narrow": Tile(32, 32, 16, 8, 2),
+    "narrow": Tile(32, 32, 16, 8, 3),
 }
 _SMALLEST = 16  # that a matrix unit takes
 
