@@ -52,12 +52,18 @@ struct Ops {
     return f;
   }
 
+  static Affine gain_of(const OptionalTensor& output_gain, bool residual, const Tensor& input, const Sizes& s) {
+    STD_TORCH_CHECK(!output_gain.has_value() || !residual, "ensemble_batch_norm: output_gain takes no residual");
+    return affine(kOp, "output_gain", output_gain, input, s);
+  }
+
   static std::tuple<Tensor, Tensor> normalize(Forward& f, const Tensor& input, const OptionalTensor& weight,
                                               const OptionalTensor& bias, const OptionalTensor& residual,
-                                              const std::string& activation) {
+                                              const std::string& activation, const OptionalTensor& output_gain) {
     f.relu = is_relu(kOp, activation);
     f.weight = affine(kOp, "weight", weight, input, f.sizes);
     f.bias = affine(kOp, "bias", bias, input, f.sizes);
+    f.output_gain = gain_of(output_gain, residual.has_value(), input, f.sizes);
     if (residual.has_value()) f.residual = data_like(kOp, "residual", *residual, input);
     Tensor y = empty_as(input);
     Tensor mask = new_mask(input, f.sizes, f.relu && residual.has_value());
@@ -70,7 +76,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> whole(
       const Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, bool training,
-      double eps, int64_t num_members, const std::string& activation) {
+      double eps, int64_t num_members, const std::string& activation, const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
     Tensor mean = statistic(input, s), var = statistic(input, s), rstd = statistic(input, s);
     if (!training) {
@@ -86,7 +92,7 @@ struct Ops {
     f.eps = eps;
     f.rstd = rstd.mutable_data_ptr();
     f.var = var.mutable_data_ptr();
-    auto [y, mask] = normalize(f, input, weight, bias, residual, activation);
+    auto [y, mask] = normalize(f, input, weight, bias, residual, activation, output_gain);
     return {y, mean, rstd, var, mask};
   }
 
@@ -95,11 +101,12 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update(
       const Tensor& input, const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& batches,
       const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double momentum,
-      double eps, int64_t num_members, const std::string& activation) {
+      double eps, int64_t num_members, const std::string& activation, const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
     const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
-    check_devices(kOp, input,
-                  {&running_mean, &running_var, given(batches), given(weight), given(bias), given(residual)});
+    check_devices(
+        kOp, input,
+        {&running_mean, &running_var, given(batches), given(weight), given(bias), given(residual), given(output_gain)});
     STD_TORCH_CHECK(input.dim() <= 5, "ensemble_batch_norm: input must have at most 3 spatial dimensions");
     STD_TORCH_CHECK(s.n() > 1, "ensemble_batch_norm: training needs more than one value a channel and member");
     STD_TORCH_CHECK(std::isfinite(eps) && eps > 0, "ensemble_batch_norm: eps must be finite and > 0 in training");
@@ -119,7 +126,7 @@ struct Ops {
     f.running = {running_mean.mutable_data_ptr(), running_var.mutable_data_ptr(),
                  batches.has_value() ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr, momentum,
                  static_cast<double>(s.n()) / static_cast<double>(s.n() - 1)};
-    auto [y, mask] = normalize(f, input, weight, bias, residual, activation);
+    auto [y, mask] = normalize(f, input, weight, bias, residual, activation, output_gain);
     return {y, mean, rstd, var, mask};
   }
 
@@ -135,13 +142,13 @@ struct Ops {
   static std::tuple<Tensor, Tensor> apply(const Tensor& input, const Tensor& mean, const Tensor& rstd,
                                           const OptionalTensor& weight, const OptionalTensor& bias,
                                           const OptionalTensor& residual, int64_t num_members,
-                                          const std::string& activation) {
+                                          const std::string& activation, const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
     check_statistic("mean", mean, input, s);
     check_statistic("rstd", rstd, input, s);
     Forward f = forward_of(input, s, false, mean);
     f.rstd = const_cast<void*>(rstd.const_data_ptr());  // read only: compute_statistics is false
-    return normalize(f, input, weight, bias, residual, activation);
+    return normalize(f, input, weight, bias, residual, activation, output_gain);
   }
 
   static Backward backward_of(const Tensor& dy, const Tensor& input, const Tensor& mean, const Tensor& rstd,
@@ -174,8 +181,9 @@ struct Ops {
     return b;
   }
 
-  static std::tuple<Tensor, Tensor> input_gradients(Backward& b, const Tensor& input, double count,
-                                                    bool residual_grad) {
+  static std::tuple<Tensor, Tensor> input_gradients(Backward& b, const Tensor& input, double count, bool residual_grad,
+                                                    const OptionalTensor& output_gain) {
+    b.output_gain = gain_of(output_gain, residual_grad, input, b.sizes);
     Tensor dx = empty_as(input);
     Tensor dresidual = residual_grad ? empty_as(input) : empty(input, {0}, input.scalar_type());
     b.count = count;
@@ -185,18 +193,16 @@ struct Ops {
     return {dx, dresidual};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(const Tensor& dy, const Tensor& input,
-                                                                   const Tensor& mean, const Tensor& rstd,
-                                                                   const OptionalTensor& weight,
-                                                                   const OptionalTensor& bias, const Tensor& mask,
-                                                                   bool training, int64_t num_members,
-                                                                   const std::string& activation, bool residual_grad) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(
+      const Tensor& dy, const Tensor& input, const Tensor& mean, const Tensor& rstd, const OptionalTensor& weight,
+      const OptionalTensor& bias, const Tensor& mask, bool training, int64_t num_members, const std::string& activation,
+      bool residual_grad, const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
     Tensor sum_dz = statistic(input, s), sum_dz_xhat = statistic(input, s);
     Backward b =
         backward_of(dy, input, mean, rstd, weight, bias, mask, num_members, activation, sum_dz, sum_dz_xhat, true);
     const double count = training ? static_cast<double>(s.n()) : HUGE_VAL;
-    auto [dx, dresidual] = input_gradients(b, input, count, residual_grad);
+    auto [dx, dresidual] = input_gradients(b, input, count, residual_grad, output_gain);
     return {dx, sum_dz_xhat, sum_dz, dresidual};
   }
 
@@ -216,10 +222,11 @@ struct Ops {
                                                    const Tensor& rstd, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const Tensor& mask, const Tensor& sum_dz,
                                                    const Tensor& sum_dz_xhat, double count, int64_t num_members,
-                                                   const std::string& activation, bool residual_grad) {
+                                                   const std::string& activation, bool residual_grad,
+                                                   const OptionalTensor& output_gain) {
     Backward b =
         backward_of(dy, input, mean, rstd, weight, bias, mask, num_members, activation, sum_dz, sum_dz_xhat, false);
-    return input_gradients(b, input, count, residual_grad);
+    return input_gradients(b, input, count, residual_grad, output_gain);
   }
 
   static void implement(torch::stable::detail::StableLibrary& m) {

@@ -28,8 +28,8 @@ struct Forward {
   DataType dtype;
   const void* x;
   const void* residual = nullptr;
-  Affine weight, bias;
-  bool compute_statistics;  // else mean and rstd are given
+  Affine weight, bias, output_gain;  // output_gain multiplies what the activation let through; not with a residual
+  bool compute_statistics;           // else mean and rstd are given
   double eps = 0;
   void* mean;
   void* rstd = nullptr;  // written when compute_statistics and not null
@@ -48,11 +48,11 @@ struct Backward {
   const void* x;
   const void* mean;
   const void* rstd;
-  Affine weight, bias;
+  Affine weight, bias, output_gain;
   const uint8_t* mask = nullptr;  // with relu and no mask, the mask is recomputed from x
   bool relu = false;
   bool compute_sums;  // else sum_dz and sum_dz_xhat are given
-  void* sum_dz;
+  void* sum_dz;       // of dz before the output gain, like the next
   void* sum_dz_xhat;
   double count;        // values a statistic was taken over; infinity: the statistics were constants
   void* dx = nullptr;  // null: sums only

@@ -22,7 +22,7 @@ STATISTICS = ("mean", "var", "rstd", "running_mean", "running_var", "sum_dz", "s
 PER_MEMBER = (*STATISTICS, "weight", "bias", "gain", "dgain", "dbias")
 SUMS = ("first", "second", "partials")
 BLOCKS = dict(BLOCK_SPLITS=64, BLOCK_GROUPS=16)
-FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, RELU=True, BATCH_STATISTICS=True)
+FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, GAIN_SHARED=False, RELU=True, BATCH_STATISTICS=True)
 APPLY_KERNELS = ("apply_kernel", "backward_apply_kernel")  # tiles of their own; others have a reduction's
 NORM, ON_CHIP = "ensemble_batch_norm_streaming", "ensemble_batch_norm_resident"
 GAIN, TILES = "member_gain", "tiles"
@@ -32,17 +32,21 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
     "statistics": (NORM, "statistics_kernel", ["partials", *RUNNING]),
     "statistics, split": (NORM, "statistics_kernel", []),
     "merge statistics": (NORM, "merge_statistics_kernel", []),
-    "apply + ReLU": (NORM, "apply_kernel", ["residual", "mask"]),
-    "apply + residual + ReLU": (NORM, "apply_kernel", []),
+    "apply + ReLU": (NORM, "apply_kernel", ["residual", "mask", "gain"]),
+    "apply + ReLU + gain": (NORM, "apply_kernel", ["residual", "mask"]),
+    "apply + residual + ReLU": (NORM, "apply_kernel", ["gain"]),
     "backward reduce, ReLU recomputed": (NORM, "backward_reduce_kernel", ["mask", "partials"]),
     "backward reduce, ReLU bits, split": (NORM, "backward_reduce_kernel", []),
-    "backward apply, ReLU recomputed": (NORM, "backward_apply_kernel", ["mask", "dresidual"]),
-    "backward apply, ReLU bits": (NORM, "backward_apply_kernel", []),
-    "on chip, statistics": (ON_CHIP, "resident_forward_kernel", ["y", "mask", "residual", "rstd", *RUNNING]),
-    "on chip, forward + ReLU": (ON_CHIP, "resident_forward_kernel", ["mask", "residual"]),
-    "on chip, forward + residual + ReLU": (ON_CHIP, "resident_forward_kernel", []),
-    "on chip, backward, ReLU recomputed": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual"]),
-    "on chip, backward, ReLU bits": (ON_CHIP, "resident_backward_kernel", []),
+    "backward apply, ReLU recomputed": (NORM, "backward_apply_kernel", ["mask", "dresidual", "gain"]),
+    "backward apply, ReLU recomputed, gain": (NORM, "backward_apply_kernel", ["mask", "dresidual"]),
+    "backward apply, ReLU bits": (NORM, "backward_apply_kernel", ["gain"]),
+    "on chip, statistics": (ON_CHIP, "resident_forward_kernel", ["y", "mask", "residual", "gain", "rstd", *RUNNING]),
+    "on chip, forward + ReLU": (ON_CHIP, "resident_forward_kernel", ["mask", "residual", "gain"]),
+    "on chip, forward + ReLU + gain": (ON_CHIP, "resident_forward_kernel", ["mask", "residual"]),
+    "on chip, forward + residual + ReLU": (ON_CHIP, "resident_forward_kernel", ["gain"]),
+    "on chip, backward, ReLU recomputed": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
+    "on chip, backward, ReLU recomputed, gain": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual"]),
+    "on chip, backward, ReLU bits": (ON_CHIP, "resident_backward_kernel", ["gain"]),
     "merge sums": (TILES, "merge_sums_kernel", []),
     "gain + bias + ReLU": (GAIN, "_forward_kernel", []),
     "gain backward": (GAIN, "_backward_kernel", ["partials"]),

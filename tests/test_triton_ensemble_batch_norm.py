@@ -309,6 +309,39 @@ def test_running_statistics_move_in_the_same_kernels(num_members, shape, memory_
         assert batches.tolist() == [4, 6]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training, activation", [(True, "relu"), (True, "none"), (False, "relu")])
+@pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5], ids=str)
+def test_output_gain(num_members, shape, memory_format, training, activation, dtype, tier):
+    tensors = list(make(num_members, shape, memory_format, dtype, residual=False))
+    gain = torch.randn(num_members, shape[1], generator=torch.Generator().manual_seed(1))
+    gain[0, 0] = 0
+    tensors[3] = gain if activation == "relu" else gain[0]  # in place of a residual; shared by the members
+    arguments = (num_members, training, activation)
+
+    def ours(input, weight, bias, gain, mean, var):
+        return ensemble_batch_norm(
+            input, mean, var, weight, bias, training, 0.1, EPS,
+            num_members=num_members, activation=activation, output_gain=gain,
+        )  # fmt: skip
+
+    def times_gain(function):
+        def gained(input, weight, bias, gain, *statistics):
+            y = function(*arguments)(input, weight, bias, None, *statistics)
+            return (y * reference.per_row(gain, y)).to(y.dtype)
+
+        return gained
+
+    exact = with_gradients(times_gain(truth), tensors, torch.float64)
+    theirs, found = (with_gradients(function, tensors) for function in (times_gain(pytorch), ours))
+    scales = {name: scale * gain.abs().max() for name, scale in sum_scales(num_members, tensors, training).items()}
+    scales[NAMES[4]] = sum(t.abs().max() * s for t, s in zip(tensors[1:3], scales.values())) / gain.abs().max()
+    for name, right, their, our in zip(NAMES, exact, theirs, found, strict=True):
+        rounding = torch.finfo(our.dtype).eps * scales.get(name, right.abs().max())
+        allowed = 2 * (their.double() - right).abs().max() + rounding
+        assert our.dtype == their.dtype and (our.double() - right).abs().max() <= allowed, name
+
+
 def test_no_rows():
     input = torch.empty(0, 3, 4, 4, requires_grad=True)
     weight = torch.ones(2, 3, requires_grad=True)

@@ -42,6 +42,7 @@ class Channels {
   static constexpr int64_t kTileBytes = 64 << 10;  // of a tile: it is read twice for the statistics
   static constexpr int64_t kWaveBytes = 1 << 20;   // of a wave, for each thread: half of its own cache
   static constexpr int64_t kBlock = 64;            // channels merged at once
+  static constexpr int64_t kCoefficients = sizeof(Coefficients<A>) / sizeof(A);
 
  public:
   static void forward(const Forward& f, const Parallel& parallel) {
@@ -105,15 +106,16 @@ class Channels {
   }
 
   static Coefficients<A*> coefficients_at(const Workspace<A>& workspace, const Sizes& s, int64_t member) {
-    A* first = workspace.at(member * 5 * width(s));
+    A* first = workspace.at(member * kCoefficients * width(s));
     const int64_t w = width(s);
-    return {first, first + w, first + 2 * w, first + 3 * w, first + 4 * w};
+    return {first, first + w, first + 2 * w, first + 3 * w, first + 4 * w, first + 5 * w};
   }
   static Coefficients<A*> from_channel(const Coefficients<A*>& at, int64_t c) {
-    return {at.mean + c, at.scale + c, at.bias + c, at.slope + c, at.offset + c};
+    return {at.mean + c, at.scale + c, at.bias + c, at.factor + c, at.slope + c, at.offset + c};
   }
   static Coefficients<Vec<A>> read(const Coefficients<A*>& at, int64_t c) {
-    return {load(at.mean + c), load(at.scale + c), load(at.bias + c), load(at.slope + c), load(at.offset + c)};
+    return {load(at.mean + c),   load(at.scale + c), load(at.bias + c),
+            load(at.factor + c), load(at.slope + c), load(at.offset + c)};
   }
 
   // Calls body(first row, rows) over member k's rows i0 … i1 in groups; rows is a compile-time kGroup but at the end.
@@ -155,8 +157,8 @@ class Channels {
     const int64_t slab = tensors * s.n() * s.C * static_cast<int64_t>(sizeof(T));
     const int64_t wave = std::clamp<int64_t>(parallel.threads * kWaveBytes / slab, 1, last - first);
     const int64_t tile_sums = kSums * width(s);
-    const Workspace<A> sums(sums_needed ? wave * tiles * tile_sums : 0), coefficients(wave * 5 * width(s));
-    std::fill_n(coefficients.at(0), wave * 5 * width(s), A(0));
+    const Workspace<A> sums(sums_needed ? wave * tiles * tile_sums : 0), coefficients(wave * kCoefficients * width(s));
+    std::fill_n(coefficients.at(0), wave * kCoefficients * width(s), A(0));
     for (; first < last; first += wave) {
       const int64_t members = std::min(wave, last - first);
       if (sums_needed) {

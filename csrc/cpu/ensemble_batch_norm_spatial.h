@@ -139,10 +139,10 @@ class Spatial {
   template <class Arguments>
   static Coefficients<Vec<A>> coefficients(const Arguments& f, int64_t k, int64_t c) {
     Coefficients<A> one{};
-    const Coefficients<A*> out{&one.mean, &one.scale, &one.bias, &one.slope, &one.offset};
+    const Coefficients<A*> out{&one.mean, &one.scale, &one.bias, &one.factor, &one.slope, &one.offset};
     fill_affine<A>(out, f, k, c, 1);
     if constexpr (std::is_same_v<Arguments, Backward>) fill_correction<A>(out, f, k, c, 1);
-    return {splat(one.mean), splat(one.scale), splat(one.bias), splat(one.slope), splat(one.offset)};
+    return {splat(one.mean), splat(one.scale), splat(one.bias), splat(one.factor), splat(one.slope), splat(one.offset)};
   }
 };
 

@@ -32,10 +32,11 @@ void write_statistics(const Forward& f, int64_t i, double mean, double var) {
 }
 
 // One (member, channel)'s coefficients, a channel or a register of them in each V:
-// y = (x − mean) · scale + bias; dx = dz · scale − ((x − mean) · slope + offset).
+// z = (x − mean) · scale + bias, y = activation(z) · factor; dx = dz · factor − ((x − mean) · slope + offset).
+// The factor is the output gain forward, and scale times the output gain backward.
 template <class V>
 struct Coefficients {
-  V mean, scale, bias, slope, offset;
+  V mean, scale, bias, factor, slope, offset;
 };
 
 // Pointers to `count` channels' coefficients, filled for channels c0 … of member k: the part known before the backward
@@ -45,9 +46,11 @@ void fill_affine(const Coefficients<A*>& out, const Arguments& f, int64_t k, int
   const int64_t first = k * f.sizes.C + c0;
   read_affine<A>(f.weight, k, c0, count, 1, out.scale);
   read_affine<A>(f.bias, k, c0, count, 0, out.bias);
+  read_affine<A>(f.output_gain, k, c0, count, 1, out.factor);
   for (int64_t j = 0; j < count; ++j) {
     out.mean[j] = static_cast<const A*>(f.mean)[first + j];
     out.scale[j] *= static_cast<const A*>(f.rstd)[first + j];
+    if constexpr (std::is_same_v<Arguments, Backward>) out.factor[j] *= out.scale[j];
   }
 }
 
@@ -58,8 +61,8 @@ void fill_correction(const Coefficients<A*>& out, const Backward& b, int64_t k, 
   for (int64_t j = 0; j < count; ++j) {
     const A mean_dz = static_cast<A>(static_cast<const A*>(b.sum_dz)[first + j] / b.count);
     const A mean_dz_xhat = static_cast<A>(static_cast<const A*>(b.sum_dz_xhat)[first + j] / b.count);
-    out.offset[j] = constant ? 0 : out.scale[j] * mean_dz;
-    out.slope[j] = constant ? 0 : out.scale[j] * static_cast<const A*>(b.rstd)[first + j] * mean_dz_xhat;
+    out.offset[j] = constant ? 0 : out.factor[j] * mean_dz;
+    out.slope[j] = constant ? 0 : out.factor[j] * static_cast<const A*>(b.rstd)[first + j] * mean_dz_xhat;
   }
 }
 
@@ -85,7 +88,7 @@ struct ForwardStep {
       z = keep<A>(z, passed);
       if constexpr (kRelu == Relu::FromMask) write_mask<A>(mask, column, passed, count);
     }
-    store(y + at, z, count);
+    store(y + at, z * c.factor, count);
   }
 };
 
@@ -122,7 +125,7 @@ struct BackwardStep {
     Vec<A> centred;
     const Vec<A> dz = gradient(at, mask, column, count, c, centred);
     // Constant statistics pass no gradient on, so that a NaN elsewhere does not come in through 0 · NaN.
-    store(dx + at, constant ? dz * c.scale : fma(dz, c.scale, -fma(centred, c.slope, c.offset)), count);
+    store(dx + at, constant ? dz * c.factor : fma(dz, c.factor, -fma(centred, c.slope, c.offset)), count);
     if (dresidual) store(dresidual + at, dz, count);
   }
 };

@@ -56,7 +56,7 @@ void run_forward(const Forward& f) {
                                      static_cast<const scalar_t*>(f.residual),
                                      static_cast<scalar_t*>(f.y),
                                      f.mask,
-                                     {mean, rstd, Parameter(f.weight), Parameter(f.bias)},
+                                     {mean, rstd, Parameter(f.weight), Parameter(f.bias), Parameter(f.output_gain)},
                                      f.relu};
   if (f.compute_statistics) {
     const FinishStatistics finish(f);
@@ -82,19 +82,20 @@ void run_backward(const Backward& b) {
   auto* rstd = static_cast<const float*>(b.rstd);
   auto* sum_dz = static_cast<float*>(b.sum_dz);
   auto* sum_dz_xhat = static_cast<float*>(b.sum_dz_xhat);
-  const BackwardArguments<scalar_t> a{static_cast<const scalar_t*>(b.dy),
-                                      static_cast<const scalar_t*>(b.x),
-                                      b.mask,
-                                      static_cast<scalar_t*>(b.dx),
-                                      static_cast<scalar_t*>(b.dresidual),
-                                      {static_cast<const float*>(b.mean), rstd, Parameter(b.weight), Parameter(b.bias)},
-                                      sum_dz,
-                                      sum_dz_xhat,
-                                      static_cast<float>(1 / b.count),
-                                      std::isinf(b.count),
-                                      !b.relu             ? Gate::kOpen
-                                      : b.mask != nullptr ? Gate::kMask
-                                                          : Gate::kRecompute};
+  const BackwardArguments<scalar_t> a{
+      static_cast<const scalar_t*>(b.dy),
+      static_cast<const scalar_t*>(b.x),
+      b.mask,
+      static_cast<scalar_t*>(b.dx),
+      static_cast<scalar_t*>(b.dresidual),
+      {static_cast<const float*>(b.mean), rstd, Parameter(b.weight), Parameter(b.bias), Parameter(b.output_gain)},
+      sum_dz,
+      sum_dz_xhat,
+      static_cast<float>(1 / b.count),
+      std::isinf(b.count),
+      !b.relu             ? Gate::kOpen
+      : b.mask != nullptr ? Gate::kMask
+                          : Gate::kRecompute};
   if (b.compute_sums) {
     const FinishSums finish{sum_dz, sum_dz_xhat, rstd};
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 2)) {

@@ -1,8 +1,9 @@
 // The mathematics of ensemble batch norm on a thread's unit, once for all tiers. The same bits in every kernel: where
 // the compiler could fuse a product and a sum or not, this says which.
 //
-//   z = (x − mean) · scale + bias + residual,   scale = rstd · weight,   y = activation(z)
-//   dx = (dz − Σdz / count − (x − mean) · rstd · Σ(dz · x̂) / count) · scale,   dz = dy where the activation let z pass
+//   z = (x − mean) · scale + bias + residual,   scale = rstd · weight,   y = activation(z) · output gain
+//   dx = (dz − Σdz / count − (x − mean) · rstd · Σ(dz · x̂) / count) · scale · output gain,
+//   dz = dy where the activation let z pass
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@ namespace latephase::ensemble_batch_norm {
 struct Normalization {
   const float* mean;
   const float* rstd;
-  Parameter weight, bias;
+  Parameter weight, bias, output_gain;
 };
 
 // ---------------------------------------------------------------------------------------------- statistics
@@ -80,11 +81,11 @@ struct ForwardArguments {
   bool relu;
 };
 
-// mean, scale and bias of each channel of a thread.
+// mean, scale, bias and output gain of each channel of a thread.
 template <class scalar_t, bool channels_last>
 struct Normalizer {
   static constexpr int kCount = Channels<channels_last>::kCount;
-  float mean[kCount], scale[kCount], bias[kCount];
+  float mean[kCount], scale[kCount], bias[kCount], output_gain[kCount];
 
   // From the statistics in memory.
   __device__ Normalizer(const Normalization& of, const Geometry& g, const Part& part,
@@ -106,6 +107,7 @@ struct Normalizer {
     mean[j] = channel_mean;
     scale[j] = live ? __fmul_rn(rstd, of.weight.template at<scalar_t>(part.member, channel, 1)) : 0;
     bias[j] = live ? of.bias.template at<scalar_t>(part.member, channel, 0) : 0;
+    output_gain[j] = live ? of.output_gain.template at<scalar_t>(part.member, channel, 1) : 0;
   }
 
   // j counts the values of a unit.
@@ -125,7 +127,13 @@ __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t
     z[j] = normalizer.normalized(x.get(j), j);
     if (a.residual != nullptr) z[j] = __fadd_rn(z[j], residual.get(j));
   }
-  return a.relu ? Unit<scalar_t>::rectified(z) : Unit<scalar_t>::of(z);
+  if (a.relu && a.normalization.output_gain.data == nullptr) return Unit<scalar_t>::rectified(z);
+#pragma unroll
+  for (int j = 0; j < kUnit; ++j) {
+    if (a.relu && !relu_passes(z[j], Packing<scalar_t>::kRoundsToZero)) z[j] = 0;
+    z[j] = __fmul_rn(z[j], normalizer.output_gain[channels_last ? j : 0]);
+  }
+  return Unit<scalar_t>::of(z);
 }
 
 // ---------------------------------------------------------------------------------------------- backward
@@ -184,15 +192,27 @@ __device__ __forceinline__ void add_to(Sums<Channels<channels_last>::kCount>& su
 }
 
 // How the statistics carry gradients back to x: the mean of dz, and the slope over x − mean. Zeros if they are
-// constants.
+// constants. And what gradients are multiplied by on the way.
 template <bool channels_last>
 struct ThroughStatistics {
   static constexpr int kCount = Channels<channels_last>::kCount;
-  float mean_dz[kCount], slope[kCount];
+  float mean_dz[kCount], slope[kCount], factor[kCount];
 
   __device__ __forceinline__ void set(int j, float sum_dz, float sum_dz_xhat, float rstd, float inverse_count) {
     mean_dz[j] = sum_dz * inverse_count;
     slope[j] = sum_dz_xhat * inverse_count * rstd;
+  }
+
+  template <class scalar_t>
+  __device__ __forceinline__ void set_factors(const Normalizer<scalar_t, channels_last>& normalizer,
+                                              const Normalization& of, const Part& part,
+                                              const Channels<channels_last>& channels) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const float gain =
+          j < channels.live ? of.output_gain.template at<scalar_t>(part.member, channels.first + j, 1) : 0;
+      factor[j] = __fmul_rn(normalizer.scale[j], gain);
+    }
   }
 };
 
@@ -208,7 +228,7 @@ __device__ __forceinline__ Unit<scalar_t> input_gradient(const Normalizer<scalar
     // Not computed for constants: a NaN in x − mean, times zero, would not be zero.
     const float share =
         constant_statistics ? 0 : fmaf(normalizer.centred(x.get(j), j), through.slope[c], through.mean_dz[c]);
-    dx[j] = (dz.get(j) - share) * normalizer.scale[c];
+    dx[j] = (dz.get(j) - share) * through.factor[c];
   }
   return Unit<scalar_t>::of(dx);
 }

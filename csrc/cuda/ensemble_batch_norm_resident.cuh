@@ -278,9 +278,11 @@ __device__ __forceinline__ Sums<Channels<channels_last>::kCount> sums_of(
 // Stores the sums of a thread's channels where it is its place to, and returns how they carry gradients to x.
 template <class scalar_t, bool channels_last>
 __device__ __forceinline__ ThroughStatistics<channels_last> through_statistics(
-    const Resident<scalar_t, channels_last>& r, const BackwardArguments<scalar_t>& a, const FinishSums& finish,
+    const Resident<scalar_t, channels_last>& r, const BackwardArguments<scalar_t>& a,
+    const Normalizer<scalar_t, channels_last>& normalizer, const FinishSums& finish,
     const Sums<Channels<channels_last>::kCount>& sums) {
   ThroughStatistics<channels_last> through;
+  through.set_factors(normalizer, a.normalization, r.part, r.channels);
 #pragma unroll
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
@@ -306,7 +308,7 @@ __global__ void __launch_bounds__(resident_threads(channels_last), 1)
   const auto sums = sums_of(r, a, normalizer);
   r.arrive_at_end();
 
-  const auto through = through_statistics(r, a, finish, sums);
+  const auto through = through_statistics(r, a, normalizer, finish, sums);
   const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
   Cursor<channels_last> cursor = r.cursor();
   for (int i = 0; a.dx != nullptr && i < iterations; ++i) {

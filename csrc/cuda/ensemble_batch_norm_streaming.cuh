@@ -204,6 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(Backward
   const Channels<channels_last> channels(g, part);
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
   ThroughStatistics<channels_last> through;
+  through.set_factors(normalizer, a.normalization, part, channels);
 #pragma unroll
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);

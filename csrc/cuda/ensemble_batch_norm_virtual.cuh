@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
     const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
     wait_for_copies();
     const auto sums = traversal.template merged<Sums<1>>(r, sums_of(r, a, normalizer));
-    const auto through = through_statistics(r, a, finish, sums);
+    const auto through = through_statistics(r, a, normalizer, finish, sums);
     const Part next_part = traversal.next_part();
     const Channels<channels_last> next_channels(g, next_part);
     Cursor<channels_last> cursor = r.cursor(), next(g, next_part, next_channels);

@@ -1,6 +1,6 @@
 """Ensemble batch norm: batch norm with statistics and affine weights of each member's own.
 
-    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ),   rstd_k = 1 / √(var_k + eps)
+    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ) · gain_k,   rstd_k = 1 / √(var_k + eps)
 
 Shapes: K members, B rows a member, C channels, S = product of the spatial sizes, n = B·S values a statistic.
 Row i of input [K·B, C, *] belongs to member k = i // B. Per-member tensors are [K, C].
@@ -55,12 +55,14 @@ def _fake_statistics(input, num_members):
     return _statistic(input, num_members), _statistic(input, num_members)
 
 
-def _fake_apply(input, mean, rstd, weight, bias, residual, num_members, activation):
+def _fake_apply(input, mean, rstd, weight, bias, residual, num_members, activation, output_gain=None):
     mask = input.new_empty(mask_shape(input, residual, activation), dtype=torch.uint8)
     return torch.empty_like(input), mask
 
 
-def _fake_forward(input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation):
+def _fake_forward(
+    input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation, output_gain=None
+):
     y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
     return y, *(_statistic(input, num_members) for _ in range(3)), mask
 
@@ -77,8 +79,9 @@ def _fake_update(
     eps,
     num_members,
     activation,
+    output_gain=None,
 ):
-    others = (running_mean, running_var, num_batches_tracked, weight, bias, residual)
+    others = (running_mean, running_var, num_batches_tracked, weight, bias, residual, output_gain)
     if any(tensor is not None and tensor.device != input.device for tensor in others):
         raise RuntimeError(
             "ensemble_batch_norm: all tensors must be on input's device"
@@ -91,12 +94,27 @@ def _fake_backward_reduce(dy, input, mean, rstd, weight, bias, mask, num_members
 
 
 def _fake_backward_apply(
-    dy, input, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, count, num_members, activation, residual_grad
+    dy,
+    input,
+    mean,
+    rstd,
+    weight,
+    bias,
+    mask,
+    sum_dz,
+    sum_dz_xhat,
+    count,
+    num_members,
+    activation,
+    residual_grad,
+    output_gain=None,
 ):
     return torch.empty_like(input), torch.empty_like(input) if residual_grad else input.new_empty([0])
 
 
-def _fake_backward(dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, residual_grad):
+def _fake_backward(
+    dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, residual_grad, output_gain=None
+):
     dresidual = torch.empty_like(input) if residual_grad else input.new_empty([0])
     return torch.empty_like(input), *_fake_statistics(input, num_members), dresidual
 
@@ -104,25 +122,28 @@ def _fake_backward(dy, input, mean, rstd, weight, bias, mask, training, num_memb
 _NAMESPACES = {"native": registry.NATIVE, "triton": registry.TRITON}
 _STATISTIC = {dtype: reference.accumulation_dtype(dtype) for dtype in DTYPES}  # the type of an input's statistics
 _SAVED = "Tensor dy, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor mask"
+# [K, C] or [C]; not with a residual. dweight, dbias and the sums are those of what it multiplies.
+_GAIN = "Tensor? output_gain=None"
 
 for _name, _schema, _fake in (
     (
         "ensemble_batch_norm",
         "(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
-        "bool training, float eps, int num_members, str activation) "
+        f"bool training, float eps, int num_members, str activation, {_GAIN}) "
         "-> (Tensor y, Tensor mean, Tensor rstd, Tensor var, Tensor mask)",
         _fake_forward,
     ),
     (
         "ensemble_batch_norm_update",
         "(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
-        "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, int num_members, str activation) "
+        "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, int num_members, str activation, "
+        f"{_GAIN}) "
         "-> (Tensor y, Tensor mean, Tensor rstd, Tensor var, Tensor mask)",
         _fake_update,
     ),
     (
         "ensemble_batch_norm_backward",
-        f"({_SAVED}, bool training, int num_members, str activation, bool residual_grad) "
+        f"({_SAVED}, bool training, int num_members, str activation, bool residual_grad, {_GAIN}) "
         "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
         _fake_backward,
     ),
@@ -134,7 +155,7 @@ for _name, _schema, _fake in (
     (
         "ensemble_batch_norm_apply",
         "(Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? residual, int num_members, "
-        "str activation) -> (Tensor y, Tensor mask)",
+        f"str activation, {_GAIN}) -> (Tensor y, Tensor mask)",
         _fake_apply,
     ),
     (
@@ -145,7 +166,7 @@ for _name, _schema, _fake in (
     (
         "ensemble_batch_norm_backward_apply",
         f"({_SAVED}, Tensor sum_dz, Tensor sum_dz_xhat, float count, int num_members, str activation, "
-        "bool residual_grad) -> (Tensor dx, Tensor dresidual)",
+        f"bool residual_grad, {_GAIN}) -> (Tensor dx, Tensor dresidual)",
         _fake_backward_apply,
     ),
 ):
@@ -170,32 +191,35 @@ def normalize(
     num_members: int,
     activation: str,
     group: StatisticsGroup | None = None,
-    gain: tuple[Tensor, Tensor | None] | None = None,
+    input_gain: tuple[Tensor, Tensor | None] | None = None,
+    output_gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean [K, C], biased variance [K, C]) without touching the running statistics; arguments unchecked.
 
-    gain: (r, shift): of input · r + shift, in training and on one rank.
+    input_gain: (r, shift): of input · r + shift, in training and on one rank.
     """
-    if gain is not None:
-        return normalize_with_gain(input, *gain, weight, bias, residual, eps, num_members, activation)
+    if input_gain is not None:
+        return normalize_with_gain(
+            input, *input_gain, weight, bias, residual, eps, num_members, activation, output_gain
+        )
     if training and group is not None and group.size > 1:
-        return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group)
+        return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group, output_gain)
     running, settings = (running_mean, running_var), (training, eps, num_members, activation)
     backend = _backend.backend_for(input)
     if backend == "reference" or torch._C._are_functorch_transforms_active():
         return reference.ensemble_batch_norm(
-            input, running_mean, running_var, weight, bias, residual, training, eps, num_members, activation
+            input, *running, weight, bias, residual, training, eps, num_members, activation, output_gain
         )
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
-    weight, bias = _contiguous(weight), _contiguous(bias)
+    weight, bias, output_gain = _contiguous(weight), _contiguous(bias), _contiguous(output_gain)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
     if torch.compiler.is_compiling():
         operands = (input, *running, weight, bias, residual)
-        y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(*operands, *settings)
+        y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(*operands, *settings, output_gain)
         return y, mean, var
-    return Normalize.apply(input, weight, bias, residual, namespace, running, settings)
+    return Normalize.apply(input, weight, bias, residual, output_gain, namespace, running, settings)
 
 
 def ensemble_batch_norm(
@@ -211,11 +235,12 @@ def ensemble_batch_norm(
     num_members: int,
     residual: Tensor | None = None,  # [K·B, C, *]
     activation: str = "none",
+    output_gain: Tensor | None = None,  # [K, C] or [C]
     group: StatisticsGroup | None = None,
 ) -> Tensor:
     """Normalize each member's rows by their own statistics; equals `F.batch_norm` on each member's slice.
 
-        y = activation( (x − mean_k) / √(var_k + eps) · weight_k + bias_k + residual )
+        y = activation( (x − mean_k) / √(var_k + eps) · weight_k + bias_k + residual ) · gain_k
 
     Args:
         input: [K·B, C] or [K·B, C, *] with up to 3 spatial dimensions, member-major (row i is member i // B's);
@@ -229,6 +254,8 @@ def ensemble_batch_norm(
         num_members: K.
         residual: added before the activation; input's shape and type.
         activation: "none" or "relu" (NaN passes through).
+        output_gain: multiplies what the activation gives, any sign; [K, C], [C] or None, typed like weight; without a
+            residual only.
         group: ranks whose rows make the statistics in training, each with as many of its own; None: own rows alone.
 
     Returns:
@@ -247,7 +274,7 @@ def ensemble_batch_norm(
     if training is True and running_mean is not None and running_var is not None:
         return normalize_and_update(
             input, running_mean, running_var, None, weight, bias, residual,
-            momentum, eps, num_members, activation, group,
+            momentum, eps, num_members, activation, group, output_gain=output_gain,
         )  # fmt: skip
     check_arguments(
         input,
@@ -262,9 +289,12 @@ def ensemble_batch_norm(
         residual,
         activation,
         ranks=1 if group is None else group.size,
+        output_gain=output_gain,
     )
     settings = (eps, num_members, activation, group)
-    return normalize(input, running_mean, running_var, weight, bias, residual, training, *settings)[0]
+    return normalize(
+        input, running_mean, running_var, weight, bias, residual, training, *settings, output_gain=output_gain
+    )[0]
 
 
 def normalize_and_update(
@@ -280,7 +310,8 @@ def normalize_and_update(
     num_members: int,
     activation: str,
     group: StatisticsGroup | None = None,
-    gain: tuple[Tensor, Tensor | None] | None = None,
+    input_gain: tuple[Tensor, Tensor | None] | None = None,
+    output_gain: Tensor | None = None,
 ) -> Tensor:
     """Return y by the batch's statistics and move the running ones, in one kernel where it can.
 
@@ -293,34 +324,36 @@ def normalize_and_update(
     ranks = 1 if group is None else group.size
     try:
         namespace = None
-        if ranks == 1 and gain is None:
+        if ranks == 1 and input_gain is None:
             namespace = _one_op(input, running_mean, running_var, residual, momentum, num_members)
         if namespace is not registry.NATIVE:
-            check_arguments(input, *arguments, ranks)
+            check_arguments(input, *arguments, ranks, output_gain)
         if namespace is None:
             return _normalize_then_update(
-                input, running, weight, bias, residual, momentum, eps, num_members, activation, group, gain
-            )
+                input, running, weight, bias, residual, momentum, eps, num_members, activation, group,
+                input_gain, output_gain,
+            )  # fmt: skip
         x = dense(input)
         y = NormalizeAndUpdate.apply(
             x, _contiguous(weight), _contiguous(bias), None if residual is None else dense_like(residual, x),
-            (namespace, running, momentum, (True, eps, num_members, activation)),
+            _contiguous(output_gain), (namespace, running, momentum, (True, eps, num_members, activation)),
         )  # fmt: skip
     except (RuntimeError, TypeError, AttributeError):
-        check_arguments(input, *arguments, ranks)
+        check_arguments(input, *arguments, ranks, output_gain)
         raise
     torch.autograd.graph.increment_version(_present(running))
     return y
 
 
 def _normalize_then_update(
-    input, running, weight, bias, residual, momentum, eps, num_members, activation, group, gain
+    input, running, weight, bias, residual, momentum, eps, num_members, activation, group, input_gain, output_gain
 ) -> Tensor:
     """normalize_and_update where no op does both; arguments unchecked."""
     running_mean, running_var, num_batches_tracked = running
     y, mean, var = normalize(
-        input, running_mean, running_var, weight, bias, residual, True, eps, num_members, activation, group, gain
-    )
+        input, running_mean, running_var, weight, bias, residual, True, eps, num_members, activation, group,
+        input_gain, output_gain,
+    )  # fmt: skip
     if input.numel() > 0:
         n = input.numel() // mean.numel() * (1 if group is None else group.size)
         update_running(running_mean, mean, momentum)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import ensemble_batch_norm as reference
+from ..reference.precision import working_dtype
 from . import registry
 from .double_backward import aliases
 from .layout import dense_like, rows_of_channels
@@ -17,53 +18,86 @@ def _affine_grad(grad: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
-    """Return the gradients of (input, weight, bias, residual) for the context that _save filled."""
-    input, weight, bias, mean, rstd, mask = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias, needs_residual, *_ = ctx.needs
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, weight, bias)):
+    """Return the gradients of (input, weight, bias, residual, output_gain) for the context that _save filled."""
+    input, weight, bias, output_gain, mean, rstd, mask = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias, needs_residual, needs_gain, *_ = ctx.needs
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (dy, input, weight, bias, output_gain)
+    ):
         return _differentiable_gradients(ctx, dy)
     training, _, num_members, activation = ctx.settings
     if dy.stride() != input.stride():
         dy = dense_like(dy, input)
     write_dresidual = needs_residual and activation != "none"
     dx, dweight, dbias, dresidual = registry.op(namespace, "ensemble_batch_norm_backward")(
-        dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, write_dresidual
+        dy, input, mean, rstd, weight, bias, mask, training, num_members, activation, write_dresidual, output_gain
     )
+    dgain = None
+    if output_gain is not None:
+        dgain, dweight, dbias = through_gain(output_gain, weight, bias, dweight, dbias)
     return (
         dx if needs_input else None,
         _affine_grad(dweight, weight) if needs_weight else None,
         _affine_grad(dbias, bias) if needs_bias else None,
         (dresidual if write_dresidual else dy) if needs_residual else None,
+        dgain if needs_gain else None,
     )
+
+
+def through_gain(
+    gain: Tensor, weight: Tensor | None, bias: Tensor | None, product: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of gain and the [K, C] ones of weight and bias of y = activation(x̂ · weight + bias) · gain.
+
+    With dz = dy where the activation let it pass:   dgain = weight · Σ dz·x̂ + bias · Σ dz
+
+    Args:
+        product, total: [K, C], Σ dz·x̂ and Σ dz, what the gradients would be with a gain of 1.
+    """
+    dgain = product if weight is None else product * weight
+    if bias is not None:
+        dgain = dgain + total * bias
+    wide = gain.to(product.dtype)
+    return _affine_grad(dgain, gain), product * wide, total * wide
 
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
-    input, weight, bias, mean, rstd, mask = aliases(ctx.saved_tensors)
+    input, weight, bias, output_gain, mean, rstd, mask = aliases(ctx.saved_tensors)
     training, eps, num_members, activation = ctx.settings
     running_var = None if training else rstd.double().pow(-2).to(rstd.dtype) - eps
     y, _, _ = reference.ensemble_batch_norm(
         input, mean, running_var, weight, bias, None, training, eps, num_members, "none"
     )
-    *gradients, dz = differentiate(y, dy, mask, activation, (input, weight, bias), ctx.needs[:3])
-    return *gradients, dz if ctx.needs[3] else None
+    *needs, needs_residual, needs_gain = ctx.needs[:5]
+    *gradients, dgain, dz = differentiate(
+        y, dy, mask, activation, (input, weight, bias, output_gain), (*needs, needs_gain), output_gain
+    )
+    return *gradients, dz if needs_residual else None, dgain
 
 
 def differentiate(
-    y: Tensor, dy: Tensor, mask: Tensor, activation: str, tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+    y: Tensor,
+    dy: Tensor,
+    mask: Tensor,
+    activation: str,
+    tensors: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    output_gain: Tensor | None = None,
 ) -> tuple:
-    """Return differentiable gradients of the tensors, None where no need is, and that of y.
+    """Return differentiable gradients of the tensors, None where no need is, and that of the residual.
 
     Args:
-        y: computed from tensors, before residual and activation.
+        y: computed from tensors, before residual, activation and output_gain.
         dy: of what came after them.
         mask: of the ReLU, packed, if there was a residual.
+        output_gain: one of tensors, or None.
     """
     if mask.numel():
         passed = unpack_mask(mask, y)
     else:
         passed = ~(y.detach() <= 0) if activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
-    dz = dy * passed
+    y, dz = reference.finish(y.to(working_dtype(y)), "none", output_gain, y.dtype), dy * passed
     inputs = [t if t is not None and needed else None for t, needed in zip(tensors, needs)]
     found = (
         iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True))
@@ -82,7 +116,10 @@ def unpack_mask(mask: Tensor, input: Tensor) -> Tensor:
 
 
 def _save(ctx, saved: tuple, needs: tuple, settings: tuple) -> None:
-    """Keep for the backward: saved (input, weight, bias, mean, rstd, mask), settings (training, eps, K, activation)."""
+    """Keep for the backward.
+
+    saved: (input, weight, bias, output_gain, mean, rstd, mask); settings: (training, eps, K, activation).
+    """
     ctx.save_for_backward(*saved)
     ctx.needs, ctx.settings = needs, settings
     ctx.set_materialize_grads(False)
@@ -92,32 +129,32 @@ class Normalize(torch.autograd.Function):
     """The eager path: less overhead a call than the registered op's generated autograd. Returns (y, mean, var)."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, residual, namespace, running, settings):
+    def forward(ctx, input, weight, bias, residual, output_gain, namespace, running, settings):
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm")(
-                input, *running, weight, bias, residual, *settings
+                input, *running, weight, bias, residual, *settings, output_gain
             )
-        _save(ctx, (input, weight, bias, mean, rstd, mask), ctx.needs_input_grad, settings)
+        _save(ctx, (input, weight, bias, output_gain, mean, rstd, mask), ctx.needs_input_grad, settings)
         ctx.namespace = namespace
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return (None,) * 7 if dy is None else (*_gradients(ctx, ctx.namespace, dy), None, None, None)
+        return (None,) * 8 if dy is None else (*_gradients(ctx, ctx.namespace, dy), None, None, None)
 
 
 class NormalizeAndUpdate(torch.autograd.Function):
     """The eager path of training: one op that moves the running statistics as well. Returns y."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, residual, call):
+    def forward(ctx, input, weight, bias, residual, output_gain, call):
         namespace, running, momentum, settings = call
         _, eps, num_members, activation = settings
         y, mean, rstd, _, mask = registry.op(namespace, "ensemble_batch_norm_update")(
-            input, *running, weight, bias, residual, momentum, eps, num_members, activation
+            input, *running, weight, bias, residual, momentum, eps, num_members, activation, output_gain
         )
-        ctx.save_for_backward(input, weight, bias, mean, rstd, mask)
+        ctx.save_for_backward(input, weight, bias, output_gain, mean, rstd, mask)
         ctx.needs, ctx.settings, ctx.namespace = ctx.needs_input_grad, settings, namespace
         return y
 
@@ -127,15 +164,15 @@ class NormalizeAndUpdate(torch.autograd.Function):
 
 
 def setup_context(ctx, inputs, output):
-    input, _, _, weight, bias, residual, *settings = inputs
+    input, _, _, weight, bias, residual, *settings, output_gain = inputs
     _, mean, rstd, var, mask = output
     ctx.mark_non_differentiable(mean, rstd, var, mask)
-    needs = tuple(t is not None and t.requires_grad for t in (input, weight, bias, residual))
-    _save(ctx, (input, weight, bias, mean, rstd, mask), needs, tuple(settings))
+    needs = tuple(t is not None and t.requires_grad for t in (input, weight, bias, residual, output_gain))
+    _save(ctx, (input, weight, bias, output_gain, mean, rstd, mask), needs, tuple(settings))
 
 
 def backward(namespace, ctx, dy, *_):
     if dy is None:
-        return (None,) * 10
-    dx, dweight, dbias, dresidual = _gradients(ctx, namespace, dy)
-    return dx, None, None, dweight, dbias, dresidual, None, None, None, None
+        return (None,) * 11
+    dx, dweight, dbias, dresidual, dgain = _gradients(ctx, namespace, dy)
+    return dx, None, None, dweight, dbias, dresidual, None, None, None, None, dgain

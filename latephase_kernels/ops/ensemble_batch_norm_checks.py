@@ -99,6 +99,7 @@ def check_arguments(
     residual,
     activation,
     ranks=1,
+    output_gain=None,
 ) -> None:
     """Raise the exception that names the first argument that does not fit, what was expected, and the remedy.
 
@@ -113,11 +114,16 @@ def check_arguments(
     check_activation(_OP, activation)
     per_member = (num_members, input.size(1))
     _check_running(running_mean, running_var, input, per_member, training)
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for name, parameter in (("weight", weight), ("bias", bias), ("output_gain", output_gain)):
         if parameter is not None:
             check_per_member(_OP, name, parameter, input, (per_member, per_member[1:]))
     if residual is not None:
         _check_residual(residual, input)
+        if output_gain is not None:
+            raise ValueError(
+                f"{_OP}: output_gain must be None where there is a residual, got shape {list(output_gain.shape)}; "
+                "multiply the result by member_gain"
+            )
     if training and 0 < input.numel() * ranks == num_members * input.size(1):
         raise ValueError(
             f"{_OP}: training needs more than one value a channel and member, got input of shape {list(input.shape)} "

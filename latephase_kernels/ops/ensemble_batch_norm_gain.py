@@ -4,6 +4,8 @@ With v the variance of u:   q = 1 / √(gain² v + eps),   y = activation( (u �
     mean z = gain · ū + shift,   var z = gain² · v
     dgain = weight · eps · q³ · Σ dz' (u − ū),   dshift = 0;   dz' = dy where the activation let it pass
 
+With an output gain s, y is s times that, and dz' is s · dy.
+
 The gain's place is in the statistics: no pass over memory, and a result that is right where a gain is 0.
 Made of the two halves of ensemble_batch_norm, with 1 for rstd and gain q · weight for weight.
 Shapes: K members, C channels; u [K·B, C, *], gain [K, C], shift [K, C] or [C].
@@ -17,22 +19,22 @@ from ..reference import ensemble_batch_norm as reference
 from ..reference import member_gain as gain_reference
 from . import registry
 from .double_backward import aliases
-from .ensemble_batch_norm_autograd import differentiate
+from .ensemble_batch_norm_autograd import differentiate, through_gain
 from .layout import dense, dense_like
 
 
 class _GainBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, namespace, input, gain, shift, weight, bias, residual, eps, num_members, activation):
+    def forward(ctx, namespace, input, gain, shift, weight, bias, residual, output_gain, eps, num_members, activation):
         mean, var = registry.op(namespace, "ensemble_batch_norm_statistics")(input, num_members)
         gain_wide = gain.to(mean.dtype)
         q = (gain_wide.square() * var + eps).rsqrt()
         rstd, one = gain_wide * q, torch.ones_like(q)
         scale = rstd if weight is None else rstd * weight
         y, mask = registry.op(namespace, "ensemble_batch_norm_apply")(
-            input, mean, one, scale, bias, residual, num_members, activation
+            input, mean, one, scale, bias, residual, num_members, activation, output_gain
         )
-        ctx.save_for_backward(input, mean, one, scale, bias, mask, gain, shift, weight, q)
+        ctx.save_for_backward(input, mean, one, scale, bias, mask, gain, shift, weight, output_gain, q)
         ctx.settings, ctx.namespace, ctx.eps = (num_members, activation), namespace, eps
         mean_z = mean * gain_wide if shift is None else torch.addcmul(shift.to(mean.dtype), mean, gain_wide)
         var_z = var * gain_wide.square()
@@ -41,19 +43,24 @@ class _GainBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        *saved, gain, shift, weight, q = ctx.saved_tensors
-        input, bias = saved[0], saved[4]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, gain, weight, bias)):
+        *saved, gain, shift, weight, output_gain, q = ctx.saved_tensors
+        input, _, _, scale, bias, _ = saved
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (dy, input, gain, weight, bias, output_gain)
+        ):
             return _differentiable_gradients(ctx, dy)
         dy = dense_like(dy, input)
-        _, _, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
+        _, _, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, needs_output, *_ = ctx.needs_input_grad
         write_dresidual = needs_residual and ctx.settings[1] != "none"
         total, product = registry.op(ctx.namespace, "ensemble_batch_norm_backward_reduce")(dy, *saved, *ctx.settings)
         rstd = gain.to(q.dtype) * q
         n = float(input.numel() // q.numel())
         dx, dresidual = registry.op(ctx.namespace, "ensemble_batch_norm_backward_apply")(
-            dy, *saved, total, rstd.square() * product, n, *ctx.settings, write_dresidual
+            dy, *saved, total, rstd.square() * product, n, *ctx.settings, write_dresidual, output_gain
         )
+        doutput = None
+        if output_gain is not None:
+            doutput, product, total = through_gain(output_gain, scale, bias, product, total)
 
         def of(parameter: Tensor, gradient: Tensor) -> Tensor:
             return (gradient if parameter.dim() == 2 else gradient.sum(0)).to(parameter.dtype)
@@ -70,6 +77,7 @@ class _GainBatchNorm(torch.autograd.Function):
             of(weight, rstd * product) if needs_weight else None,
             of(bias, total) if needs_bias else None,
             (dresidual if write_dresidual else dy) if needs_residual else None,
+            doutput if needs_output else None,
             *(None,) * 3,
         )
 
@@ -78,16 +86,17 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
     saved = ctx.saved_tensors
     mask, shift = saved[5], saved[7]
-    input, gain, weight, bias = aliases((saved[0], saved[6], saved[8], saved[4]))
+    input, gain, weight, bias, output_gain = aliases((saved[0], saved[6], saved[8], saved[4], saved[9]))
     num_members, activation = ctx.settings
     z = gain_reference.member_gain(input, gain, None, 1, "none")
     y, _, _ = reference.ensemble_batch_norm(z, None, None, weight, bias, None, True, ctx.eps, num_members, "none")
-    _, needs_input, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, *_ = ctx.needs_input_grad
-    dx, dgain, dweight, dbias, dz = differentiate(
-        y, dy, mask, activation, (input, gain, weight, bias), (needs_input, needs_gain, needs_weight, needs_bias)
-    )
+    _, needs_input, needs_gain, needs_shift, *needs_affine, needs_residual, needs_output, _, _, _ = ctx.needs_input_grad
+    dx, dgain, dweight, dbias, doutput, dz = differentiate(
+        y, dy, mask, activation, (input, gain, weight, bias, output_gain),
+        (needs_input, needs_gain, *needs_affine, needs_output), output_gain,
+    )  # fmt: skip
     dshift = torch.zeros_like(shift) if needs_shift else None
-    return None, dx, dgain, dshift, dweight, dbias, dz if needs_residual else None, *(None,) * 3
+    return None, dx, dgain, dshift, dweight, dbias, dz if needs_residual else None, doutput, *(None,) * 3
 
 
 def normalize_with_gain(
@@ -100,6 +109,7 @@ def normalize_with_gain(
     eps: float,
     num_members: int,
     activation: str,
+    output_gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, biased variance) of z = input · gain + shift; arguments unchecked.
 
@@ -109,8 +119,9 @@ def normalize_with_gain(
     settings = (eps, num_members, activation)
     if backend == "reference" or torch._C._are_functorch_transforms_active():
         z = gain_reference.member_gain(input, gain, shift, 1, "none")
-        return reference.ensemble_batch_norm(z, None, None, weight, bias, residual, True, *settings)
+        return reference.ensemble_batch_norm(z, None, None, weight, bias, residual, True, *settings, output_gain)
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
-    return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, *settings)
+    output_gain = None if output_gain is None else output_gain.contiguous()
+    return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, output_gain, *settings)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
-from ..reference.activation import activate
 from . import registry
+from .ensemble_batch_norm_autograd import through_gain
 from .layout import dense, dense_like
 
 MOST_GATHERED = 16  # ranks: one gathering is sooner done than two reductions, but grows with the ranks
@@ -85,16 +85,16 @@ def _check_counts(counts: Tensor, own: Tensor) -> None:
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, namespace, group, input, weight, bias, residual, eps, num_members, activation):
+    def forward(ctx, namespace, group, input, weight, bias, residual, output_gain, eps, num_members, activation):
         with torch._C._AutoDispatchBelowAutograd():
             mean, var = registry.op(namespace, "ensemble_batch_norm_statistics")(input, num_members)
             n = input.numel() // mean.numel()
             mean, var = _merged(mean, var, n, group)
             rstd = (var + eps).rsqrt()
             y, mask = registry.op(namespace, "ensemble_batch_norm_apply")(
-                input, mean, rstd, weight, bias, residual, num_members, activation
+                input, mean, rstd, weight, bias, residual, num_members, activation, output_gain
             )
-        ctx.save_for_backward(input, mean, rstd, weight, bias, mask)
+        ctx.save_for_backward(input, mean, rstd, weight, bias, mask, output_gain)
         ctx.settings, ctx.namespace, ctx.group, ctx.count = (num_members, activation), namespace, group, n * group.size
         ctx.mark_non_differentiable(mean, var)
         return y, mean, var
@@ -102,9 +102,10 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
-        input, _, _, weight, bias, _ = ctx.saved_tensors
+        *saved, output_gain = ctx.saved_tensors
+        input, _, _, weight, bias, _ = saved
         dy = dense_like(dy, input)
-        saved = (dy, *ctx.saved_tensors)
+        saved = (dy, *saved)
         reduce = registry.op(ctx.namespace, "ensemble_batch_norm_backward_reduce")
         dbias, dweight = reduce(*saved, *ctx.settings)  # of own rows: the gradients' own reduction adds up the ranks'
         sums = torch.stack([dbias, dweight])
@@ -112,7 +113,10 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         needs_residual = ctx.needs_input_grad[5]
         write_dresidual = needs_residual and ctx.settings[1] != "none"
         apply = registry.op(ctx.namespace, "ensemble_batch_norm_backward_apply")
-        dx, dresidual = apply(*saved, sums[0], sums[1], float(ctx.count), *ctx.settings, write_dresidual)
+        dx, dresidual = apply(*saved, sums[0], sums[1], float(ctx.count), *ctx.settings, write_dresidual, output_gain)
+        dgain = None
+        if output_gain is not None:
+            dgain, dweight, dbias = through_gain(output_gain, weight, bias, dweight, dbias)
 
         def of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
             if parameter is None:
@@ -120,7 +124,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
             return (gradient if parameter.dim() == 2 else gradient.sum(0)).to(parameter.dtype)
 
         dresidual = (dresidual if write_dresidual else dy) if needs_residual else None
-        return None, None, dx, of(weight, dweight), of(bias, dbias), dresidual, None, None, None
+        return None, None, dx, of(weight, dweight), of(bias, dbias), dresidual, dgain, None, None, None
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -138,7 +142,9 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(dx, ctx.group), None
 
 
-def _reference(input, weight, bias, residual, eps, num_members, activation, group) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(
+    input, weight, bias, residual, eps, num_members, activation, group, output_gain
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch, for what has no kernel here."""
     own_mean, own_var = reference.statistics(input, num_members)
     mean = _SumOverRanks.apply(own_mean, group) / group.size
@@ -151,7 +157,8 @@ def _reference(input, weight, bias, residual, eps, num_members, activation, grou
     if residual is not None:
         z = z + residual.to(z.dtype)
     statistic = reference.accumulation_dtype(input.dtype)
-    return activate(z.to(input.dtype), activation), mean.to(statistic), var.to(statistic)
+    y = reference.finish(z, activation, output_gain, input.dtype)
+    return y, mean.to(statistic), var.to(statistic)
 
 
 @torch.compiler.disable
@@ -164,6 +171,7 @@ def normalize_synchronized(
     num_members: int,
     activation: str,
     group: StatisticsGroup,
+    output_gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean [K, C], biased variance [K, C]) by the statistics of all ranks' rows; arguments unchecked.
 
@@ -177,9 +185,10 @@ def normalize_synchronized(
     backend = _backend.backend_for(input)
     settings = (eps, num_members, activation)
     if backend == "reference":
-        return _reference(input, weight, bias, residual, *settings, group)
+        return _reference(input, weight, bias, residual, *settings, group, output_gain)
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
-    return _SynchronizedBatchNorm.apply(namespace, group, input, weight, bias, residual, *settings)
+    output_gain = None if output_gain is None else output_gain.contiguous()
+    return _SynchronizedBatchNorm.apply(namespace, group, input, weight, bias, residual, output_gain, *settings)

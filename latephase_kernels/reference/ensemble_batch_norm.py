@@ -1,11 +1,12 @@
 """Ensemble batch norm in plain PyTorch.
 
-    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ),   rstd_k = 1 / √(var_k + eps)
+    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ) · gain_k,   rstd_k = 1 / √(var_k + eps)
 
 Shapes: K members, B rows a member, C channels; input [K·B, C, *]; per-member tensors [K, C].
 Differentiable to any order by autograd, and usable under every torch.func transform.
 """
 
+import torch
 from torch import Tensor
 
 from .activation import activate
@@ -30,6 +31,15 @@ def per_row(per_member: Tensor, input: Tensor) -> Tensor:
     return per_member.reshape(*per_member.shape, *[1] * (input.dim() - 2))
 
 
+def finish(z: Tensor, activation: str, output_gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return activation(z) · gain [K, C] or [C] in dtype; z as rounded to it decides what passes."""
+    if output_gain is None:
+        return activate(z.to(dtype), activation)
+    if activation == "relu":
+        z = torch.where(z.to(dtype) <= 0, 0.0, z)  # NaN passes
+    return (z * per_row(output_gain.to(z.dtype), z)).to(dtype)
+
+
 def ensemble_batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -41,6 +51,7 @@ def ensemble_batch_norm(
     eps: float,
     num_members: int,
     activation: str,
+    output_gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, biased variance): the batch's statistics in training, else the running ones."""
     dtype = working_dtype(input)
@@ -57,4 +68,5 @@ def ensemble_batch_norm(
     if residual is not None:
         z = z + residual.to(dtype)
     statistic = accumulation_dtype(input.dtype)
-    return activate(z.to(input.dtype), activation), mean.to(statistic), var.to(statistic)
+    y = finish(z, activation, output_gain, input.dtype)
+    return y, mean.to(statistic), var.to(statistic)

@@ -60,6 +60,8 @@ def _forward(
     num_members: int,
     activation: str,
     running: _Running,
+    output_gain: Tensor | None = None,
+    *,
     with_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return (mean, var, rstd, y, mask) by the batch's statistics; rstd is None where eps is, y where not asked for."""
@@ -80,16 +82,18 @@ def _forward(
     else:
         with on_device(input):
             resident_forward_kernel[(num_members * plan.channel_blocks,)](
-                aligned(input), aligned(residual), aligned(contiguous(weight)), aligned(contiguous(bias)),
+                aligned(input), aligned(residual), *(aligned(contiguous(t)) for t in (weight, bias, output_gain)),
                 y, mask if mask is not None and mask.numel() else None, mean, var, rstd, *running,
                 sizes.batch, sizes.channels, sizes.spatial, sizes.n,
-                EPS=eps or 0.0, **_affine_settings(weight, bias, activation), ACC=sizes.acc,
-                ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
+                EPS=eps or 0.0, **_affine_settings(weight, bias, activation), GAIN_SHARED=is_shared(output_gain),
+                ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
                 num_warps=plan.num_warps,
             )  # fmt: skip
     if with_output and y is None:
         assert rstd is not None
-        y, mask = ensemble_batch_norm_apply(input, mean, rstd, weight, bias, residual, num_members, activation)
+        y, mask = ensemble_batch_norm_apply(
+            input, mean, rstd, weight, bias, residual, num_members, activation, output_gain
+        )
     return mean, var, rstd, y, mask
 
 
@@ -127,6 +131,8 @@ def _backward(
     num_members: int,
     activation: str,
     residual_grad: bool,
+    output_gain: Tensor | None = None,
+    *,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return (Σdz, Σ(dz · x̂), dx, dresidual); the last two are None where not asked for."""
@@ -137,10 +143,10 @@ def _backward(
     if with_gradient and plan is not None:
         dx = torch.empty_like(input)
         dresidual = torch.empty_like(input) if residual_grad else None
-    saved = (
-        *(aligned(t) for t in (dy, input, mean.contiguous(), rstd.contiguous(), contiguous(weight), contiguous(bias))),
-        mask if mask.numel() else None,
-    )
+    saved = [
+        aligned(t) for t in (dy, input, mean.contiguous(), rstd.contiguous(), contiguous(weight), contiguous(bias))
+    ]
+    bits = mask if mask.numel() else None
     settings = dict(**_affine_settings(weight, bias, activation), ACC=sizes.acc)
     extents = (sizes.batch, sizes.channels, sizes.spatial, sizes.n)
     if input.numel() == 0:
@@ -150,7 +156,7 @@ def _backward(
         partials = new_partials(input, 2, plan.splits, sum_dz.numel())
         with on_device(input):
             backward_reduce_kernel[(num_members * plan.splits * plan.channel_blocks,)](
-                *saved, sum_dz, sum_dz_xhat, partials, *extents, sum_dz.numel(),
+                *saved, bits, sum_dz, sum_dz_xhat, partials, *extents, sum_dz.numel(),
                 plan.tiles, plan.tiles_per_split, plan.splits, **settings,
                 ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
                 num_warps=plan.num_warps,
@@ -160,7 +166,8 @@ def _backward(
     else:
         with on_device(input):
             resident_backward_kernel[(num_members * plan.channel_blocks,)](
-                *saved, sum_dz, sum_dz_xhat, dx, dresidual, *extents, BATCH_STATISTICS=training, **settings,
+                *saved, aligned(contiguous(output_gain)), bits, sum_dz, sum_dz_xhat, dx, dresidual, *extents,
+                BATCH_STATISTICS=training, GAIN_SHARED=is_shared(output_gain), **settings,
                 ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
                 num_warps=plan.num_warps,
             )  # fmt: skip
@@ -191,6 +198,7 @@ def ensemble_batch_norm_apply(
     residual: Tensor | None,  # [K·B, C, *]
     num_members: int,
     activation: str,
+    output_gain: Tensor | None = None,  # [K, C] or [C]
 ) -> tuple[Tensor, Tensor]:
     """Return y in input's layout and the packed bits of the ReLU ([0] where the backward recomputes them)."""
     y = torch.empty_like(input)
@@ -201,10 +209,11 @@ def ensemble_batch_norm_apply(
     plan = apply_plan(sizes)
     with on_device(input):
         apply_kernel[(plan.programs,)](
-            aligned(input), mean.contiguous(), rstd.contiguous(), contiguous(weight), contiguous(bias),
-            aligned(residual), y, mask if mask.numel() else None,
+            aligned(input), mean.contiguous(), rstd.contiguous(),
+            contiguous(weight), contiguous(bias), contiguous(output_gain), aligned(residual), y,
+            mask if mask.numel() else None,
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows,
-            WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias), RELU=activation == "relu", ACC=sizes.acc,
+            **_affine_settings(weight, bias, activation), GAIN_SHARED=is_shared(output_gain), ACC=sizes.acc,
             ROWS_OF_CHANNELS=sizes.rows_of_channels, BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
             num_warps=plan.num_warps,
         )  # fmt: skip
@@ -242,6 +251,7 @@ def ensemble_batch_norm_backward_apply(
     num_members: int,
     activation: str,
     residual_grad: bool,
+    output_gain: Tensor | None = None,  # [K, C] or [C]
 ) -> tuple[Tensor, Tensor]:
     """Return (dx, dresidual); `count` values stand behind each sum, infinitely many where statistics are constants."""
     dx = torch.empty_like(input)
@@ -253,12 +263,13 @@ def ensemble_batch_norm_backward_apply(
     batch_statistics = count != float("inf")
     with on_device(input):
         backward_apply_kernel[(plan.programs,)](
-            aligned(dy), aligned(input), mean.contiguous(), rstd.contiguous(), contiguous(weight), contiguous(bias),
-            mask if mask.numel() else None, sum_dz.contiguous(), sum_dz_xhat.contiguous(),
+            aligned(dy), aligned(input), mean.contiguous(), rstd.contiguous(),
+            contiguous(weight), contiguous(bias), contiguous(output_gain), mask if mask.numel() else None,
+            sum_dz.contiguous(), sum_dz_xhat.contiguous(),
             dx, dresidual if residual_grad else None,
             sizes.batch, sizes.channels, sizes.spatial, sizes.n, sizes.rows, int(count) if batch_statistics else 0,
-            BATCH_STATISTICS=batch_statistics, WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias),
-            RELU=activation == "relu", ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
+            BATCH_STATISTICS=batch_statistics, **_affine_settings(weight, bias, activation),
+            GAIN_SHARED=is_shared(output_gain), ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
             BLOCK_R=plan.block_r, BLOCK_C=plan.block_c, num_warps=plan.num_warps,
         )  # fmt: skip
     return dx, dresidual
@@ -275,16 +286,19 @@ def ensemble_batch_norm(
     eps: float,
     num_members: int,
     activation: str,
+    output_gain: Tensor | None = None,  # [K, C] or [C]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (y, mean, rstd, biased variance, mask)."""
     if training:
         arguments = (input, weight, bias, residual, eps, num_members, activation)
-        mean, var, rstd, y, mask = _forward(*arguments, _Running(), with_output=True)
+        mean, var, rstd, y, mask = _forward(*arguments, _Running(), output_gain, with_output=True)
     else:
         assert running_mean is not None and running_var is not None
         mean, var = (t.to(accumulation_dtype(input.dtype), copy=True).contiguous() for t in (running_mean, running_var))
         rstd = (var + eps).rsqrt()
-        y, mask = ensemble_batch_norm_apply(input, mean, rstd, weight, bias, residual, num_members, activation)
+        y, mask = ensemble_batch_norm_apply(
+            input, mean, rstd, weight, bias, residual, num_members, activation, output_gain
+        )
     assert rstd is not None and y is not None and mask is not None
     return y, mean, rstd, var, mask
 
@@ -301,11 +315,12 @@ def ensemble_batch_norm_update(
     eps: float,
     num_members: int,
     activation: str,
+    output_gain: Tensor | None = None,  # [K, C] or [C]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (y, mean, rstd, biased variance, mask) of the batch, and move the running statistics."""
     running = _Running(running_mean, running_var, num_batches_tracked, momentum)
     arguments = (input, weight, bias, residual, eps, num_members, activation)
-    mean, var, rstd, y, mask = _forward(*arguments, running, with_output=True)
+    mean, var, rstd, y, mask = _forward(*arguments, running, output_gain, with_output=True)
     assert rstd is not None and y is not None and mask is not None
     return y, mean, rstd, var, mask
 
@@ -322,10 +337,11 @@ def ensemble_batch_norm_backward(
     num_members: int,
     activation: str,
     residual_grad: bool,
+    output_gain: Tensor | None = None,  # [K, C] or [C]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (dx, dweight [K, C], dbias [K, C], dresidual)."""
+    """Return (dx, dweight [K, C], dbias [K, C], dresidual); dweight and dbias of what output_gain multiplies."""
     saved = (dy, input, mean, rstd, weight, bias, mask)
-    settings = (num_members, activation, residual_grad)
+    settings = (num_members, activation, residual_grad, output_gain)
     dbias, dweight, dx, dresidual = _backward(*saved, training, *settings, with_gradient=True)
     if dx is None:
         count = float(input.numel() // max(mean.numel(), 1)) if training else float("inf")

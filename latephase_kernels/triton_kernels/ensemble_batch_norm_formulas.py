@@ -1,7 +1,7 @@
 """The mathematics of ensemble batch norm on a tile, once for every tier: the same bits wherever a value is computed.
 
-    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ),   rstd_k = 1 / √(var_k + eps)
-    dx = weight_k · rstd_k · (dz − Σdz / n − x̂ · Σ(dz · x̂) / n),   dz = dy where the ReLU passed
+    y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ) · gain_k,   rstd_k = 1 / √(var_k + eps)
+    dx = gain_k · weight_k · rstd_k · (dz − Σdz / n − x̂ · Σ(dz · x̂) / n),   dz = dy where the ReLU passed
 
 Shapes: K members, B rows a member, C channels, S = product of the spatial sizes, n = B·S values a statistic.
 Per-member tensors are [K, C]; G = K·C of them are counted as groups, group = k·C + c.
@@ -73,8 +73,17 @@ def parameters(
 
 
 @triton.jit
+def times_gain(value, gain, member, channel, num_channels, valid, GAIN_SHARED: tl.constexpr):
+    """value times the output gain of its channels, where there is one."""
+    if gain is not None:
+        index = channel if GAIN_SHARED else member * num_channels + channel
+        value *= tl.load(gain + index, valid, other=0.0).to(value.dtype)
+    return value
+
+
+@triton.jit
 def output(x, residual, mean, scale, shift, offset, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
-    """y from x, in x's type; rounded to DTYPE before the ReLU."""
+    """y before the output gain from x, in x's type; rounded to DTYPE before the ReLU."""
     z = tl.fma(x - mean, scale, shift)
     if residual is not None:
         z += tl.load(residual + offset, valid, other=0.0).to(x.dtype)
@@ -109,8 +118,8 @@ def gated(dy, x, mean, scale, shift, mask, row, column, columns, valid, DTYPE: t
 
 
 @triton.jit
-def input_gradient(dz, x, mean, scale, mean_dz, slope, BATCH_STATISTICS: tl.constexpr):
-    """dx; slope = Σ(dz · x̂) · rstd / n."""
+def input_gradient(dz, x, mean, factor, mean_dz, slope, BATCH_STATISTICS: tl.constexpr):
+    """dx; slope = Σ(dz · x̂) · rstd / n, factor = weight · rstd · gain."""
     if BATCH_STATISTICS:
         dz = tl.fma(mean - x, slope, dz - mean_dz)
-    return dz * scale
+    return dz * factor

@@ -15,6 +15,7 @@ from .ensemble_batch_norm_formulas import (
     parameters,
     store_mask,
     store_statistics,
+    times_gain,
 )
 from .tiles import CHANNEL_BYTES, Reduction, Sizes, jit, member_tile, over_tile, reduction_part
 
@@ -25,10 +26,10 @@ MAX_WARPS = 16
 
 @jit
 def resident_forward_kernel(
-    x, residual, weight, bias, y, mask, mean, var, rstd, running_mean, running_var, tracked,
+    x, residual, weight, bias, gain, y, mask, mean, var, rstd, running_mean, running_var, tracked,
     momentum, batch, num_channels, spatial, n,
-    EPS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr,
+    RELU: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, channel block): its mean, then the squares around it, and y and the ReLU's bits if asked for."""
     BLOCK_CHANNELS: tl.constexpr = BLOCK_C if ROWS_OF_CHANNELS else 1
@@ -67,15 +68,16 @@ def resident_forward_kernel(
             if not ROWS_OF_CHANNELS:
                 first_column = first_column * 0
             store_mask(mask, z, row, row_valid, first_column, columns, valid, BLOCK_R, BLOCK_C)
+        z = times_gain(z, gain, member, channels, num_channels, in_range, GAIN_SHARED)
         tl.store(y + offset, z.to(y.dtype.element_ty), valid)
 
 
 @jit
 def resident_backward_kernel(
-    dy, x, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, dx, dresidual,
+    dy, x, mean, rstd, weight, bias, gain, mask, sum_dz, sum_dz_xhat, dx, dresidual,
     batch, num_channels, spatial, n,
-    BATCH_STATISTICS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr,
+    RELU: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, channel block): Σdz and Σ(dz · x̂), and dx and dresidual if asked for."""
     BLOCK_CHANNELS: tl.constexpr = BLOCK_C if ROWS_OF_CHANNELS else 1
@@ -100,7 +102,8 @@ def resident_backward_kernel(
     if dx is not None:
         count = n.to(ACC)
         slope = dot * rstd_value / count
-        gradient = input_gradient(dz, value, mean_value, scale, total / count, slope, BATCH_STATISTICS)
+        factor = times_gain(scale, gain, member, channels, num_channels, in_range, GAIN_SHARED)
+        gradient = input_gradient(dz, value, mean_value, factor, total / count, slope, BATCH_STATISTICS)
         tl.store(dx + offset, gradient.to(dx.dtype.element_ty), valid)
         if dresidual is not None:
             tl.store(dresidual + offset, dz.to(dresidual.dtype.element_ty), valid)

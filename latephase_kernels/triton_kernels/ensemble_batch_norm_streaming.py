@@ -10,7 +10,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .ensemble_batch_norm_formulas import gated, input_gradient, output, parameters, store_mask, store_statistics
+from .ensemble_batch_norm_formulas import (
+    gated,
+    input_gradient,
+    output,
+    parameters,
+    store_mask,
+    store_statistics,
+    times_gain,
+)
 from .tiles import CHANNEL_BYTES, MAX_COLUMNS, Sizes, jit, member_tile, over_tile, reduction_part, warps_for
 
 APPLY_TILE = 2048  # values
@@ -144,9 +152,9 @@ def _apply_tile(
 
 @jit
 def apply_kernel(
-    x, mean, rstd, weight, bias, residual, y, mask, batch, num_channels, spatial, n, rows,
-    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, mean, rstd, weight, bias, gain, residual, y, mask, batch, num_channels, spatial, n, rows,
+    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr, RELU: tl.constexpr,
+    ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, and of the ReLU's bits where mask is given."""
     row, column, valid, member, channel, parameter_valid = _apply_tile(
@@ -165,6 +173,7 @@ def apply_kernel(
         if ROWS_OF_CHANNELS:
             row_valid = row < member * n + n
         store_mask(mask, z, row, row_valid, first_column, columns, valid, BLOCK_R, BLOCK_C)
+    z = times_gain(z, gain, member, channel, num_channels, parameter_valid, GAIN_SHARED)
     tl.store(y + offset, z.to(y.dtype.element_ty), valid)
 
 
@@ -215,10 +224,10 @@ def backward_reduce_kernel(
 
 @jit
 def backward_apply_kernel(
-    dy, x, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, dx, dresidual,
+    dy, x, mean, rstd, weight, bias, gain, mask, sum_dz, sum_dz_xhat, dx, dresidual,
     batch, num_channels, spatial, n, rows, count,
-    BATCH_STATISTICS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr,
+    RELU: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx, and of dresidual = dz where it is given."""
     row, column, valid, member, channel, parameter_valid = _apply_tile(
@@ -239,7 +248,8 @@ def backward_apply_kernel(
     if BATCH_STATISTICS:
         mean_dz = tl.load(sum_dz + group, parameter_valid, other=0.0) / count.to(ACC)
         slope = tl.load(sum_dz_xhat + group, parameter_valid, other=0.0) * rstd_value / count.to(ACC)
-    gradient = input_gradient(dz, value, mean_value, scale, mean_dz, slope, BATCH_STATISTICS)
+    factor = times_gain(scale, gain, member, channel, num_channels, parameter_valid, GAIN_SHARED)
+    gradient = input_gradient(dz, value, mean_value, factor, mean_dz, slope, BATCH_STATISTICS)
     tl.store(dx + offset, gradient.to(dx.dtype.element_ty), valid)
 
 
