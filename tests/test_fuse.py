@@ -123,7 +123,7 @@ def test_small_models_keep_their_values(name, backend, monkeypatch):
     op = lp.nn.batch_norm.normalize_and_update
 
     def spy(*arguments):
-        *_, residual, _, _, _, activation, _, _ = arguments
+        residual, activation = arguments[6], arguments[10]
         calls.append((residual is not None, activation))
         return op(*arguments)
 
@@ -181,7 +181,7 @@ def test_shared_batch_norms_are_fused_too(name, monkeypatch):
     calls, op = [], shared_batch_norm.normalize
 
     def spy(*arguments):
-        *_, residual, _, _, _, activation, _, _ = arguments
+        residual, activation = arguments[5], arguments[9]
         calls.append((residual is not None, activation))
         return op(*arguments)
 

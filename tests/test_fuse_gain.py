@@ -34,7 +34,7 @@ class Network(nn.Module):
         return self.linear2(torch.relu(self.bn3(self.linear1(y))))
 
 
-PATTERNS = Counter({"gain → BN → ReLU": 2, "gain → BN → add → ReLU": 1, "gain → BN": 1})
+PATTERNS = Counter({"gain → BN → ReLU": 1, "gain → BN → ReLU → gain": 1, "gain → BN → add → ReLU": 1, "gain → BN": 1})
 
 
 # Beside a floor: where the mean takes a bias away, or the scale a gain, the gradient is 0 or of the size of eps, and

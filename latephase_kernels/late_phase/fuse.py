@@ -1,6 +1,7 @@
 """fuse: in an expanded model, BN → ReLU and BN → add → ReLU as one op each, without a change to the model's code.
 
-The output gain of a rank-1 layer directly before a batch norm becomes part of the norm's statistics.
+The output gain of a rank-1 layer directly before a batch norm becomes part of the norm's statistics, the input gain of
+one directly behind it, or behind its ReLU, a factor of its output.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ class Fusion:
     Attributes:
         norm: the batch norm's name in the model.
         pattern: "BN → ReLU" or "BN → add → ReLU", after "gain → " where the norm takes over a rank-1 layer's output
-            gain; "gain → BN" where it does that alone; "" where nothing was found.
+            gain, the former before " → gain" where it takes over one's input gain; "gain → BN", "BN → gain" or both
+            where it does that alone; "" where nothing was found.
         module: the name of the block whose forward calls it.
         fused: whether it runs as one op.
         reason: why not, or which calls of the block are left out.
@@ -42,7 +44,7 @@ class Fusion:
 
 
 def fuse(model: nn.Module, example: Any = None) -> nn.Module:
-    """Run BN → ReLU and BN → add → ReLU of an expanded model as one op each, in place; a rank-1 gain before a BN in it.
+    """Run BN → ReLU and BN → add → ReLU of an expanded model as one op each, in place, with the rank-1 gains beside.
 
     Keys, parameters, hooks and the model's code stay; the values are equal to rounding. What cannot be proved to mean
     the same is left as it is, and `fusions` says why. A block that is changed afterwards (a child replaced, a hook on
@@ -75,8 +77,8 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
     fused = [fusion.pattern for fusion in found if fusion.fused]
     _log.info(
         "fuse: %d of %d batch norm calls fused (%d %s, %d %s); fusions(model) says why others are not",
-        *(len(fused), len(found), sum(p.endswith(RELU) for p in fused), RELU),
-        *(sum(p.endswith(ADD_RELU) for p in fused), ADD_RELU),
+        *(len(fused), len(found), sum(RELU in p for p in fused), RELU),
+        *(sum(ADD_RELU in p for p in fused), ADD_RELU),
     )
     return model
 

@@ -1,6 +1,7 @@
 """Finds BN → ReLU and BN → add → ReLU in the graph of a forward and makes each one call of the batch norm.
 
-A rank-1 layer whose output goes straight into a batch norm leaves its output gain to the norm.
+A rank-1 layer whose output goes straight into a batch norm leaves its output gain to the norm; one that alone takes a
+batch norm's output, activated or not, its input gain.
 """
 
 import operator
@@ -13,26 +14,29 @@ from torch import Tensor, fx, nn
 
 from ..nn.batch_norm import _EnsembleBatchNorm
 from ..nn.rank1 import Rank1Conv2d, Rank1Linear
-from ..nn.rank1_batch_norm import Gain, without_output_gain
+from ..nn.rank1_batch_norm import Gain, input_gain_for, without_output_gain
 from ..nn.shared_batch_norm import _SharedBatchNorm
 from .fuse_trace import IN_PLACE
 
 BATCH_NORMS = (_EnsembleBatchNorm, _SharedBatchNorm)
 RELU, ADD_RELU = "BN → ReLU", "BN → add → ReLU"
-GAIN = "gain → "  # before either of them, or before "BN" alone
+GAIN, TO_GAIN = "gain → ", " → gain"  # before either of them, or before "BN" alone; behind the first, or "BN"
 
 _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLACE["iadd"]: "iadd"}
 _ADD_METHODS = {"add": "add", "add_": "iadd"}
 _ADDS: dict[str, Callable] = {"add": operator.add, "iadd": operator.iadd, "radd": lambda y, residual: residual + y}
+_RANK1 = (Rank1Conv2d, Rank1Linear)
 # Their output shares memory with nothing else.
 _FRESH = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
-    *(Rank1Conv2d, Rank1Linear),
+    *_RANK1,
 )
 
 
-def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str, gain: Gain | None = None) -> Tensor:
+def batch_norm_add_relu(
+    norm: nn.Module, input: Tensor, residual: Any, add: str, input_gain: Gain | None = None
+) -> Tensor:
     """Return relu(norm(input) + residual): one op where residual is like input, else as the model has it.
 
     Args:
@@ -40,7 +44,7 @@ def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str,
         input: [K·B, C, *].
         residual: whatever the model adds.
         add: "add", "iadd" (in place) or "radd" (residual comes first).
-        gain: the norm's.
+        input_gain: the norm's.
     """
     if (
         isinstance(residual, Tensor)
@@ -49,8 +53,8 @@ def batch_norm_add_relu(norm: nn.Module, input: Tensor, residual: Any, add: str,
         and residual.device == input.device
         and residual.layout == torch.strided
     ):
-        return norm(input, residual, "relu", gain)
-    return F.relu(_ADDS[add](norm(input, gain=gain), residual))
+        return norm(input, residual, "relu", input_gain)
+    return F.relu(_ADDS[add](norm(input, input_gain=input_gain), residual))
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -82,7 +86,7 @@ class Chains:
 
     Attributes:
         sites: (batch norm's path, pattern or "", reason if ""), in the order of the calls. Patterns: RELU, ADD_RELU,
-            each perhaps after GAIN, and GAIN + "BN".
+            each perhaps after GAIN, and GAIN + "BN"; the former, and "BN", perhaps before TO_GAIN.
         silent: the modules on whose calls the graph relies without making them all: they must not be observed.
     """
 
@@ -93,7 +97,8 @@ class Chains:
         # Backwards: where both operands of an add are batch norms, the later one takes the other as its residual.
         for node in reversed(list(graph.nodes)):
             if isinstance(self._child(node), BATCH_NORMS):
-                source, path = node.args[0] if len(node.args) == 1 and not node.kwargs else None, str(node.target)
+                plain = len(node.args) == 1 and not node.kwargs and not why_not(self.children[node.target])
+                source, path = node.args[0] if plain else None, str(node.target)
                 pattern, reason = "", ""
                 try:
                     pattern, call = self._fuse(node)
@@ -101,6 +106,8 @@ class Chains:
                     reason, call = str(why), node
                 if self._leaves_gain(source, call, self.children[path]):
                     pattern, reason = GAIN + (pattern or "BN"), ""
+                if plain and self._takes_input_gain(call):
+                    pattern, reason = (pattern or "BN") + TO_GAIN, ""
                 self.sites.insert(0, (path, pattern, reason))
 
     def _child(self, node: fx.Node) -> nn.Module | None:
@@ -110,9 +117,9 @@ class Chains:
     def _leaves_gain(self, source: Any, call: fx.Node, norm: nn.Module) -> bool:
         """Let the rank-1 layer that source calls leave its output gain to call, the norm's; whether that can be."""
         layer = self._child(source) if isinstance(source, fx.Node) else None
-        if type(layer) not in (Rank1Conv2d, Rank1Linear) or len(source.users) != 1 or len(source.args) != 1:
+        if type(layer) not in _RANK1 or len(source.users) != 1 or len(source.args) != 1:
             return False
-        if source.kwargs or is_observed(layer) or why_not(norm):
+        if source.kwargs or is_observed(layer):
             return False
         with self.graph.inserting_before(source):
             modules = [
@@ -123,8 +130,36 @@ class Chains:
             product, gain = (self.graph.call_function(operator.getitem, (pair, i)) for i in range(2))
         source.replace_all_uses_with(product)
         self.graph.erase_node(source)
-        call.kwargs = {**call.kwargs, "gain": gain}
+        call.kwargs = {**call.kwargs, "input_gain": gain}
         self.silent += [layer, norm]
+        return True
+
+    def _takes_input_gain(self, call: fx.Node) -> bool:
+        """Let the rank-1 layer that alone takes call, a norm's, leave its input gain to it; whether that can be."""
+        silent: list[fx.Node] = []
+        try:
+            value, user = self._follow(call, silent)
+        except _Left:
+            return False
+        target = user.target
+        if user.target is without_output_gain and user.args[2] is value:
+            target = user.args[0].target
+        elif user.op != "call_module" or user.args != (value,) or user.kwargs:
+            return False
+        layer = self.children.get(target)
+        if call.op != "call_module" or type(layer) not in _RANK1 or is_observed(layer):
+            return False
+        between = [node for node in self._between(call, user) if node not in user.all_input_nodes]
+        if self._touching(layer, target, between):
+            return False  # it may change the gain, which is read earlier now
+        with self.graph.inserting_before(call):
+            modules = [self.graph.create_node("get_attr", name) for name in (target, call.target)]
+            gain = self.graph.call_function(input_gain_for, (*modules, call.args[0]))
+        with self.graph.inserting_before(user):
+            multiplied = self.graph.call_function(operator.is_not, (gain, None))
+        call.kwargs = {**call.kwargs, "output_gain": gain}
+        user.kwargs = {"multiplied": multiplied}
+        self.silent += [layer, self._child(call), *map(self._child, silent)]
         return True
 
     def _fuse(self, norm: fx.Node) -> tuple[str, fx.Node]:
@@ -216,22 +251,32 @@ class Chains:
         Raises:
             _Left: it may.
         """
-        nodes = list(self.graph.nodes)
-        between = [node for node in nodes[nodes.index(norm) + 1 : nodes.index(add)] if node not in chain]
+        between = [node for node in self._between(norm, add) if node not in chain]
         if not between:
             return []
         source = norm.args[0]
         child = self._child(source) if isinstance(source, fx.Node) else None
         if child is None or type(child) not in _FRESH or len(source.users) != 1 or is_observed(child):
             raise _Left("the residual is computed after it, and may change its input")
-        batch_norm = self._child(norm)
-        for node in between:
-            called = self._child(node)
-            if called is not None and any(module is batch_norm for module in called.modules()):
-                raise _Left("it is called again before the add")
-            if node.op == "get_attr" and f"{node.target}.".startswith(f"{norm.target}."):
-                raise _Left("it is used again before the add")
+        touched = self._touching(self._child(norm), norm.target, between)
+        if touched:
+            raise _Left(f"it is {touched} again before the add")
         return [child]
+
+    def _between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+        """Return the nodes behind first and before last."""
+        nodes = list(self.graph.nodes)
+        return nodes[nodes.index(first) + 1 : nodes.index(last)]
+
+    def _touching(self, module: nn.Module | None, path: Any, nodes: list[fx.Node]) -> str:
+        """Say whether module is "called" by one of nodes, perhaps inside of another module, "used", in parts, or ""."""
+        for node in nodes:
+            called = self._child(node)
+            if called is not None and any(child is module for child in called.modules()):
+                return "called"
+            if node.op == "get_attr" and f"{node.target}.".startswith(f"{path}."):
+                return "used"
+        return ""
 
     def _name(self, node: fx.Node) -> str:
         """What to call a node in a reason."""

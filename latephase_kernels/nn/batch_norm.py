@@ -97,7 +97,8 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         activation: str | None = None,
-        gain: tuple[Tensor, Tensor | None] | None = None,
+        input_gain: tuple[Tensor, Tensor | None] | None = None,
+        output_gain: Tensor | None = None,
     ) -> Tensor:
         """Return the activated, normalized input.
 
@@ -105,8 +106,9 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             input: [K·B, C, *] where members run stacked (K of them, or the chosen ones), [N, C, *] for their average.
             residual: added before the activation; input's shape and type.
             activation: of this call; None for the layer's own.
-            gain: r [K, C] and shift, [C] or None: in place of input, input · r + shift is normalized. Only where the
-                batch's statistics normalize (rank1_batch_norm.py).
+            input_gain: r [K, C] and shift, [C] or None: in place of input, input · r + shift is normalized. Only where
+                the batch's statistics normalize (rank1_batch_norm.py).
+            output_gain: [K, C], multiplies what the activation gives. Only where members run stacked, without residual.
 
         Returns:
             input's shape, type and memory format.
@@ -131,7 +133,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             momentum = self._momentum(tracked, input)
             return normalize_and_update(
                 input, running_mean, running_var, tracked, weight, bias, residual,
-                momentum, self.eps, num_members, activation, self._statistics_ranks(), gain,
+                momentum, self.eps, num_members, activation, self._statistics_ranks(), input_gain, output_gain,
             )  # fmt: skip
         training = self.training or running_mean is None or running_var is None
         if self.training and not self.track_running_stats:
@@ -139,8 +141,10 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         statistics, affine, group = (running_mean, running_var), (weight, bias), self._statistics_ranks()
         settings = (self.eps, num_members)
         ranks = 1 if group is None else group.size
-        check_arguments(input, *statistics, *affine, training, 0.0, *settings, residual, activation, ranks)
-        return normalize(input, *statistics, *affine, residual, training, *settings, activation, group, gain)[0]
+        check_arguments(input, *statistics, *affine, training, 0.0, *settings, residual, activation, ranks, output_gain)
+        return normalize(
+            input, *statistics, *affine, residual, training, *settings, activation, group, input_gain, output_gain
+        )[0]
 
     def _statistics_ranks(self) -> StatisticsGroup | None:
         return self.statistics_group

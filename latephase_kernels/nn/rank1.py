@@ -58,12 +58,16 @@ class _Rank1(MemberModule):
         """The plain layer with this weight and bias."""
         raise NotImplementedError
 
-    def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
-        """The layer of a stacked input, with gains [K, in] and [K, out] of its members."""
+    def _apply_gains(self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor) -> Tensor:
+        """The layer of a stacked input, with gains [K, in] (None: 1) and [K, out] of its members."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, multiplied: bool = False) -> Tensor:
         """Return the layer of input: [K·B, …] stacked, or [N, …] by the exact average of the members' weights.
+
+        Args:
+            input: of the shape above.
+            multiplied: it is stacked, and multiplied by input_gain already.
 
         Raises:
             ValueError: input's shape does not fit, or its rows are not the same number for each member.
@@ -75,18 +79,21 @@ class _Rank1(MemberModule):
             return self._apply_weight(input, *self.averaged())
         check_rows(type(self).__name__, input, len(members))
         input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
-        return self._apply_gains(input, input_gain, output_gain)
+        return self._apply_gains(input, None if multiplied else input_gain, output_gain)
 
-    def without_output_gain(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    def without_output_gain(
+        self, input: Tensor, multiplied: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """Return u and (r, bias) of the layer u ∘ r + bias of a stacked input; r [K, out] of the members that run.
 
-        Raises: as forward.
+        multiplied, and what it raises: as forward.
         """
         self._check(input)
         members = self.active_members()
         check_rows(type(self).__name__, input, len(members))
         input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
-        return self._apply_weight(self._multiply(input, input_gain), self.weight, None), (output_gain, self.bias)
+        x = input if multiplied else self._multiply(input, input_gain)
+        return self._apply_weight(x, self.weight, None), (output_gain, self.bias)
 
     def _check(self, input: Tensor) -> None:
         if input.dim() < self._min_dim or input.size(self._channel_dim) != self._gain_sizes()[0]:
@@ -201,7 +208,9 @@ class Rank1Linear(_Rank1, nn.Linear):
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
-    def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
+    def _apply_gains(self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor) -> Tensor:
+        if input_gain is None:
+            return self._multiply(self._apply_weight(input, self.weight, None), output_gain, self.bias)
         return rank1_linear(input, self.weight, input_gain, output_gain, self.bias)
 
 
@@ -228,6 +237,7 @@ class Rank1Conv2d(_Rank1, nn.Conv2d):
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
 
-    def _apply_gains(self, input: Tensor, input_gain: Tensor, output_gain: Tensor) -> Tensor:
-        y = self._apply_weight(self._multiply(input, input_gain), self.weight, None)
+    def _apply_gains(self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor) -> Tensor:
+        x = input if input_gain is None else self._multiply(input, input_gain)
+        y = self._apply_weight(x, self.weight, None)
         return self._multiply(y, output_gain, self.bias)

@@ -1,8 +1,12 @@
-"""A rank-1 layer directly before a batch norm: its output gain becomes part of the norm's statistics.
+"""Rank-1 layers beside a batch norm, which takes their gains over: no pass over memory for a gain.
 
-Shapes: K members; output_gain [K, out], bias [out].
+An output gain directly before the norm becomes part of its statistics, an input gain directly behind it, or behind its
+activation, a factor of its output.
+
+Shapes: K members; output_gain [K, out], input_gain [K, in], bias [out].
 """
 
+import torch
 from torch import Tensor
 
 from ..ops import rank1_linear
@@ -10,32 +14,60 @@ from .batch_norm import _EnsembleBatchNorm
 from .rank1 import Rank1Conv2d, Rank1Linear
 from .shared_batch_norm import _SharedBatchNorm
 
+Rank1Layer = Rank1Conv2d | Rank1Linear
+BatchNorm = _EnsembleBatchNorm | _SharedBatchNorm
 Gain = tuple[Tensor, Tensor | None]  # output gain [K, out] and bias, of the members that run
 
 
 def without_output_gain(
-    layer: Rank1Conv2d | Rank1Linear, norm: _EnsembleBatchNorm | _SharedBatchNorm, input: Tensor
+    layer: Rank1Layer, norm: BatchNorm, input: Tensor, multiplied: bool = False
 ) -> tuple[Tensor, Gain | None]:
-    """Return what norm takes in place of layer(input): that without output gain and bias, and these two.
+    """Return what norm takes in place of layer(input, multiplied): that without output gain and bias, and these two.
 
-    Where the norm does not use statistics of its own rows, or the gain costs nothing in the layer, layer(input) and
-    None. Either way norm(*, gain=*) is norm(layer(input)).
+    Where the norm does not use statistics of its own rows, or the gain costs nothing in the layer, the layer's output
+    and None. Either way norm(*, input_gain=*) is norm(layer(input, multiplied)).
     """
-    members = layer.active_members()
     group = norm._statistics_ranks()
     if (
-        isinstance(members, str)
-        or members != norm.active_members()
-        or not (norm.training or norm.running_mean is None or norm.running_var is None)
+        not _run_together(layer, norm)
+        or _normalizes_by_running(norm)
         or (group is not None and group.size > 1)
-        or layer.weight.device.type == "meta"
+        or (isinstance(layer, Rank1Linear) and _gain_is_free(layer, input))
     ):
-        return layer(input), None
-    if isinstance(layer, Rank1Linear) and (input.dim() != 2 or _gain_is_free(layer, input, len(members))):
-        return layer(input), None
-    return layer.without_output_gain(input)
+        return layer(input, multiplied), None
+    return layer.without_output_gain(input, multiplied)
 
 
-def _gain_is_free(layer: Rank1Linear, input: Tensor, num_members: int) -> bool:
-    """Whether the layer multiplies its gains into the weight."""
-    return rank1_linear._folds(input.size(0) // num_members, layer.in_features, layer.out_features)
+def input_gain_for(layer: Rank1Layer, norm: BatchNorm, input: Tensor) -> Tensor | None:
+    """Return the input gain of layer that norm multiplies its output by, as the layer that alone takes it would.
+
+    [K, in] of the members that run; None where the layer has to: it does not run stacked, or the gain costs it nothing.
+
+    Args:
+        input: the norm's.
+    """
+    if (
+        not _run_together(layer, norm)
+        or layer.input_gain.size(1) != norm.num_features
+        or input.dim() != (2 if isinstance(layer, Rank1Linear) else 4)
+        or (isinstance(layer, Rank1Linear) and _gain_is_free(layer, input))
+    ):
+        return None
+    gain = layer._members_of(layer.active_members(), layer.input_gain)
+    return gain.to(torch.promote_types(input.dtype, gain.dtype))
+
+
+def _run_together(layer: Rank1Layer, norm: BatchNorm) -> bool:
+    """Whether both run the same members, stacked, with kernels."""
+    members = layer.active_members()
+    return not isinstance(members, str) and members == norm.active_members() and layer.weight.device.type != "meta"
+
+
+def _normalizes_by_running(norm: BatchNorm) -> bool:
+    return not (norm.training or norm.running_mean is None or norm.running_var is None)
+
+
+def _gain_is_free(layer: Rank1Linear, input: Tensor) -> bool:
+    """Whether the layer multiplies its gains into the weight, or the norm's channels are not its features."""
+    rows = input.size(0) // len(layer.active_members())
+    return input.dim() != 2 or rank1_linear._folds(rows, layer.in_features, layer.out_features)

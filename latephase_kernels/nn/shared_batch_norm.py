@@ -57,7 +57,8 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         activation: str = "none",
-        gain: tuple[Tensor, Tensor | None] | None = None,
+        input_gain: tuple[Tensor, Tensor | None] | None = None,
+        output_gain: Tensor | None = None,
     ) -> Tensor:
         """Return the activated, normalized input.
 
@@ -65,7 +66,8 @@ class _SharedBatchNorm(Routed, _BatchNorm):
             input: [K·B, C, *], or [N, C, *] where the model averages.
             residual: added before the activation; input's shape and type.
             activation: "none" or "relu".
-            gain: as in EnsembleBatchNorm.
+            input_gain: as in EnsembleBatchNorm.
+            output_gain: as in EnsembleBatchNorm.
 
         Raises:
             ValueError: a shape does not fit, or one value a channel and member in training.
@@ -78,12 +80,14 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         self._check_input_dim(input)
         statistics, num_members, group = (None, None), len(members), self._statistics_ranks()
         training = self.training or self.running_mean is None or self.running_var is None
-        if not training:  # all members' rows alike, by the one set of running statistics
-            statistics, num_members = (self.running_mean.unsqueeze(0), self.running_var.unsqueeze(0)), 1
+        if not training:  # all members' rows alike, by the one set of running statistics, but for their gains
+            num_members = 1 if output_gain is None else num_members
+            statistics = tuple(t.expand(num_members, -1) for t in (self.running_mean, self.running_var))
         arguments = (input, *statistics, self.weight, self.bias)
         ranks = 1 if group is None else group.size
-        check_arguments(*arguments, training, 0.1, self.eps, num_members, residual, activation, ranks)
-        y, mean, var = normalize(*arguments, residual, training, self.eps, num_members, activation, group, gain)
+        check_arguments(*arguments, training, 0.1, self.eps, num_members, residual, activation, ranks, output_gain)
+        settings = (training, self.eps, num_members, activation, group, input_gain, output_gain)
+        y, mean, var = normalize(*arguments, residual, *settings)
         if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
             n = input.numel() // mean.numel() * ranks
             self._update(mean.detach(), var.detach() * (n / (n - 1)), members)
