@@ -75,7 +75,7 @@ def steps(part: str, output: Path, device: str = "cuda") -> list[list[Step]]:
     if part == "input":
         bench = [sys.executable, "benchmarks/bench_input.py", "--device", device, "--seconds", "3", "--distinct", "64"]
         bench += ["--chunk", "2", "--output", str(output / f"input_{device}.json")]
-        return [[Step(part, bench, limit)]]
+        return [[Step(part, bench, limit, needs=("PIL", "torchvision"))]]
     return [[step] for step in (step_steps if part in STEPS else kernel_steps)(part, output, device)]
 
 
@@ -133,7 +133,9 @@ def step_steps(part: str, output: Path, device: str) -> list[Step]:
 
     def timed(script: str, name: str, *options: str) -> Step:
         where = ["--device", device, "--output", str(output / f"{name}.json")]
-        return Step(name.replace("_", " "), [sys.executable, f"benchmarks/{script}.py", *where, *options], 590.0)
+        command = [sys.executable, f"benchmarks/{script}.py", *where, *options]
+        needs = {"growth": ("matplotlib",), "step_wrn": ()}.get(part, ("torchvision",))
+        return Step(name.replace("_", " "), command, 590.0, needs=needs)
 
     if part == "growth":
         return [timed("bench_growth", f"growth_{device}", "--seconds", "60")]

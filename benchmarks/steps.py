@@ -4,6 +4,7 @@ The output of each step goes to a log as it comes. A step that runs tests goes o
 breaks the GPU's context, in a new process.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ _POLL = 0.1  # seconds
 class Step:
     """A command with a name, its limit in seconds, and what it adds to the environment.
 
+    needs: modules without which it is left out.
     hangs: of a step that runs tests, the seconds after which a test is taken to hang; its command takes the arguments
         of pytest.
     """
@@ -36,6 +38,7 @@ class Step:
     command: list[str]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
     hangs: float | None = None
 
 
@@ -126,8 +129,10 @@ def run(step: Step, folder: Path, end: float) -> dict:
     end = min(end, start + step.limit)
     if end - start < 1:
         return {"ended": "not begun: no time left", "seconds": 0.0}
-    if shutil.which(step.command[0]) is None:
-        return {"ended": f"left out: {step.command[0]} is not installed", "seconds": 0.0}
+    missing = [] if shutil.which(step.command[0]) else [step.command[0]]
+    missing += [name for name in step.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return {"ended": f"left out: {', '.join(missing)} is not installed", "seconds": 0.0}
     path = folder / f"{step.name.replace(' ', '_')}.log"
     with open(path, "w", encoding="utf-8") as log:
         found = _run_tests(step, log, end, path.with_suffix(".jsonl")) if step.hangs else _run_command(step, log, end)

@@ -74,13 +74,15 @@ def test_the_tests_of_every_kernel_run_once(gpu):
     [
         ([sys.executable, "-c", "raise SystemExit(3)"], "failed with exit code 3"),
         (["no-such-program"], "left out: no-such-program is not installed"),
+        (["true"], "left out: no_such_module is not installed"),
         (["bash", "-c", "echo begun; sleep 60 & sleep 60; echo end"], "ran out of time"),
         ([sys.executable, "-c", "print(1)"], "passed"),
     ],
 )
 def test_a_command_that_fails_or_hangs_is_named(steps, tmp_path, command, ended):
     start = time.monotonic()
-    found = steps.run(steps.Step("a step", command, 1.5), tmp_path, start + 60)
+    needs = ("no_such_module",) if "no_such_module" in ended else ()
+    found = steps.run(steps.Step("a step", command, 1.5, needs=needs), tmp_path, start + 60)
     assert found["ended"] == ended and time.monotonic() - start < 6
     assert ended != "ran out of time" or found["tail"] == "begun\n"
 
