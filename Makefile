@@ -52,6 +52,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_member_gain.py
 	$(BIN)/python benchmarks/bench_rank1_linear.py
 	$(BIN)/python benchmarks/bench_rank1_lstm.py
+	$(BIN)/python benchmarks/bench_norm_gains.py
 
 # torch first, then the package without isolation: an isolated build would download torch a second time.
 $(VENV)/.installed: $(SOURCES)

@@ -31,7 +31,7 @@ def normal(shape, dtype, layout="contiguous", *, seed=0, scale=1.0, shift=0.0) -
     return memory_format(values.to("cuda", dtype), layout)
 
 
-def case_of(shape, dtype, layout, residual=False, shared=False, parameter_dtype=torch.float32) -> dict:
+def case_of(shape, dtype, layout, residual=False, shared=False, parameter_dtype=torch.float32, gain=False) -> dict:
     K, B, C, spatial = shape
     parameters = (C,) if shared else (K, C)
     return {
@@ -39,6 +39,7 @@ def case_of(shape, dtype, layout, residual=False, shared=False, parameter_dtype=
         "weight": normal(parameters, parameter_dtype, seed=2),
         "bias": normal(parameters, parameter_dtype, seed=3),
         "residual": normal((K * B, C, *spatial), dtype, layout, seed=4) if residual else None,
+        "gain": normal(parameters, parameter_dtype, seed=8) if gain else None,
         "running_mean": normal((K, C), torch.float32, seed=5, scale=0.1),
         "running_var": normal((K, C), torch.float32, seed=6).square() + 0.5,
         "dy": normal((K * B, C, *spatial), dtype, layout, seed=7),
@@ -48,8 +49,9 @@ def case_of(shape, dtype, layout, residual=False, shared=False, parameter_dtype=
 def run(case: dict, K: int, training: bool, activation: str) -> dict:
     """Return output, gradients and new running statistics of the op on the GPU, on the backend that is set."""
     leaves = {name: case[name].detach().clone().requires_grad_() for name in ("input", "weight", "bias")}
-    if case["residual"] is not None:
-        leaves["residual"] = case["residual"].detach().clone().requires_grad_()
+    for name in ("residual", "gain"):
+        if case[name] is not None:
+            leaves[name] = case[name].detach().clone().requires_grad_()
     running_mean, running_var = case["running_mean"].clone(), case["running_var"].clone()
     y = ensemble_batch_norm(
         leaves["input"],
@@ -61,6 +63,7 @@ def run(case: dict, K: int, training: bool, activation: str) -> dict:
         num_members=K,
         residual=leaves.get("residual"),
         activation=activation,
+        output_gain=leaves.get("gain"),
     )
     grads = torch.autograd.grad(y, list(leaves.values()), case["dy"])
     return {
@@ -74,7 +77,7 @@ def run(case: dict, K: int, training: bool, activation: str) -> dict:
 def expected(case: dict, K: int, training: bool, activation: str, passed: torch.Tensor) -> dict:
     """Return the same in float64 on the CPU, through the ReLU mask that the op found, which rounding may decide."""
     double = {name: t.detach().double().cpu() for name, t in case.items() if t is not None}
-    names = [name for name in ("input", "weight", "bias", "residual") if name in double]
+    names = [name for name in ("input", "weight", "bias", "residual", "gain") if name in double]
     for name in names:
         double[name].requires_grad_()
     z, mean, var = reference.ensemble_batch_norm(
@@ -90,14 +93,18 @@ def expected(case: dict, K: int, training: bool, activation: str, passed: torch.
         "none",
     )
     gate = passed.double().cpu() if activation == "relu" else torch.ones_like(z)
-    grads = torch.autograd.grad(z, [double[name] for name in names], double["dy"] * gate)
+    y, dz = reference.activate(z, activation), double["dy"] * gate
+    if "gain" in double:
+        gain = reference.per_row(double["gain"], z)
+        y, z = y * gain, z * gain
+    grads = torch.autograd.grad(z, [double[name] for name in names], dz)
     n = z.numel() // mean.numel()
     running_mean, running_var = double["running_mean"], double["running_var"]
     if training:
         running_mean = running_mean.lerp(mean, 0.1)
         running_var = running_var.lerp(var * n / (n - 1), 0.1)
     return {
-        "y": reference.activate(z, activation).detach(),
+        "y": y.detach(),
         "running_mean": running_mean.detach(),
         "running_var": running_var.detach(),
         **{f"d{name}": grad for name, grad in zip(names, grads)},
@@ -106,14 +113,14 @@ def expected(case: dict, K: int, training: bool, activation: str, passed: torch.
 
 def check(case: dict, K: int, training: bool, activation: str) -> None:
     actual = run(case, K, training, activation)
-    right = expected(case, K, training, activation, actual["y"] > 0)
+    right = expected(case, K, training, activation, actual["y"] != 0)
     dtype = case["input"].dtype
     n = case["input"].numel() // case["running_mean"].numel()
     assert actual["y"].dtype == dtype and actual["y"].stride() == case["input"].stride()
     for name, value in actual.items():
         error = (value.double().cpu() - right[name]).abs()
         rounding = ROUNDING[value.dtype] if name in ("y", "dinput", "dresidual") else ROUNDING[torch.float32]
-        if name in ("dweight", "dbias"):
+        if name in ("dweight", "dbias", "dgain"):
             rounding = max(ROUNDING[value.dtype], ROUNDING[torch.float32] * max(1.0, n**0.5))
         scale = right[name].abs().clamp_min(right[name].abs().mean().item() + 1e-3)
         assert (error / scale).max().item() < 8 * rounding, name

@@ -44,6 +44,15 @@ def test_values_and_gradients(shape, layout, dtype, training):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+def test_output_gain(layout, dtype, training):
+    for shape in SHAPES[:6]:
+        for activation in ("none", "relu"):
+            check(case_of(shape, dtype, layout, gain=True), shape[0], training, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", (False, True), ids=("per member", "shared"))
 def test_parameters_in_either_type_and_shape(dtype, shared):
     for parameter_dtype in {dtype, torch.float32}:

@@ -64,6 +64,7 @@ def test_one_case_of_every_tier(tier, layout, dtype, monkeypatch):
     monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
     monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
     check(case_of((2, 41, 5, (7, 7)), dtype, layout, residual=True), 2, True, "relu")
+    check(case_of((2, 41, 5, (7, 7)), dtype, layout, gain=True), 2, True, "relu")
 
 
 @pytest.mark.parametrize("tier", ONE_CASE)

@@ -13,17 +13,20 @@ from latephase_kernels.nn import EnsembleSyncBatchNorm, SharedSyncBatchNorm
 from latephase_kernels.ops.ensemble_batch_norm_synchronized import StatisticsGroup
 
 RANKS, K, B, C = 2, 2, 4, 67  # members; rows a member over all ranks; channels
-CASES = [  # backend, dtype, channels_last, residual and ReLU, weight shared by the members
+CASES = [  # backend, dtype, channels_last, residual and ReLU or "gain" and ReLU, weight shared by the members
     ("native", torch.float64, False, True, False),
     ("native", torch.float32, True, True, True),
     ("native", torch.bfloat16, False, False, False),
     ("reference", torch.float64, True, True, True),
     ("many ranks", torch.float32, False, True, False),
+    ("native", torch.float32, False, "gain", False),
+    ("native", torch.bfloat16, True, "gain", True),
+    ("reference", torch.float64, False, "gain", False),
 ]
 
 
 def make_inputs(dtype, channels_last, residual, shared):
-    """x, residual, dy [K·B, C, 3, 3]; weight, bias [K, C] or [C]; the mean is far from 0, and differs between ranks."""
+    """x, residual, dy [K·B, C, 3, 3]; weight, bias, gain [K, C] or [C]; the mean is far from 0 and differs by rank."""
     generator = torch.Generator().manual_seed(0)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -33,9 +36,11 @@ def make_inputs(dtype, channels_last, residual, shared):
 
     rows = torch.arange(B, dtype=torch.float64).repeat(K).view(-1, 1, 1, 1)
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
-    weight, bias = (torch.randn((C,) if shared else (K, C), generator=generator, dtype=parameter) for _ in range(2))
+    weight, bias, gain = (
+        torch.randn((C,) if shared else (K, C), generator=generator, dtype=parameter) for _ in range(3)
+    )
     inputs = {"x": (image() + 10 + rows).to(dtype), "dy": image(), "weight": weight, "bias": bias}
-    return {**inputs, "residual": image()} if residual else inputs
+    return {**inputs, **({"gain": gain} if residual == "gain" else {"residual": image()} if residual else {})}
 
 
 def own_rows(tensor):
@@ -43,10 +48,10 @@ def own_rows(tensor):
 
 
 def differentiate(function, inputs):
-    """Return y, the running statistics and every gradient of y = function(x, residual, weight, bias, mean, var)."""
+    """Return y, running statistics and every gradient of y = function(x, residual, weight, bias, gain, mean, var)."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items() if name != "dy"}
     statistics = [torch.full((K, C), value, dtype=inputs["weight"].dtype) for value in (0.0, 1.0)]
-    y = function(leaves["x"], leaves.get("residual"), leaves["weight"], leaves["bias"], *statistics)
+    y = function(leaves["x"], leaves.get("residual"), leaves["weight"], leaves["bias"], leaves.get("gain"), *statistics)
     y.backward(inputs["dy"])
     grads = {f"d{name}": leaf.grad for name, leaf in leaves.items()}
     return {"y": y.detach(), "mean": statistics[0], "var": statistics[1], **grads}
@@ -55,11 +60,12 @@ def differentiate(function, inputs):
 def on_rank():
     group = StatisticsGroup()
 
-    def synchronized(x, residual, weight, bias, mean, var):
-        activation = "none" if residual is None else "relu"
+    def synchronized(x, residual, weight, bias, gain, mean, var):
+        activation = "none" if residual is None and gain is None else "relu"
         return lp.functional.ensemble_batch_norm(
-            x, mean, var, weight, bias, True, num_members=K, residual=residual, activation=activation, group=group
-        )
+            x, mean, var, weight, bias, True, num_members=K, residual=residual, activation=activation,
+            output_gain=gain, group=group,
+        )  # fmt: skip
 
     answers = []  # of a process of this test alone
     for backend, *case in CASES:
@@ -67,15 +73,20 @@ def on_rank():
         lp.set_backend("native" if backend == "many ranks" else backend)
         inputs = make_inputs(*case)
         answers.append(
-            differentiate(synchronized, {n: t if n in ("weight", "bias") else own_rows(t) for n, t in inputs.items()})
+            differentiate(
+                synchronized, {n: t if n in ("weight", "bias", "gain") else own_rows(t) for n, t in inputs.items()}
+            )
         )
     return answers
 
 
-def of_all_rows(x, residual, weight, bias, mean, var):
+def of_all_rows(x, residual, weight, bias, gain, mean, var):
     parts = x.chunk(K)
     weights, biases = (p.expand(K, C) for p in (weight, bias))
     y = torch.cat([F.batch_norm(parts[k], mean[k], var[k], weights[k], biases[k], True) for k in range(K)])
+    if gain is not None:
+        y = F.relu(y).unflatten(0, (K, -1)) * gain.to(y.dtype).expand(K, C)[:, None, :, None, None]
+        return y.flatten(0, 1)
     return y if residual is None else F.relu(y + residual)
 
 
@@ -94,7 +105,7 @@ def test_statistics_of_all_ranks(answers, case):
     first, second = (answer[case] for answer in answers)
     result = {}
     for name in truth:
-        if name in ("dweight", "dbias"):  # of own rows: the ranks' are added where all gradients are
+        if name in ("dweight", "dbias", "dgain"):  # of own rows: the ranks' are added where all gradients are
             result[name] = first[name] + second[name]
         elif name in ("mean", "var"):
             assert torch.equal(first[name], second[name])
