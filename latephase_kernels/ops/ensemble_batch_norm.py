@@ -68,19 +68,9 @@ def _fake_forward(
 
 
 def _fake_update(
-    input,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    weight,
-    bias,
-    residual,
-    momentum,
-    eps,
-    num_members,
-    activation,
-    output_gain=None,
-):
+    input, running_mean, running_var, num_batches_tracked, weight, bias, residual, momentum, eps, num_members,
+    activation, output_gain=None,
+):  # fmt: skip
     others = (running_mean, running_var, num_batches_tracked, weight, bias, residual, output_gain)
     if any(tensor is not None and tensor.device != input.device for tensor in others):
         raise RuntimeError(
@@ -94,21 +84,9 @@ def _fake_backward_reduce(dy, input, mean, rstd, weight, bias, mask, num_members
 
 
 def _fake_backward_apply(
-    dy,
-    input,
-    mean,
-    rstd,
-    weight,
-    bias,
-    mask,
-    sum_dz,
-    sum_dz_xhat,
-    count,
-    num_members,
-    activation,
-    residual_grad,
+    dy, input, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, count, num_members, activation, residual_grad,
     output_gain=None,
-):
+):  # fmt: skip
     return torch.empty_like(input), torch.empty_like(input) if residual_grad else input.new_empty([0])
 
 
