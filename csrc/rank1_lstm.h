@@ -43,35 +43,61 @@ inline void check_sequence(const char* name, const Tensor& t, const Sizes& s, Sc
   STD_TORCH_CHECK(fits && t.scalar_type() == dtype, kOp, ": ", name, " must be [T, K·B, H] of gates' type");
 }
 
-// The ops for one device; Device has static scale(const Scale&), forward(const Step&) and backward(const
-// StepBackward&). Everything is put on the current stream, nothing waits: a loop can be captured in a graph.
+// What both directions have: arguments in the kernels' types, what the products take and give, and a step of all that.
+struct Loop {
+  const Sizes sizes;
+  const ScalarType dtype, sum;
+  Tensor input_gain, output_gain, c0, scaled, product;
+  Step step;
+
+  // scaled and product have as many times H columns.
+  Loop(const Tensor& gates, const Tensor& c0, const Tensor& weight, const Tensor& input_gain, const Tensor& output_gain,
+       int64_t scaled_units, int64_t product_units)
+      : sizes(sizes_of(gates, c0, weight, input_gain, output_gain)),
+        dtype(gates.scalar_type()),
+        sum(accumulation_type(dtype)),
+        input_gain(as_type(input_gain, sum)),
+        output_gain(as_type(output_gain, sum)),
+        c0(as_type(c0, sum)),
+        scaled(empty(gates, {sizes.rows(), scaled_units * sizes.H}, dtype)),
+        product(empty(gates, {sizes.rows(), product_units * sizes.H}, dtype)),
+        step{sizes,
+             data_type(kOp, dtype),
+             &gates,
+             this->input_gain.const_data_ptr(),
+             this->output_gain.const_data_ptr(),
+             this->c0.const_data_ptr(),
+             product.const_data_ptr(),
+             scaled.mutable_data_ptr()} {}
+
+  bool is_empty() const { return sizes.rows() * sizes.H == 0; }
+  // out = x ∘ input_gain.
+  Scale scale(const Tensor& x, Tensor& out) const {
+    return {sizes, step.dtype, x.const_data_ptr(), step.input_gain, out.mutable_data_ptr(), step.like};
+  }
+};
+
+// The ops for one device; Device has static scale(const Scale&), forward(const Step&) and backward(const Step&).
+// Everything is put on the current stream, nothing waits: a loop can be captured in a graph.
 template <class Device>
 struct Ops {
   static std::tuple<Tensor, Tensor> steps(const Tensor& gates, const Tensor& h0, const Tensor& c0, const Tensor& weight,
                                           const Tensor& input_gain, const Tensor& output_gain) {
-    const Sizes s = sizes_of(gates, c0, weight, input_gain, output_gain);
+    Loop loop(gates, c0, weight, input_gain, output_gain, 1, 4);
+    const Sizes& s = loop.sizes;
     STD_TORCH_CHECK(h0.dim() == 2 && h0.size(0) == s.rows() && h0.size(1) == s.H, kOp, ": h0 must be [K·B, H]");
-    const ScalarType dtype = gates.scalar_type(), sum = accumulation_type(dtype);
-    const DataType type = data_type(kOp, dtype);
-    Tensor output = empty(gates, {s.T, s.rows(), s.H}, dtype), cells = empty(gates, {s.T, s.rows(), s.H}, sum);
-    if (s.rows() * s.H == 0) return {output, cells};
-    Tensor scaled = empty(gates, {s.rows(), s.H}, dtype), product = empty(gates, {s.rows(), 4 * s.H}, dtype);
-    const Tensor s_gain = as_type(input_gain, sum), r_gain = as_type(output_gain, sum);
-    const Tensor h = as_type(h0, dtype), c = as_type(c0, sum);
-    const Tensor weight_t = torch::stable::transpose(torch::stable::to(weight, dtype), 0, 1);
-    Device::scale(Scale{s, type, h.const_data_ptr(), s_gain.const_data_ptr(), scaled.mutable_data_ptr(), &gates});
-    Step step{s, type};
+    Tensor output = empty(gates, {s.T, s.rows(), s.H}, loop.dtype),
+           cells = empty(gates, {s.T, s.rows(), s.H}, loop.sum);
+    if (loop.is_empty()) return {output, cells};
+    const Tensor h = as_type(h0, loop.dtype);
+    const Tensor weight_t = torch::stable::transpose(torch::stable::to(weight, loop.dtype), 0, 1);
+    Step& step = loop.step;
     step.gates = gates.mutable_data_ptr();
-    step.product = product.const_data_ptr();
-    step.input_gain = s_gain.const_data_ptr();
-    step.output_gain = r_gain.const_data_ptr();
-    step.c0 = c.const_data_ptr();
     step.cells = cells.mutable_data_ptr();
     step.output = output.mutable_data_ptr();
-    step.scaled = scaled.mutable_data_ptr();
-    step.like = &gates;
+    Device::scale(loop.scale(h, loop.scaled));
     for (step.t = 0; step.t < s.T; ++step.t) {
-      multiply(scaled, weight_t, product);
+      multiply(loop.scaled, weight_t, loop.product);
       Device::forward(step);
     }
     return {output, cells};
@@ -81,38 +107,29 @@ struct Ops {
                                                            const OptionalTensor& dy, const OptionalTensor& dc_n,
                                                            const Tensor& c0, const Tensor& weight,
                                                            const Tensor& input_gain, const Tensor& output_gain) {
-    const Sizes s = sizes_of(gates, c0, weight, input_gain, output_gain);
-    const ScalarType dtype = gates.scalar_type(), sum = accumulation_type(dtype);
-    const DataType type = data_type(kOp, dtype);
-    check_sequence("cells", cells, s, sum);
+    Loop loop(gates, c0, weight, input_gain, output_gain, 4, 1);
+    const Sizes& s = loop.sizes;
+    check_sequence("cells", cells, s, loop.sum);
     STD_TORCH_CHECK(cells.is_contiguous(), kOp, ": cells must be contiguous");
-    if (dy.has_value()) check_sequence("dy", *dy, s, dtype);
-    Tensor dgates = empty(gates, {s.K, s.T, s.B, 4 * s.H}, dtype), dh0 = empty(gates, {s.rows(), s.H}, dtype);
-    Tensor dc = empty(gates, {s.rows(), s.H}, sum);
-    if (s.rows() * s.H == 0) return {dgates, dh0, dc};
-    Tensor scaled = empty(gates, {s.rows(), 4 * s.H}, dtype), recurrent = empty(gates, {s.rows(), s.H}, dtype);
-    const Tensor s_gain = as_type(input_gain, sum), r_gain = as_type(output_gain, sum), c = as_type(c0, sum);
-    const Tensor own_weight = torch::stable::to(weight, dtype);
+    if (dy.has_value()) check_sequence("dy", *dy, s, loop.dtype);
+    Tensor dgates = empty(gates, {s.K, s.T, s.B, 4 * s.H}, loop.dtype);
+    Tensor dh0 = empty(gates, {s.rows(), s.H}, loop.dtype), dc = empty(gates, {s.rows(), s.H}, loop.sum);
+    if (loop.is_empty()) return {dgates, dh0, dc};
+    const Tensor own_weight = torch::stable::to(weight, loop.dtype);
     const OptionalTensor own_dy = dy.has_value() ? OptionalTensor(torch::stable::contiguous(*dy)) : std::nullopt;
-    const OptionalTensor own_dc_n = dc_n.has_value() ? OptionalTensor(as_type(*dc_n, sum)) : std::nullopt;
-    StepBackward step{s, type};
-    step.gates = gates.const_data_ptr();
-    step.cells = cells.const_data_ptr();
-    step.c0 = c.const_data_ptr();
+    const OptionalTensor own_dc_n = dc_n.has_value() ? OptionalTensor(as_type(*dc_n, loop.sum)) : std::nullopt;
+    Step& step = loop.step;
+    step.gates = const_cast<void*>(gates.const_data_ptr());
+    step.cells = const_cast<void*>(cells.const_data_ptr());
     step.dy = own_dy.has_value() ? own_dy->const_data_ptr() : nullptr;
     step.dc_n = own_dc_n.has_value() ? own_dc_n->const_data_ptr() : nullptr;
-    step.recurrent = recurrent.const_data_ptr();
-    step.input_gain = s_gain.const_data_ptr();
-    step.output_gain = r_gain.const_data_ptr();
     step.dc = dc.mutable_data_ptr();
     step.dgates = dgates.mutable_data_ptr();
-    step.scaled = scaled.mutable_data_ptr();
-    step.like = &gates;
     for (step.t = s.T - 1; step.t >= 0; --step.t) {
       Device::backward(step);
-      multiply(scaled, own_weight, recurrent);
+      multiply(loop.scaled, own_weight, loop.product);
     }
-    Device::scale(Scale{s, type, recurrent.const_data_ptr(), s_gain.const_data_ptr(), dh0.mutable_data_ptr(), &gates});
+    Device::scale(loop.scale(loop.product, dh0));
     return {dgates, dh0, dc};
   }
 

@@ -28,28 +28,23 @@ struct Scale {
   const torch::stable::Tensor* like;
 };
 
-// One step forward: the gates' input parts, and product ∘ output_gain, become activated gates in place; c and h of step
-// t; and scaled = h ∘ input_gain, which the next step multiplies.
+// All that is pointwise of one time step. Pointers that a direction does not need are null.
+//
+// Forward: the gates' input parts, and product ∘ output_gain, become activated gates in place; c and h of step t; and
+// scaled = h ∘ input_gain, whose product [K·B, 4H] the next step takes.
+// Backward: dgates of step t; the gradient of c one step before in dc; and scaled = dgates ∘ output_gain, whose product
+// [K·B, H] the step before takes. dy and dc_n are null where there are none.
 struct Step {
   Sizes sizes;
   DataType dtype;
+  const torch::stable::Tensor* like;
+  const void *input_gain, *output_gain, *c0, *product;
+  void* scaled;
+  void *gates = nullptr, *cells = nullptr;  // only read on the way back
+  void* output = nullptr;
+  const void *dy = nullptr, *dc_n = nullptr;
+  void *dc = nullptr, *dgates = nullptr;
   int64_t t = 0;
-  void* gates = nullptr;
-  const void *product = nullptr, *input_gain = nullptr, *output_gain = nullptr, *c0 = nullptr;
-  void *cells = nullptr, *output = nullptr, *scaled = nullptr;
-  const torch::stable::Tensor* like = nullptr;
-};
-
-// One step backward: dgates of step t, the gradient of c one step before in dc, and scaled = dgates ∘ output_gain,
-// whose product `recurrent` the step before takes. dy and dc_n are null where there are none.
-struct StepBackward {
-  Sizes sizes;
-  DataType dtype;
-  int64_t t = 0;
-  const void *gates = nullptr, *cells = nullptr, *c0 = nullptr, *dy = nullptr, *dc_n = nullptr, *recurrent = nullptr;
-  const void *input_gain = nullptr, *output_gain = nullptr;
-  void *dc = nullptr, *dgates = nullptr, *scaled = nullptr;
-  const torch::stable::Tensor* like = nullptr;
 };
 
 }  // namespace latephase::rank1_lstm

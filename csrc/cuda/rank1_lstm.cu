@@ -47,25 +47,29 @@ __global__ void __launch_bounds__(kThreads)
   out.store(at.in_row(s), at.valid, scaled);
 }
 
+// A Step's pointers.
 template <class scalar_t>
-struct Forward {
-  Rows<scalar_t> gates, product;
-  Rows<float> input_gain, output_gain, c0, cells;
-  Rows<scalar_t> output, scaled;
+struct Arguments {
+  Rows<scalar_t> gates, product, scaled, output, dy, dgates;
+  Rows<float> input_gain, output_gain, c0, cells, dc_n, dc;
 
-  explicit Forward(const Step& step)
+  explicit Arguments(const Step& step)
       : gates(step.gates, step.sizes.H),
         product(step.product, step.sizes.H),
+        scaled(step.scaled, step.sizes.H),
+        output(step.output, step.sizes.H),
+        dy(step.dy, step.sizes.H),
+        dgates(step.dgates, step.sizes.H),
         input_gain(step.input_gain, step.sizes.H),
         output_gain(step.output_gain, step.sizes.H),
         c0(step.c0, step.sizes.H),
         cells(step.cells, step.sizes.H),
-        output(step.output, step.sizes.H),
-        scaled(step.scaled, step.sizes.H) {}
+        dc_n(step.dc_n, step.sizes.H),
+        dc(step.dc, step.sizes.H) {}
 };
 
 template <class scalar_t>
-__global__ void __launch_bounds__(kThreads) lstm_forward_kernel(Sizes s, int64_t t, Forward<scalar_t> a) {
+__global__ void __launch_bounds__(kThreads) lstm_forward_kernel(Sizes s, int64_t t, Arguments<scalar_t> a) {
   const Place at(s);
   if (at.valid == 0) return;
   float gate[4][kUnit];
@@ -100,31 +104,7 @@ __global__ void __launch_bounds__(kThreads) lstm_forward_kernel(Sizes s, int64_t
 }
 
 template <class scalar_t>
-struct Backward {
-  Rows<scalar_t> gates;
-  Rows<float> cells, c0;
-  Rows<scalar_t> dy;
-  Rows<float> dc_n;
-  Rows<scalar_t> recurrent;
-  Rows<float> input_gain, output_gain, dc;
-  Rows<scalar_t> dgates, scaled;
-
-  explicit Backward(const StepBackward& step)
-      : gates(step.gates, step.sizes.H),
-        cells(step.cells, step.sizes.H),
-        c0(step.c0, step.sizes.H),
-        dy(step.dy, step.sizes.H),
-        dc_n(step.dc_n, step.sizes.H),
-        recurrent(step.recurrent, step.sizes.H),
-        input_gain(step.input_gain, step.sizes.H),
-        output_gain(step.output_gain, step.sizes.H),
-        dc(step.dc, step.sizes.H),
-        dgates(step.dgates, step.sizes.H),
-        scaled(step.scaled, step.sizes.H) {}
-};
-
-template <class scalar_t>
-__global__ void __launch_bounds__(kThreads) lstm_backward_kernel(Sizes s, int64_t t, Backward<scalar_t> a) {
+__global__ void __launch_bounds__(kThreads) lstm_backward_kernel(Sizes s, int64_t t, Arguments<scalar_t> a) {
   const Place at(s);
   if (at.valid == 0) return;
   const bool last = t == s.T - 1;
@@ -132,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) lstm_backward_kernel(Sizes s, int64_
   Unit<scalar_t> gate[4];
 #pragma unroll
   for (int q = 0; q < 4; ++q) gate[q] = a.gates.load(at.in_gates(s, t, q), valid);
-  const auto recurrent = a.recurrent.load(at.in_row(s), from_step_after);
+  const auto recurrent = a.product.load(at.in_row(s), from_step_after);
   const auto gain = a.input_gain.load(at.in_member(s), from_step_after);
   const auto dy = a.dy.load(at.in_step(s, t), a.dy ? valid : 0);
   const auto c = a.cells.load(at.in_step(s, t), valid);
@@ -193,14 +173,14 @@ struct Cuda {
   static void forward(const Step& call) {
     run_step(call, [&](const Launcher& launch, const Grid& grid, auto type) {
       using scalar_t = decltype(type);
-      launch(lstm_forward_kernel<scalar_t>, grid, call.sizes, call.t, Forward<scalar_t>(call));
+      launch(lstm_forward_kernel<scalar_t>, grid, call.sizes, call.t, Arguments<scalar_t>(call));
     });
   }
 
-  static void backward(const StepBackward& call) {
+  static void backward(const Step& call) {
     run_step(call, [&](const Launcher& launch, const Grid& grid, auto type) {
       using scalar_t = decltype(type);
-      launch(lstm_backward_kernel<scalar_t>, grid, call.sizes, call.t, Backward<scalar_t>(call));
+      launch(lstm_backward_kernel<scalar_t>, grid, call.sizes, call.t, Arguments<scalar_t>(call));
     });
   }
 };
