@@ -15,7 +15,7 @@ import test_rank1_lstm as op_tests
 import torch
 
 import latephase_kernels as lp
-from latephase_kernels.ops import rank1_lstm as op
+from latephase_kernels.ops import rank1_lstm_steps as op
 from latephase_kernels.ops import registry
 from latephase_kernels.triton_kernels import rank1_lstm as kernels
 

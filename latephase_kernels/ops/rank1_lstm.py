@@ -5,12 +5,12 @@
 
 Symbols: s = input gain, r = output gain. Shapes: K members, B rows a member, T steps, H units.
 
-Registered ops: `rank1_lstm` and `rank1_lstm_backward`, made of PyTorch's own operators and of the time loop,
-`rank1_lstm_steps` and `rank1_lstm_steps_backward`, which a backend may have in a form of its own. An op holds a whole
-sequence: in autograd, and in a compiled graph, T steps are one node.
+Registered ops: `rank1_lstm` and `rank1_lstm_backward`, made of PyTorch's own operators and of the time loop
+(rank1_lstm_steps.py), which a backend may have in a form of its own. An op holds a whole sequence: in autograd, and in
+a compiled graph, T steps are one node.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .autocast import without_autocast
 from .checks import check_input
 from .double_backward import aliases
 from .rank1_lstm_checks import check_arguments
+from .rank1_lstm_steps import run_steps, run_steps_backward
 
 # ---------------------------------------------------------------------------------------------- forward
 
@@ -61,82 +62,11 @@ def _forward(
         shift = bias.unsqueeze(-2).expand(num_members, 1, 4 * units).to(dtype)
         torch.baddbmm(shift, x, weight.mT, out=gates)
     gates = gates.view(num_members, steps, batch, 4 * units)
-    output, cells = _run("rank1_lstm_steps", _steps, gates, h0, c0, weight_hh, input_gain_hh, output_gain_hh)
+    output, cells = run_steps(gates, h0, c0, weight_hh, input_gain_hh, output_gain_hh)
     return output, cells[-1].to(dtype, copy=True), cells, gates
 
 
-def _run(name: str, reference_steps: Callable, gates: Tensor, *arguments):
-    """Run the time loop `name` as gates' backend has it."""
-    namespace = registry.namespace_for(gates, name)
-    return (reference_steps if namespace is None else registry.op(namespace, name))(gates, *arguments)
-
-
-def _steps(gates, h0, c0, weight, input_gain, output_gain) -> tuple[Tensor, Tensor]:
-    """Return every h and every c; gates: the inputs' part of all steps, which becomes the activated gates in place."""
-    num_members, steps, batch, four_units = gates.shape
-    dtype, rows, units = gates.dtype, num_members * batch, four_units // 4
-    by_member = (num_members, batch, units)
-    # A step's few rows would not pay for K folded weights: the members share one product and one read of W.
-    weight_t = weight.to(dtype).t()
-    input_gain, output_gain = input_gain.unsqueeze(1), output_gain.unsqueeze(1)
-    output = torch.empty(steps, rows, units, dtype=dtype, device=gates.device)
-    cells = torch.empty_like(output, dtype=accumulation_dtype(dtype))
-    scaled, tanh_c = torch.empty_like(output[0]), torch.empty_like(cells[0]).view(by_member)
-    product = torch.empty(rows, four_units, dtype=dtype, device=gates.device)
-    h, c = h0.to(dtype).reshape(by_member), c0.to(cells.dtype).reshape(by_member)
-    for z, h_next, c_next in zip(gates.unbind(1), output.unbind(0), cells.unbind(0)):
-        torch.mul(h, input_gain, out=scaled.view(by_member))
-        torch.mm(scaled, weight_t, out=product)
-        z.addcmul_(product.view(num_members, batch, four_units), output_gain)
-        i, f, g, o = z.chunk(4, dim=-1)
-        z[..., : 2 * units].sigmoid_()
-        g.tanh_()
-        o.sigmoid_()
-        h_next, c_next = h_next.view(by_member), c_next.view(by_member)
-        torch.mul(f, c, out=c_next).addcmul_(i, g)
-        torch.tanh(c_next, out=tanh_c)
-        torch.mul(o, tanh_c, out=h_next)
-        h, c = h_next, c_next
-    return output, cells
-
-
 # ---------------------------------------------------------------------------------------------- backward
-
-
-def _steps_backward(gates, cells, dy, dc_n, c0, weight, input_gain, output_gain) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of the gates before their activations, [K, T, B, 4H], of h0 and of c0."""
-    num_members, steps, batch, four_units = gates.shape
-    units = four_units // 4
-    by_member = (num_members, batch, units)
-    weight = weight.to(gates.dtype)
-    input_gain, output_gain = input_gain.unsqueeze(1), output_gain.unsqueeze(1)
-    dgates = torch.empty_like(gates)
-    scaled = torch.empty(num_members * batch, four_units, dtype=gates.dtype, device=gates.device)
-    recurrent = torch.zeros(num_members * batch, units, dtype=gates.dtype, device=gates.device)
-    dh, temporary = (torch.empty(by_member, dtype=cells.dtype, device=cells.device) for _ in range(2))
-    tanh_c = torch.empty_like(dh)
-    dc = torch.zeros_like(dh) if dc_n is None else dc_n.to(dh.dtype, copy=True).view(by_member)
-    sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-    for t in reversed(range(steps)):
-        c_before = (cells[t - 1] if t else c0.to(cells.dtype)).reshape(by_member)
-        (i, f, g, o), dz = gates[:, t].chunk(4, dim=-1), dgates[:, t]
-        di, df, dg, do = dz.chunk(4, dim=-1)
-        torch.tanh(cells[t].view(by_member), out=tanh_c)
-        if dy is None:
-            dh.copy_(recurrent.view(by_member))
-        else:
-            torch.add(recurrent.view(by_member), dy[t].unflatten(0, (num_members, batch)), out=dh)
-        sigmoid_backward.grad_input(torch.mul(dh, tanh_c, out=temporary), o, grad_input=do)
-        dh.mul_(o)
-        dc.add_(tanh_backward.grad_input(dh, tanh_c, grad_input=temporary))
-        sigmoid_backward.grad_input(torch.mul(dc, g, out=temporary), i, grad_input=di)
-        sigmoid_backward.grad_input(torch.mul(dc, c_before, out=temporary), f, grad_input=df)
-        tanh_backward.grad_input(torch.mul(dc, i, out=temporary), g, grad_input=dg)
-        dc.mul_(f)
-        torch.mul(dz, output_gain, out=scaled.view(num_members, batch, four_units))
-        torch.mm(scaled, weight, out=recurrent)
-        recurrent.view(by_member).mul_(input_gain)
-    return dgates, recurrent, dc.view(num_members * batch, units)
 
 
 def _weight_gradients(
@@ -167,18 +97,7 @@ def _backward(
     output, cells, gates, needs,
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients of the ten arguments of `_forward`, empty tensors for those that need none."""
-    dgates, dh0, dc0 = _run(
-        "rank1_lstm_steps_backward",
-        _steps_backward,
-        gates,
-        cells,
-        dy,
-        dc_n,
-        c0,
-        weight_hh,
-        input_gain_hh,
-        output_gain_hh,
-    )
+    dgates, dh0, dc0 = run_steps_backward(gates, cells, dy, dc_n, c0, weight_hh, input_gain_hh, output_gain_hh)
     num_members, steps, batch, _ = dgates.shape
     dz = dgates.flatten(1, 2)  # [K, T·B, 4H]
     gradients: list[Tensor | None] = [None] * len(needs)
@@ -221,17 +140,6 @@ def _fake_backward(dy, dc_n, *tensors):
     ]
 
 
-def _fake_steps(gates, h0, c0, weight, input_gain, output_gain):
-    _, steps, _, four_units = gates.shape
-    output = gates.new_empty(steps, h0.size(0), four_units // 4)
-    return output, torch.empty_like(output, dtype=accumulation_dtype(gates.dtype))
-
-
-def _fake_steps_backward(gates, cells, dy, dc_n, c0, weight, input_gain, output_gain):
-    states = (torch.empty_like(c0, dtype=dtype) for dtype in (gates.dtype, cells.dtype))
-    return torch.empty_like(gates), *states
-
-
 _ARGUMENTS = (
     "Tensor input, Tensor h0, Tensor c0, Tensor weight_ih, Tensor weight_hh, Tensor input_gain_ih, "
     "Tensor output_gain_ih, Tensor input_gain_hh, Tensor output_gain_hh, Tensor? bias"
@@ -245,21 +153,6 @@ torch.library.define(
 for _name, _implementation, _fake in ((_FORWARD, _forward, _fake_forward), (_BACKWARD, _backward, _fake_backward)):
     torch.library.impl(_name, "default", _implementation)
     torch.library.register_fake(_name, _fake)
-_OF_A_STEP = "Tensor c0, Tensor weight, Tensor input_gain, Tensor output_gain"
-registry.define(
-    "rank1_lstm_steps",
-    f"(Tensor(a!) gates, Tensor h0, {_OF_A_STEP}) -> (Tensor output, Tensor cells)",
-    _fake_steps,
-    op_file="rank1_lstm",
-    composite=_steps,
-)
-registry.define(
-    "rank1_lstm_steps_backward",
-    f"(Tensor gates, Tensor cells, Tensor? dy, Tensor? dc_n, {_OF_A_STEP}) -> (Tensor dgates, Tensor dh0, Tensor dc0)",
-    _fake_steps_backward,
-    op_file="rank1_lstm",
-    composite=_steps_backward,
-)
 
 # ---------------------------------------------------------------------------------------------- autograd
 
