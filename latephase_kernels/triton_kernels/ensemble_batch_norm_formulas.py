@@ -104,6 +104,16 @@ def store_mask(
 
 
 @triton.jit
+def load_mask(mask, row, row_valid, first_column, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Whether the ReLU passed, of a tile from a column that is a multiple of 8: a byte is read once for its columns."""
+    mask_columns = tl.cdiv(columns, 8)
+    byte = first_column // 8 + tl.arange(0, BLOCK_C // 8)[None, :]
+    bytes = tl.load(mask + row * mask_columns + byte, row_valid & (byte < mask_columns), other=0).to(tl.int32)
+    bytes = tl.reshape(tl.broadcast_to(bytes[:, :, None], [BLOCK_R, BLOCK_C // 8, 8]), [BLOCK_R, BLOCK_C])
+    return (bytes >> (tl.arange(0, BLOCK_C)[None, :] % 8)) & 1 != 0
+
+
+@triton.jit
 def gated(dy, x, mean, scale, shift, mask, row, column, columns, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
     """dy where the ReLU passed: by its bit, or by the output recomputed and rounded as the forward did."""
     dz = dy

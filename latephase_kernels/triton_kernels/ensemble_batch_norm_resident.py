@@ -11,6 +11,7 @@ from .ensemble_batch_norm_formulas import (
     affine,
     gated,
     input_gradient,
+    load_mask,
     output,
     parameters,
     store_mask,
@@ -22,6 +23,16 @@ from .tiles import CHANNEL_BYTES, Reduction, Sizes, jit, member_tile, over_tile,
 RESIDENT_TILE = 16384  # values of a program: of x, or of x and dy together
 SECTOR_BYTES = 32  # of a row of channels that a program reads, at least
 MAX_WARPS = 16
+
+
+@triton.jit
+def _mask_place(
+    batch, num_channels, n, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """Of a program's part of the ReLU's bits: which of its rows [·, 1] exist, and its first column."""
+    row_valid = tl.arange(0, BLOCK_R)[:, None] < (n if ROWS_OF_CHANNELS else batch)
+    first_column = tl.program_id(0).to(tl.int64) % tl.cdiv(num_channels, BLOCK_C) * BLOCK_C
+    return row_valid, first_column if ROWS_OF_CHANNELS else first_column * 0
 
 
 @jit
@@ -62,11 +73,7 @@ def resident_forward_kernel(
         )
         z = output(value, residual, mean_value, scale, bias_value, offset, valid, y.dtype.element_ty, RELU)
         if mask is not None:
-            index = tl.arange(0, BLOCK_R)[:, None]
-            row_valid = index < (n if ROWS_OF_CHANNELS else batch)
-            first_column = tl.program_id(0).to(tl.int64) % tl.cdiv(num_channels, BLOCK_C) * BLOCK_C
-            if not ROWS_OF_CHANNELS:
-                first_column = first_column * 0
+            row_valid, first_column = _mask_place(batch, num_channels, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C)
             store_mask(mask, z, row, row_valid, first_column, columns, valid, BLOCK_R, BLOCK_C)
         z = times_gain(z, gain, member, channels, num_channels, in_range, GAIN_SHARED)
         tl.store(y + offset, z.to(y.dtype.element_ty), valid)
@@ -94,7 +101,11 @@ def resident_backward_kernel(
     offset = row * columns + column
     value = tl.load(x + offset, valid, other=0.0).to(ACC)
     dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
-    dz = gated(dz, value, mean_value, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+    if RELU and mask is not None:
+        row_valid, first_column = _mask_place(batch, num_channels, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C)
+        dz = tl.where(load_mask(mask, row, row_valid, first_column, columns, BLOCK_R, BLOCK_C), dz, 0.0)
+    else:
+        dz = gated(dz, value, mean_value, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
     total = over_tile(dz, ROWS_OF_CHANNELS)
     dot = over_tile(dz * (value - mean_value), ROWS_OF_CHANNELS) * rstd_value
     tl.store(sum_dz + group, total, in_range)
