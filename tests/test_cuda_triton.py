@@ -6,6 +6,7 @@ rank1_linear and rank1_lstm are tested beside the native ones.
 
 import pytest
 import torch
+from cuda_graphs import check_replay
 from cuda_norm_cases import LAYOUTS, case_of, check, normal, op_arguments, run
 from test_cuda_member_gain import case_of as gain_case_of
 from test_cuda_member_gain import check as gain_check
@@ -80,15 +81,8 @@ def test_norm_in_a_cuda_graph(layout, _tier):
         saved = (case["dy"], case["input"], mean, rstd, case["weight"], case["bias"], mask)
         return y, *backward(*saved, True, 2, "relu", True)
 
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    case["input"].copy_(normal(case["input"].shape, torch.bfloat16, seed=11))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(*pair) for pair in zip(captured, step()))
+    change = normal(case["input"].shape, torch.bfloat16, seed=11)
+    check_replay(step, lambda: case["input"].copy_(change))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
