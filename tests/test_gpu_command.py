@@ -54,6 +54,15 @@ print(json.dumps(found))
 """
 
 
+def test_libraries_that_load_are_not_built_again(gpu, tmp_path):
+    [[step]] = gpu.steps("build", tmp_path, prebuilt=True)
+    shell, option, script, python, _, *build = step.command
+    assert build == gpu.steps("build", tmp_path)[0][0].command
+    for check, printed in (("pass", ""), ("assert False", "built it\n")):
+        command = [shell, option, script, python, check, "echo", "built", "it"]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == printed
+
+
 def test_the_tests_of_every_kernel_run_once(gpu):
     """Each step has tests, and together they are all of the files that need a GPU."""
     chosen = [[*files, "-k", expression] for files, expression in gpu.TESTS.values()]
