@@ -186,9 +186,12 @@ def write(report: dict, output: Path, archive: Path | None) -> None:
     (output / "gpu.json").write_text(json.dumps(report, indent=2) + "\n")
     if archive is not None:
         part = archive.with_name(f"{archive.name}.part")
-        with tarfile.open(part, "w:gz") as tar:
-            tar.add(output, output.name)
-        part.replace(archive)
+        try:
+            with tarfile.open(part, "w:gz") as tar:
+                tar.add(output, output.name)
+            part.replace(archive)
+        except OSError as error:  # a file changed meanwhile: the next step's archive will have it
+            print(f"archive: {error}", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -217,13 +220,17 @@ def main() -> int:
         if part == "build" and not arguments.prebuilt:
             expected = max(LONGEST_FILE_SECONDS, BUILD_SECONDS / (os.cpu_count() or 1))
             print(f"build: about {expected:.0f} s on {os.cpu_count()} cores", flush=True)
-        found = report["parts"][part] = {}
+        found: dict[str, dict] = {}
+        report["parts"][part] = found
+
+        def ended(name: str, step: dict, found: dict[str, dict] = found) -> None:
+            found[name] = step
+            write(report, arguments.output, arguments.archive)
+            print(f"{name:24} {step['seconds']:7.1f} s  {step['ended']}", flush=True)
+
         part_end = min(end, time.monotonic() + ALL_PARTS[part])
         for together in steps(part, arguments.output, arguments.device, arguments.prebuilt):
-            found |= run_together(together, arguments.output, part_end)
-            write(report, arguments.output, arguments.archive)
-        for name, step in found.items():
-            print(f"{name:24} {step['seconds']:7.1f} s  {step['ended']}", flush=True)
+            run_together(together, arguments.output, part_end, ended)
         if part == "build" and found["build"]["ended"] != PASSED:
             print("nothing else is run", flush=True)
             break

@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -142,8 +143,12 @@ def run(step: Step, folder: Path, end: float) -> dict:
     return found
 
 
-def run_together(steps: list[Step], folder: Path, end: float) -> dict[str, dict]:
-    """Run steps at the same time; return how each ended, by name."""
+def run_together(
+    steps: list[Step], folder: Path, end: float, ended: Callable[[str, dict], object] = lambda name, found: None
+) -> dict[str, dict]:
+    """Run steps at the same time; return how each ended, by name, and call ended(name, how) as each one does."""
     with ThreadPoolExecutor(len(steps)) as pool:
-        found = list(pool.map(lambda step: run(step, folder, end), steps))
-    return {step.name: how for step, how in zip(steps, found, strict=True)}
+        names = {pool.submit(run, step, folder, end): step.name for step in steps}
+        for future in as_completed(names):
+            ended(names[future], future.result())
+        return {name: future.result() for future, name in names.items()}
