@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from cuda_graphs import check_replay
-from test_rank1_linear import SHAPES, by_member, make_inputs, naive, run
+from test_rank1_linear import SHAPES, by_member, choose, make_inputs, naive, run
 
 from latephase_kernels import backend
 from latephase_kernels.ops import rank1_linear as module
@@ -24,7 +24,7 @@ def way(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
     backend.set_backend("triton" if request.param == "triton" else "native")
-    monkeypatch.setattr(module, "_folds", lambda *sizes: request.param == "folded")
+    choose(monkeypatch, "folded" if request.param == "folded" else "by rows")
     yield request.param
     backend.set_backend("auto")
 

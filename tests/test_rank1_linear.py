@@ -11,6 +11,7 @@ import latephase_kernels as lp
 from latephase_kernels.ops import rank1_linear as module
 from latephase_kernels.ops import rank1_linear_by_rows as by_rows
 from latephase_kernels.ops import rank1_linear_folded as folded
+from latephase_kernels.ops import rank1_linear_tiled as tiled
 
 rank1_linear = lp.functional.rank1_linear
 NAMES = ("x", "weight", "s", "r", "bias")
@@ -24,12 +25,25 @@ def poison_unwritten_memory():
     torch.use_deterministic_algorithms(False)
 
 
+WAYS = {"folded": folded, "by rows": by_rows, "tiled": tiled}
+TILED_DTYPES = (torch.float32, torch.float64)
+
+
+def choose(monkeypatch, way):
+    """The same way for every shape, whatever the rule would choose; by rows where it cannot take the type."""
+
+    def chosen(x, weight):
+        return by_rows if WAYS[way] is tiled and x.dtype not in TILED_DTYPES else WAYS[way]
+
+    monkeypatch.setattr(module, "_way", chosen)
+
+
 @pytest.fixture(
-    params=["folded", "folded one by one", "by rows", "by rows one by one", "by rows without kernels"],
+    params=["folded", "folded one by one", "by rows", "by rows one by one", "by rows without kernels", "tiled"],
 )
 def way(request, monkeypatch):
-    """Both ways for every shape, whatever the rule would choose; members together and one after the other."""
-    monkeypatch.setattr(module, "_folds", lambda *sizes: request.param.startswith("folded"))
+    """Every way for every shape; members together and one after the other."""
+    choose(monkeypatch, request.param.removesuffix(" one by one").removesuffix(" without kernels"))
     if request.param.endswith("one by one"):
         monkeypatch.setattr(folded, "_CACHED_VALUES", 1)
         monkeypatch.setattr(by_rows, "_CHUNK_ROWS", 1)
@@ -132,9 +146,14 @@ def test_half_precision(dtype, parameters, way):
 
 
 def test_the_rule_chooses_by_rows_in_and_out_alone():
-    chosen = {shape: module._folds(*shape) for shape in [(3152, 384, 1536), (3152, 1536, 384), (32, 500, 2000)]}
-    assert list(chosen.values()) == [True, True, False]
-    assert module._folds(0, 0, 5)  # no division by a size of 0
+    shapes = {(3152, 384, 1536): folded, (3152, 1536, 384): folded, (200, 784, 512): tiled, (32, 500, 2000): by_rows}
+    shapes[0, 0, 5] = folded  # no division by a size of 0
+    for (rows, in_features, out_features), expected in shapes.items():
+        for num_members in (1, 3):
+            x = torch.empty(num_members, rows, in_features)
+            assert module._way(x, torch.empty(out_features, in_features)) is expected
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "meta")):
+        assert module._way(torch.empty(2, 200, 784, dtype=dtype, device=device), torch.empty(512, 784)) is by_rows
 
 
 @pytest.mark.parametrize("leading, in_features", [((0,), 3), ((0, 4), 3), ((6, 0), 3), ((6,), 0)], ids=str)
@@ -171,9 +190,9 @@ def test_only_the_gradients_that_are_needed(way):
                 torch.testing.assert_close(leaf.grad, everything[f"d{name}"])
 
 
-@pytest.mark.parametrize("folds", [True, False])
-def test_keeps_the_product_only_where_gains_go_over_rows(folds, monkeypatch):
-    monkeypatch.setattr(module, "_folds", lambda *sizes: folds)
+@pytest.mark.parametrize("way", WAYS)
+def test_keeps_the_product_only_where_gains_go_over_rows(way, monkeypatch):
+    choose(monkeypatch, way)
     inputs = make_inputs((6, 2), 3, 5, 4)
     for gain_needs_one in (True, False):
         leaves = [inputs[name].clone().requires_grad_(name != "r" or gain_needs_one) for name in NAMES]
@@ -181,7 +200,7 @@ def test_keeps_the_product_only_where_gains_go_over_rows(folds, monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()), lambda t: t):
             rank1_linear(*leaves)
         assert {leaf.data_ptr() for leaf in leaves} <= set(kept)
-        assert len(set(kept)) == len(leaves) + (gain_needs_one and not folds)
+        assert len(set(kept)) == len(leaves) + (gain_needs_one and way == "by rows")
 
 
 def test_members_do_not_meet(way):
@@ -271,6 +290,7 @@ def test_under_transforms():
 
 
 def test_compiled_without_a_graph_break(way):
+    torch._dynamo.reset()  # one function for every way: dynamo counts its recompilations
     compiled = torch.compile(rank1_linear, backend="aot_eager", fullgraph=True)
     for bias in ("none", "shared", "per member"):
         inputs = make_inputs((6, 2), 3, 5, 4, bias=bias, dtype=torch.float32)
@@ -324,6 +344,46 @@ def test_the_ops_around_the_products(dtype, own_type):
         torch.library.opcheck(backward, (products, weight, s, r, dweight))
 
 
+@pytest.mark.parametrize("dtype", TILED_DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 85, 37, 33), (2, 300, 521, 97), (2, 7, 40, 1040)], ids=str)
+def test_the_products_with_gains_inside(sizes, dtype):
+    """Against their formulas in float64: several parts of a sum, of rows and of columns, some of them ragged."""
+    K, rows, in_features, out_features = sizes
+    inputs = make_inputs((K * rows,), K, in_features, out_features, bias="per member", dtype=dtype)
+    x, weight, s, r, bias, dy = inputs.values()
+    eps = torch.finfo(dtype).eps
+    ops = torch.ops.latephase_kernels
+    product, gradients = ops.rank1_product.default, ops.rank1_gradients.default
+    calls = [
+        (product, tiled._product, (x, weight, True, s, r, bias)),
+        (product, tiled._product, (x, weight, True, s, r, bias[0].contiguous())),
+        (product, tiled._product, (dy, weight, False, r, s, None)),
+        (gradients, tiled._gradients, (dy, x, weight, s, r)),
+    ]
+    for op, formula, arguments in calls:
+        found, truth = op(*arguments), formula(*(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))
+        for value, true in zip(found, truth) if op is gradients else [(found, truth)]:
+            assert value.dtype == dtype
+            torch.testing.assert_close(value.double(), true, rtol=0, atol=64 * eps * max(1, true.abs().max().item()))
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("rows", [7, 300])
+def test_repeats_and_threads_give_the_same_bits(rows, way):
+    inputs = make_inputs((3 * rows,), 3, 130, 70, bias="per member", dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            found.append(run(rank1_linear, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[2].items())
+    if module._way(inputs["x"].unflatten(0, (3, -1)), inputs["weight"]) is tiled:
+        assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_wrong_arguments_of_the_ops_around_the_products():
     weight, s, r, products = torch.ones(4, 5), torch.ones(3, 5), torch.ones(3, 4), torch.ones(3, 4, 5)
     wrong = [
@@ -339,6 +399,24 @@ def test_wrong_arguments_of_the_ops_around_the_products():
             torch.ops.latephase_kernels.rank1_fold(*arguments)
     with pytest.raises(RuntimeError, match="rank1_linear: dweight must be contiguous"):
         torch.ops.latephase_kernels.rank1_fold_backward(products, weight, s, r, weight[:2])
+
+
+def test_wrong_arguments_of_the_products():
+    x, weight, s, r, bias = (torch.ones(*sizes) for sizes in ((6, 5), (4, 5), (3, 5), (3, 4), (3, 4)))
+    product, gradients = torch.ops.latephase_kernels.rank1_product, torch.ops.latephase_kernels.rank1_gradients
+    wrong = [
+        ("input must be float32 or float64", product, (x.bfloat16(), weight, True, s, r, bias)),
+        (r"input must be \[K·rows, in\]", product, (x[:5], weight, True, s, r, bias)),
+        ("weight must be contiguous, .4, 5.", product, (x, weight.t().contiguous().t(), True, s, r, bias)),
+        ("weight must have input's type", product, (x, weight.double(), True, s, r, bias)),
+        ("output's gain must be contiguous, .3, 4.", product, (x, weight, True, s, s, bias)),
+        ("bias must be contiguous, .4.", product, (x, weight, True, s, r, bias[0, :3])),
+        ("bias must be contiguous, .3, 4.", product, (x, weight, True, s, r, bias[:2])),
+        ("output's gradient must be contiguous, .6, 4.", gradients, (x, x, weight, s, r)),
+    ]
+    for message, op, arguments in wrong:
+        with pytest.raises(RuntimeError, match="rank1_linear: " + message):
+            op(*arguments)
 
 
 def test_wrong_arguments():

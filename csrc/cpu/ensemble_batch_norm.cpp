@@ -3,7 +3,7 @@
 
 #include "../lerp.h"
 #include "instruction_set.h"
-#include "parallel.h"
+#include "torch_parallel.h"
 
 namespace latephase {
 
@@ -29,14 +29,9 @@ const Kernels& kernels() {
   return chosen;
 }
 
-void loop(int64_t count, int64_t grain, Parallel::Body body, void* context) {
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, grain),
-                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
 template <class Arguments, class Kernel>
 void run(const Arguments& arguments, const Kernel& kernel) {
-  if (arguments.sizes.numel() != 0) kernel(arguments, Parallel(torch::stable::get_num_threads(), &loop));
+  if (arguments.sizes.numel() != 0) kernel(arguments, torch_parallel());
 }
 
 template <class A>

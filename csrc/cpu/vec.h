@@ -56,7 +56,7 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
 
 template <class A>
 inline Vec<A> splat(A value) {
-  return Vec<A>{} + value;
+  return value - Vec<A>{};  // no addition of 0, which would have to turn -0 into 0
 }
 
 // a · b + c, rounded once where the instruction set can: the same in every kernel, so that a mask is recomputed

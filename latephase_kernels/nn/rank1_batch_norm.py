@@ -68,6 +68,7 @@ def _normalizes_by_running(norm: BatchNorm) -> bool:
 
 
 def _gain_is_free(layer: Rank1Linear, input: Tensor) -> bool:
-    """Whether the layer multiplies its gains into the weight, or the norm's channels are not its features."""
-    rows = input.size(0) // len(layer.active_members())
-    return input.dim() != 2 or rank1_linear._folds(rows, layer.in_features, layer.out_features)
+    """Whether the layer's gains cost it no pass over rows, or the norm's channels are not its features."""
+    num_members = len(layer.active_members())
+    rows = input.unflatten(0, (num_members, input.size(0) // num_members))
+    return input.dim() != 2 or rank1_linear._way(rows, layer.weight) is not rank1_linear.by_rows

@@ -4,17 +4,18 @@
 
 Symbols: s = input_gain, r = output_gain, W = weight. Shapes: K members, R rows a member (all leading dimensions).
 
-Two ways to the same numbers. With few rows a member, the gains go over the rows, all members share one product, and the
-product before its gain is kept for backward; with many, the gains go into the weight, K times, no pass over rows is
-left, and nothing but the arguments is kept. Neither divides by a gain.
+Three ways to the same numbers; none divides by a gain. With many rows a member the gains go into the weight, K times,
+and no pass over rows is left; with fewer, on a CPU, into the products themselves; else over the rows, and all members
+share one product. The first two keep nothing for backward but the arguments, the last the product before its gain.
 
-Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of PyTorch's own operators and of member_gain,
-the same on every device; in Triton products with the gains inside. `product` is what the first keeps for the second,
-[K, R, out], or empty; without it the second computes it again.
+Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of other operators, the same on every device;
+in Triton products with the gains inside. `product` is what the first keeps for the second, [K, R, out], or empty;
+without it the second computes it again.
 """
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ..reference import rank1_linear as reference
 from ..reference.precision import accumulation_dtype
 from . import rank1_linear_by_rows as by_rows
 from . import rank1_linear_folded as folded
+from . import rank1_linear_tiled as tiled
 from . import registry
 from .autocast import without_autocast
 from .double_backward import aliases
@@ -31,16 +33,21 @@ from .rank1_linear_checks import check_arguments
 # ---------------------------------------------------------------------------------------------- which way
 
 _PASSES_OVER_WEIGHT = 1.5
+_TILED_ROWS = 64
 
 
-def _folds(rows: int, in_features: int, out_features: int) -> bool:
-    """Whether the gains go into the weight: when R · (in + out) ≥ 1.5 · in · out.
+def _way(x: Tensor, weight: Tensor) -> ModuleType:
+    """The module that runs x [K, R, in]: folded when R · (in + out) ≥ 1.5 · in · out, tiled or by_rows otherwise.
 
-    That passes over [out, in] a member, otherwise over [R, in] and [R, out] as often; the factor is where both were
-    measured to last equally long on a CPU. K has no say: a member's result must not depend on how many others there
-    are.
+    Folded passes over [out, in] a member, by_rows over [R, in] and [R, out] as often; the factor is where both were
+    measured to last equally long on a CPU. Tiled passes over [out, in] a member and product, which too few rows do not
+    repay. K has no say: a member's result must not depend on how many others there are.
     """
-    return rows * (in_features + out_features) >= _PASSES_OVER_WEIGHT * in_features * out_features
+    rows, (out_features, in_features) = x.size(1), weight.shape
+    if rows * (in_features + out_features) >= _PASSES_OVER_WEIGHT * in_features * out_features:
+        return folded
+    one_type = x.dtype in (torch.float32, torch.float64)  # parameters then have it, too
+    return tiled if x.device.type == "cpu" and one_type and rows >= _TILED_ROWS else by_rows
 
 
 # ---------------------------------------------------------------------------------------------- the native op
@@ -53,13 +60,14 @@ def _rows(tensor: Tensor, num_members: int) -> Tensor:
 
 
 def _forward(input, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tensor]:
-    """Return y and the product before its gain, empty where the gains went into the weight."""
+    """Return y and the product before its gain, empty where nobody needs it again."""
     x = _rows(input, input_gain.size(0))
     with without_autocast(x.device):
-        if _folds(x.size(1), *reversed(weight.shape)):
-            y, product = folded.forward(x, weight, input_gain, output_gain, bias), x.new_empty(0)
-        else:
+        way = _way(x, weight)
+        if way is by_rows:
             y, product = by_rows.forward(x, weight, input_gain, output_gain, bias)
+        else:
+            y, product = way.forward(x, weight, input_gain, output_gain, bias), x.new_empty(0)
     return y.view(*input.shape[:-1], weight.size(0)), product
 
 
@@ -68,10 +76,11 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
     num_members = input_gain.size(0)
     x, dy = _rows(input, num_members), _rows(dy, num_members)
     with without_autocast(x.device):
-        if _folds(x.size(1), *reversed(weight.shape)):
-            gradients = folded.backward(dy, x, weight, input_gain, output_gain, needs)
-        else:
+        way = _way(x, weight)
+        if way is by_rows:
             gradients = by_rows.backward(dy, x, weight, input_gain, output_gain, product, needs)
+        else:
+            gradients = way.backward(dy, x, weight, input_gain, output_gain, needs)
     if needs[4]:
         dbias = dy.sum(1, dtype=accumulation_dtype(dy.dtype)) if gradients[4] is None else gradients[4]
         gradients[4] = dbias if bias.dim() == 2 else dbias.sum(0)
@@ -87,11 +96,8 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
 
 def _fake_forward(input, weight, input_gain, output_gain, bias):
     y = input.new_empty(*input.shape[:-1], weight.size(0))
-    num_members = input_gain.size(0)
-    rows = math.prod(input.shape[:-1]) // num_members
-    if _folds(rows, *reversed(weight.shape)):
-        return y, input.new_empty(0)
-    return y, input.new_empty(num_members, rows, weight.size(0))
+    x = _rows(input, input_gain.size(0))
+    return y, input.new_empty(*x.shape[:2], weight.size(0)) if _way(x, weight) is by_rows else input.new_empty(0)
 
 
 def _fake_triton_forward(input, weight, input_gain, output_gain, bias):
@@ -212,10 +218,10 @@ def rank1_linear(
         NotImplementedError: a dtype or tensor layout that is not supported.
 
     Cost:
-        The plain layer's products and, with many rows a member (R · (in + out) ≥ 1.5 · in · out), some ten passes over
-        [out, in] a member; with fewer, two passes over rows forward and three backward, and saved beside the arguments
-        the product before its gain, as large as the output. Gradients that are to be differentiated again come from the
-        plain formula.
+        The plain layer's products and, natively: with many rows a member (R · (in + out) ≥ 1.5 · in · out), some ten
+        passes over [out, in] a member; with fewer, on a CPU in float32 from 64 on, three; else two passes over rows
+        forward and three backward, and saved beside the arguments the product before its gain, as large as the output.
+        In Triton no pass beside the products. Gradients to be differentiated again come from the plain formula.
 
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """

@@ -1,0 +1,30 @@
+// What the kernels of rank1_linear's products with the gains inside are given, free of torch headers. Everything has
+// one type, float or double.
+#pragma once
+
+#include "../layout.h"
+#include "parallel.h"
+
+namespace latephase::rank1_linear {
+
+// y = ((x ∘ x_gain_k) · B) ∘ y_gain_k + bias; B [depth, columns] is the weight or, `transposed`, that of the weight.
+struct Product {
+  int64_t K, rows, depth, columns;  // rows a member
+  DataType dtype;
+  bool transposed;
+  const void *x, *weight, *x_gain, *y_gain;  // x [K·rows, depth], gains [K, depth] and [K, columns]
+  const void* bias;                          // [K, columns], or [columns] and bias_stride 0, or null
+  int64_t bias_stride;
+  void* y;  // [K·rows, columns]
+};
+
+// Of y = ((x ∘ s_k) · Wᵀ) ∘ r_k + bias, with H_k = dy_kᵀ x_k:   dW = Σ_k (r_k s_kᵀ) ∘ H_k,
+// ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k),   dbias_k = colsum(dy_k).
+struct Gradients {
+  int64_t K, rows, in, out;
+  DataType dtype;
+  const void *dy, *x, *weight, *s, *r;  // [K·rows, out], [K·rows, in], [out, in], [K, in], [K, out]
+  void *dweight, *ds, *dr, *dbias;      // [out, in], [K, in], [K, out], [K, out]
+};
+
+}  // namespace latephase::rank1_linear
