@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..reference import rank1_lstm as reference
 from ..reference.precision import accumulation_dtype
-from . import registry
+from . import rank1_linear_folded, registry
 from .autocast import without_autocast
 from .checks import check_input
 from .double_backward import aliases
@@ -25,13 +25,6 @@ from .rank1_lstm_checks import check_arguments
 from .rank1_lstm_steps import run_steps, run_steps_backward
 
 # ---------------------------------------------------------------------------------------------- forward
-
-
-def _folded(weight: Tensor, input_gain: Tensor, output_gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return every member's own weight W ∘ (r_k s_kᵀ), [K, out, in]."""
-    accumulate = accumulation_dtype(dtype)
-    gains = output_gain.to(accumulate).unsqueeze(2) * input_gain.to(accumulate).unsqueeze(1)
-    return gains.mul_(weight).to(dtype)
 
 
 def _member_major(sequence: Tensor, num_members: int) -> Tensor:
@@ -53,43 +46,14 @@ def _forward(
     batch, dtype = rows // num_members, input.dtype
 
     # The inputs' part of all gates at once: so many rows share a member's weight that folding its gains in is free.
-    weight = _folded(weight_ih, input_gain_ih, output_gain_ih, dtype)
-    x = _member_major(input, num_members)
-    gates = torch.empty(num_members, steps * batch, 4 * units, dtype=dtype, device=input.device)
-    if bias is None:
-        torch.bmm(x, weight.mT, out=gates)
-    else:
-        shift = bias.unsqueeze(-2).expand(num_members, 1, 4 * units).to(dtype)
-        torch.baddbmm(shift, x, weight.mT, out=gates)
-    gates = gates.view(num_members, steps, batch, 4 * units)
+    gates = rank1_linear_folded.forward(
+        _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih, bias
+    ).view(num_members, steps, batch, 4 * units)
     output, cells = run_steps(gates, h0, c0, weight_hh, input_gain_hh, output_gain_hh)
     return output, cells[-1].to(dtype, copy=True), cells, gates
 
 
 # ---------------------------------------------------------------------------------------------- backward
-
-
-def _weight_gradients(
-    dgates: Tensor, rows: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dW, ds and dr of z_k = ((x_k ∘ s_k) · Wᵀ) ∘ r_k, all from H_k = dz_kᵀ x_k.
-
-        dW = Σ_k (r_k s_kᵀ) ∘ H_k,   ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k)
-
-    Neither products before their gain are needed for this, nor divisions by a gain that may be 0.
-
-    Args:
-        dgates: dz, [K, T·B, out].
-        rows: x, [K, T·B, in].
-    """
-    accumulate = accumulation_dtype(dgates.dtype)
-    product = torch.bmm(dgates.mT, rows).to(accumulate)  # H_k, [K, out, in]
-    r, s = output_gain.to(accumulate), input_gain.to(accumulate)
-    of_gains = product * weight
-    ds = torch.bmm(r.unsqueeze(1), of_gains).squeeze(1)
-    dr = torch.bmm(of_gains, s.unsqueeze(2)).squeeze(2)
-    dweight = product.mul_(r.unsqueeze(2)).mul_(s.unsqueeze(1)).sum(0)
-    return dweight.to(weight.dtype), ds.to(input_gain.dtype), dr.to(output_gain.dtype)
 
 
 def _backward(
@@ -101,23 +65,32 @@ def _backward(
     num_members, steps, batch, _ = dgates.shape
     dz = dgates.flatten(1, 2)  # [K, T·B, 4H]
     gradients: list[Tensor | None] = [None] * len(needs)
-    if needs[0]:
-        dx = torch.bmm(dz, _folded(weight_ih, input_gain_ih, output_gain_ih, dz.dtype))
-        gradients[0] = dx.unflatten(1, (steps, batch)).transpose(0, 1).reshape(input.shape)
-    gradients[1], gradients[2] = dh0.to(h0.dtype), dc0.to(c0.dtype)
-    if needs[3] or needs[5] or needs[6]:
-        x = _member_major(input, num_members)
-        gradients[3], gradients[5], gradients[6] = _weight_gradients(dz, x, weight_ih, input_gain_ih, output_gain_ih)
+    gradients[1], gradients[2] = dh0, dc0
+    # z is the sum of two linear layers with rank-1 gains, of all steps' rows at once.
+    if needs[0] or needs[3] or needs[5] or needs[6]:
+        dx, gradients[3], gradients[5], gradients[6], _ = rank1_linear_folded.backward(
+            dz, _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih,
+            (needs[0], needs[3], needs[5], needs[6], False),
+        )  # fmt: skip
+        if dx is not None:
+            gradients[0] = dx.unflatten(1, (steps, batch)).transpose(0, 1).reshape(input.shape)
     if needs[4] or needs[7] or needs[8]:
         h_before = output.new_empty(num_members, steps, batch, output.size(2))
         h_before[:, 0] = h0.unflatten(0, (num_members, batch))
         h_before[:, 1:] = output[:-1].unflatten(1, (num_members, batch)).transpose(0, 1)
-        gradients[4], gradients[7], gradients[8] = _weight_gradients(
-            dz, h_before.flatten(1, 2), weight_hh, input_gain_hh, output_gain_hh
-        )
+        _, gradients[4], gradients[7], gradients[8], _ = rank1_linear_folded.backward(
+            dz, h_before.flatten(1, 2), weight_hh, input_gain_hh, output_gain_hh,
+            (False, needs[4], needs[7], needs[8], False),
+        )  # fmt: skip
     if needs[9]:
-        gradients[9] = dz.sum(1 if bias.dim() == 2 else (0, 1), dtype=accumulation_dtype(dz.dtype)).to(bias.dtype)
-    return [input.new_empty(0) if g is None or not need else g for g, need in zip(gradients, needs)]
+        gradients[9] = dz.sum(1 if bias.dim() == 2 else (0, 1), dtype=accumulation_dtype(dz.dtype))
+    arguments = (
+        input, h0, c0, weight_ih, weight_hh, input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh, bias,
+    )  # fmt: skip
+    return [
+        input.new_empty(0) if gradient is None or not need else gradient.to(argument.dtype)
+        for gradient, need, argument in zip(gradients, needs, arguments)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- registration
