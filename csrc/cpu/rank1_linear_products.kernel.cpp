@@ -117,9 +117,8 @@ class ProductOf {
 
 constexpr int64_t kUnitTiles = 4;     // of rows of dW: one partial sum of ds
 constexpr int64_t kGroupUnits = 8;    // that read x in a tile's order, once it is copied
-constexpr int64_t kBlockPanels = 16;  // of columns of dW: one partial sum of dr
+constexpr int64_t kBlockPanels = 26;  // of columns of dW: one partial sum of dr; more would leave the second cache
 
-constexpr int kLine = 16;
 template <class A>
 constexpr int kRegisters = (kTileRows + kLanes<A> - 1) / kLanes<A>;  // that hold a value for each row of a tile
 
@@ -198,7 +197,7 @@ class GradientsOf {
       const A* weight = static_cast<const A*>(call_.weight) + out * call_.in + column;
       A* dweight = static_cast<A*>(call_.dweight) + out * call_.in + column;
       for (int64_t i = 0; i < outs; ++i)
-        for (int64_t line = 0; line < count; line += kLine) {
+        for (int64_t line = 0; line < count; line += 64 / static_cast<int>(sizeof(A))) {
           __builtin_prefetch(weight + i * call_.in + line);
           __builtin_prefetch(dweight + i * call_.in + line, 1);
         }
