@@ -14,10 +14,11 @@ from torch import nn
 
 import latephase_kernels as lp
 from latephase_kernels.models.wide_resnet import WideBlock
+from latephase_kernels.ops import rank1_linear
 
 
 class Head(nn.Module):
-    """BN → linear, BN → ReLU → linear: with few rows a member, where the gains do not go into the weight."""
+    """BN → linear, BN → ReLU → linear."""
 
     def __init__(self, **options):
         super().__init__()
@@ -55,6 +56,12 @@ def make_pair(model, targets=("rank1",), dtype=torch.float64):
         if name.endswith("gain"):
             parameter.data[:, ::3] = 0
     return plain, lp.fuse(copy.deepcopy(plain))
+
+
+@pytest.fixture(autouse=True)
+def gains_over_rows(monkeypatch):
+    """Linear layers so small would take their gains into their products."""
+    monkeypatch.setattr(rank1_linear, "_way", lambda x, weight: rank1_linear.by_rows)
 
 
 @pytest.fixture

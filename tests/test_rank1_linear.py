@@ -147,6 +147,7 @@ def test_half_precision(dtype, parameters, way):
 
 def test_the_rule_chooses_by_rows_in_and_out_alone():
     shapes = {(3152, 384, 1536): folded, (3152, 1536, 384): folded, (200, 784, 512): tiled, (32, 500, 2000): by_rows}
+    shapes |= {(4, 100, 130): tiled, (4, 200, 130): by_rows}
     shapes[0, 0, 5] = folded  # no division by a size of 0
     for (rows, in_features, out_features), expected in shapes.items():
         for num_members in (1, 3):

@@ -14,6 +14,11 @@ constexpr int64_t kDepth = 256;  // values of a sum that tiles take in one go: a
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kGrainWork = 1 << 18;  // additions or copies, fewer are not worth a second thread
+
+// Items of `work` each that a thread takes at least.
+int64_t grain(int64_t work) { return 1 + kGrainWork / std::max<int64_t>(1, work); }
+
 // ---------------------------------------------------------------------------------------------- y
 
 constexpr int64_t kRowsOfGroup = 8 * kTileRows;  // that read a panel one after the other
@@ -28,13 +33,15 @@ class ProductOf {
         depths_(call.depth, kDepth),
         padded_columns_(ceil_div(call.columns, kTileColumns<A>) * kTileColumns<A>),
         panels_(buffer<A>(call.depth * padded_columns_)) {
-    parallel(padded_columns_ / kTileColumns<A>, 1, [&](int64_t begin, int64_t end) { pack(begin, end); });
-    parallel(ceil_div(call.K * call.rows, kTileRows), 1, [&](int64_t begin, int64_t end) {
-      const int64_t last = std::min(end * kTileRows, call.K * call.rows);
-      const Buffer<A> scaled = buffer<A>(kRowsOfGroup * kRowStride<A>);
-      for (int64_t row = begin * kTileRows; row < last; row += kRowsOfGroup)
-        group(row, std::min(kRowsOfGroup, last - row), scaled.get());
-    });
+    parallel(padded_columns_ / kTileColumns<A>, grain(8 * call.depth * kTileColumns<A>),
+             [&](int64_t begin, int64_t end) { pack(begin, end); });
+    parallel(ceil_div(call.K * call.rows, kTileRows), grain(kTileRows * call.depth * padded_columns_),
+             [&](int64_t begin, int64_t end) {
+               const int64_t last = std::min(end * kTileRows, call.K * call.rows);
+               const Buffer<A> scaled = buffer<A>(kRowsOfGroup * kRowStride<A>);
+               for (int64_t row = begin * kTileRows; row < last; row += kRowsOfGroup)
+                 group(row, std::min(kRowsOfGroup, last - row), scaled.get());
+             });
   }
 
  private:
@@ -132,16 +139,18 @@ class GradientsOf {
         chunks_(call.rows, kDepth),
         partial_ds_(buffer<A>(units_ * call.K * call.in)),
         partial_dr_(buffer<A>(blocks_.count * call.K * call.out)) {
-    parallel(blocks_.count * units_, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<A> x = buffer<A>(kBlockPanels * kTileColumns<A> * kDepth);
-      const Buffer<A> dy = buffer<A>(kTileRows * kDepth);
-      while (begin < end) {
-        const int64_t block = begin / units_, unit = begin % units_;
-        const int64_t units = std::min({kGroupUnits, end - begin, units_ - unit});
-        group(block, unit, units, x.get(), dy.get());
-        begin += units;
-      }
-    });
+    const int64_t columns = std::min<int64_t>(call.in, kBlockPanels * kTileColumns<A>);
+    parallel(blocks_.count * units_, grain(call.K * call.rows * kUnitTiles * kTileRows * columns),
+             [&](int64_t begin, int64_t end) {
+               const Buffer<A> x = buffer<A>(kBlockPanels * kTileColumns<A> * kDepth);
+               const Buffer<A> dy = buffer<A>(kTileRows * kDepth);
+               while (begin < end) {
+                 const int64_t block = begin / units_, unit = begin % units_;
+                 const int64_t units = std::min({kGroupUnits, end - begin, units_ - unit});
+                 group(block, unit, units, x.get(), dy.get());
+                 begin += units;
+               }
+             });
     add(partial_ds_.get(), units_, call.K * call.in, static_cast<A*>(call.ds), parallel);
     add(partial_dr_.get(), blocks_.count, call.K * call.out, static_cast<A*>(call.dr), parallel);
   }
@@ -242,7 +251,7 @@ class GradientsOf {
   A* partial_ds(int64_t unit, int64_t k) const { return partial_ds_.get() + (unit * call_.K + k) * call_.in; }
 
   static void add(const A* parts, int64_t count, int64_t size, A* sums, const Parallel& parallel) {
-    parallel(size, std::max<int64_t>(1, 16384 / count), [&](int64_t begin, int64_t end) {
+    parallel(size, grain(8 * count), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         double sum = 0;
         for (int64_t part = 0; part < count; ++part) sum += parts[part * size + i];

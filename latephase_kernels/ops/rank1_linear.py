@@ -34,20 +34,23 @@ from .rank1_linear_checks import check_arguments
 
 _PASSES_OVER_WEIGHT = 1.5
 _TILED_ROWS = 64
+_SMALL_WEIGHT = 1 << 14
 
 
 def _way(x: Tensor, weight: Tensor) -> ModuleType:
     """The module that runs x [K, R, in]: folded when R · (in + out) ≥ 1.5 · in · out, tiled or by_rows otherwise.
 
     Folded passes over [out, in] a member, by_rows over [R, in] and [R, out] as often; the factor is where both were
-    measured to last equally long on a CPU. Tiled passes over [out, in] a member and product, which too few rows do not
-    repay. K has no say: a member's result must not depend on how many others there are.
+    measured to last equally long on a CPU. Tiled passes over [out, in] a member once, which few rows do not repay
+    unless the weight is small; then its few calls count. K has no say: a member's result must not depend on how many
+    others there are.
     """
     rows, (out_features, in_features) = x.size(1), weight.shape
     if rows * (in_features + out_features) >= _PASSES_OVER_WEIGHT * in_features * out_features:
         return folded
     one_type = x.dtype in (torch.float32, torch.float64)  # parameters then have it, too
-    return tiled if x.device.type == "cpu" and one_type and rows >= _TILED_ROWS else by_rows
+    pays = rows >= _TILED_ROWS or weight.numel() <= _SMALL_WEIGHT
+    return tiled if x.device.type == "cpu" and one_type and pays else by_rows
 
 
 # ---------------------------------------------------------------------------------------------- the native op
@@ -219,9 +222,10 @@ def rank1_linear(
 
     Cost:
         The plain layer's products and, natively: with many rows a member (R · (in + out) ≥ 1.5 · in · out), some ten
-        passes over [out, in] a member; with fewer, on a CPU in float32 from 64 on, three; else two passes over rows
-        forward and three backward, and saved beside the arguments the product before its gain, as large as the output.
-        In Triton no pass beside the products. Gradients to be differentiated again come from the plain formula.
+        passes over [out, in] a member; with fewer, on a CPU in float32, three, if there are 64 or the weight is small;
+        else two passes over rows forward and three backward, and saved beside the arguments the product before its
+        gain, as large as the output. In Triton no pass beside the products. Gradients to be differentiated again come
+        from the plain formula.
 
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """
