@@ -103,9 +103,16 @@ inline void swap_squares(Vec<A>& upper, Vec<A>& lower, int s) {
     to_upper[i] = (i & s) == 0 ? i : kLanes<A> + i - s;
     to_lower[i] = (i & s) == 0 ? i + s : kLanes<A> + i;
   }
+#if defined(__clang__)
+  A lanes[2 * kLanes<A>];
+  store(lanes, upper);
+  store(lanes + kLanes<A>, lower);
+  for (int i = 0; i < kLanes<A>; ++i) upper[i] = lanes[to_upper[i]], lower[i] = lanes[to_lower[i]];
+#else
   const Vec<A> before = upper;
   upper = __builtin_shuffle(before, lower, to_upper);
   lower = __builtin_shuffle(before, lower, to_lower);
+#endif
 }
 
 // The sum over the lanes of each register of a square, one after the other.
