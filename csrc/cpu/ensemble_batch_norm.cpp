@@ -17,18 +17,6 @@ LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
 namespace ensemble_batch_norm {
 namespace {
 
-struct Kernels {
-  decltype(&baseline::forward) forward;
-  decltype(&baseline::backward) backward;
-};
-
-const Kernels& kernels() {
-#define LATEPHASE_KERNELS(isa) {isa::forward, isa::backward},
-  static const Kernels table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_KERNELS)};
-  static const Kernels& chosen = table[chosen_instruction_set()];
-  return chosen;
-}
-
 template <class Arguments, class Kernel>
 void run(const Arguments& arguments, const Kernel& kernel) {
   if (arguments.sizes.numel() != 0) kernel(arguments, torch_parallel());
@@ -65,12 +53,12 @@ void move_running(const Forward& f) {
 struct Cpu {
   static void forward(const Forward& f) {
     if (f.compute_statistics) fill_empty(f.sizes, f.dtype, {f.mean, f.rstd, f.var});
-    run(f, kernels().forward);
+    run(f, LATEPHASE_KERNEL(forward));
     if (f.running.mean != nullptr) f.dtype == DataType::Double ? move_running<double>(f) : move_running<float>(f);
   }
   static void backward(const Backward& b) {
     if (b.compute_sums) fill_empty(b.sizes, b.dtype, {b.sum_dz, b.sum_dz_xhat});
-    run(b, kernels().backward);
+    run(b, LATEPHASE_KERNEL(backward));
   }
   template <class A>
   static void inverse(const Tensor& var, double eps, const Tensor& rstd) {

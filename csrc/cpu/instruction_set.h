@@ -5,9 +5,10 @@
 #include <cstring>
 
 #if defined(__x86_64__)
-#define LATEPHASE_FOR_EACH_ISA(macro) macro(baseline) macro(x86_64_v3) macro(x86_64_v4)
+#define LATEPHASE_FOR_EACH_ISA(macro, ...) \
+  macro(baseline, ##__VA_ARGS__) macro(x86_64_v3, ##__VA_ARGS__) macro(x86_64_v4, ##__VA_ARGS__)
 #else
-#define LATEPHASE_FOR_EACH_ISA(macro) macro(baseline)
+#define LATEPHASE_FOR_EACH_ISA(macro, ...) macro(baseline, ##__VA_ARGS__)
 #endif
 
 namespace latephase {
@@ -29,5 +30,14 @@ inline int chosen_instruction_set() {
     if (std::strcmp(asked, names[i]) == 0) return i;
   return best;
 }
+
+// The kernel of a name for this processor, out of namespaces that declare it: LATEPHASE_KERNEL(forward)(arguments).
+#define LATEPHASE_OF_ISA(isa, name) isa::name,
+#define LATEPHASE_KERNEL(name)                                                                         \
+  ([] {                                                                                                \
+    static decltype(&baseline::name) const table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_OF_ISA, name)}; \
+    static const auto chosen = table[chosen_instruction_set()];                                        \
+    return chosen;                                                                                     \
+  }())
 
 }  // namespace latephase

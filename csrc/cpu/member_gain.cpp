@@ -18,18 +18,6 @@ LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
 namespace member_gain {
 namespace {
 
-struct Kernels {
-  decltype(&baseline::forward) forward;
-  decltype(&baseline::backward) backward;
-};
-
-const Kernels& kernels() {
-#define LATEPHASE_KERNELS(isa) {isa::forward, isa::backward},
-  static const Kernels table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_KERNELS)};
-  static const Kernels& chosen = table[chosen_instruction_set()];
-  return chosen;
-}
-
 // Fewer than this are not worth a second thread: values of the data, and sums of the parts.
 constexpr int64_t kGrainValues = 16384, kGrainSums = 65536;
 
@@ -62,8 +50,9 @@ struct Cpu {
     if (s.numel() == 0) return;
     const Parts parts(s);
     const int64_t count = parts.count(s);
-    torch::stable::parallel_for(0, count, grain(count, s.numel()),
-                                [&](int64_t begin, int64_t end) { kernels().forward(call, parts, begin, end); });
+    torch::stable::parallel_for(0, count, grain(count, s.numel()), [&](int64_t begin, int64_t end) {
+      LATEPHASE_KERNEL(forward)(call, parts, begin, end);
+    });
   }
 
   static void backward(const Call& call) {
@@ -78,7 +67,7 @@ struct Cpu {
     const int64_t count = parts.count(s);
     const std::unique_ptr<double[]> sums(new double[parts.sums_at(s, s.K, 0)]);
     torch::stable::parallel_for(0, count, grain(count, s.numel()), [&](int64_t begin, int64_t end) {
-      kernels().backward(call, parts, sums.get(), begin, end);
+      LATEPHASE_KERNEL(backward)(call, parts, sums.get(), begin, end);
     });
     call.dtype == DataType::Double ? merge<double>(call, parts, sums.get()) : merge<float>(call, parts, sums.get());
   }

@@ -18,18 +18,6 @@ LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
 namespace rank1_linear {
 namespace {
 
-struct Kernels {
-  decltype(&baseline::fold) fold;
-  decltype(&baseline::fold_backward) fold_backward;
-};
-
-const Kernels& kernels() {
-#define LATEPHASE_KERNELS(isa) {isa::fold, isa::fold_backward},
-  static const Kernels table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_KERNELS)};
-  static const Kernels& chosen = table[chosen_instruction_set()];
-  return chosen;
-}
-
 constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a second thread
 
 // Adds up the parts' sums [parts, K, in] in their order and stores them.
@@ -51,7 +39,7 @@ void fold_backward(const FoldBackward& call) {
   const std::unique_ptr<A[]> partial_ds(new A[values]);
   const int64_t grain = std::max<int64_t>(1, kGrainValues / std::max<int64_t>(1, kRowsOfPart * call.K * call.in));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    kernels().fold_backward(call, partial_ds.get(), begin, end);
+    LATEPHASE_KERNEL(fold_backward)(call, partial_ds.get(), begin, end);
   });
   merge(call, partial_ds.get());
 }
@@ -61,7 +49,7 @@ struct Cpu {
     const int64_t rows = call.K * call.out;
     if (rows * call.in == 0) return;
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainValues / call.in),
-                                [&](int64_t begin, int64_t end) { kernels().fold(call, begin, end); });
+                                [&](int64_t begin, int64_t end) { LATEPHASE_KERNEL(fold)(call, begin, end); });
   }
 
   static void fold_backward(const FoldBackward& call) {

@@ -18,18 +18,6 @@ LATEPHASE_FOR_EACH_ISA(LATEPHASE_DECLARE)
 namespace rank1_linear {
 namespace {
 
-struct Kernels {
-  decltype(&baseline::product) product;
-  decltype(&baseline::gradients) gradients;
-};
-
-const Kernels& kernels() {
-#define LATEPHASE_KERNELS(isa) {isa::product, isa::gradients},
-  static const Kernels table[] = {LATEPHASE_FOR_EACH_ISA(LATEPHASE_KERNELS)};
-  static const Kernels& chosen = table[chosen_instruction_set()];
-  return chosen;
-}
-
 constexpr const char* kOp = "rank1_linear";
 
 // The data of a contiguous matrix of x's type.
@@ -76,7 +64,7 @@ Tensor product(const Tensor& x, const Tensor& weight, bool transposed, const Ten
                      bias_data,
                      bias.has_value() && bias->dim() == 2 ? columns : 0,
                      y.mutable_data_ptr()};
-  kernels().product(call, torch_parallel());
+  LATEPHASE_KERNEL(product)(call, torch_parallel());
   return y;
 }
 
@@ -99,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dy, const Ten
                        ds.mutable_data_ptr(),
                        dr.mutable_data_ptr(),
                        dbias.mutable_data_ptr()};
-  kernels().gradients(call, torch_parallel());
+  LATEPHASE_KERNEL(gradients)(call, torch_parallel());
   return {dweight, ds, dr, dbias};
 }
 
