@@ -166,18 +166,18 @@ class GradientsOf {
       for (int64_t u = unit; u < unit + units; ++u) std::fill_n(partial_ds(u, k) + first, columns, A(0));
     // One chunk of a member, or the rows of several members.
     const int64_t at_once = std::max<int64_t>(1, kDepth / std::max<int64_t>(1, call_.rows));
-    const int64_t panels = ceil_div(columns, kTileColumns<A>) * kTileColumns<A>;
+    const int64_t padded = ceil_div(columns, kTileColumns<A>) * kTileColumns<A>;
     for (int64_t k = 0; k < call_.K; k += at_once) {
       const int64_t last = std::min(k + at_once, call_.K);
       for (int64_t chunk = 0; chunk < chunks_.count; ++chunk) {
         const int64_t start = chunks_.begin(chunk), rows = chunks_.length(chunk);
         for (int64_t member = k; member < last; ++member)
           pack_panels(static_cast<const A*>(call_.x) + (member * call_.rows + start) * call_.in + first, call_.in, rows,
-                      columns, rows * kTileColumns<A>, x + (member - k) * rows * panels);
+                      columns, rows * kTileColumns<A>, x + (member - k) * rows * padded);
         for (int64_t out = begin; out < end; out += kTileRows)
           for (int64_t member = k; member < last; ++member)
             tile_row(block, member, chunk, out, std::min<int64_t>(kTileRows, call_.out - out), first, columns,
-                     member * call_.rows + start, rows, x + (member - k) * rows * panels, dy);
+                     member * call_.rows + start, rows, x + (member - k) * rows * padded, dy);
       }
     }
   }
