@@ -12,6 +12,7 @@ from latephase_kernels.ops import rank1_linear as module
 from latephase_kernels.ops import rank1_linear_by_rows as by_rows
 from latephase_kernels.ops import rank1_linear_folded as folded
 from latephase_kernels.ops import rank1_linear_tiled as tiled
+from latephase_kernels.ops import rank1_linear_tiled_rows as tiled_rows
 
 rank1_linear = lp.functional.rank1_linear
 NAMES = ("x", "weight", "s", "r", "bias")
@@ -25,21 +26,29 @@ def poison_unwritten_memory():
     torch.use_deterministic_algorithms(False)
 
 
-WAYS = {"folded": folded, "by rows": by_rows, "tiled": tiled}
-TILED_DTYPES = (torch.float32, torch.float64)
+WAYS = {"folded": folded, "by rows": by_rows, "tiled": tiled, "tiled rows": tiled_rows}
 
 
 def choose(monkeypatch, way):
     """The same way for every shape, whatever the rule would choose; by rows where it cannot take the type."""
 
-    def chosen(x, weight):
-        return by_rows if WAYS[way] is tiled and x.dtype not in TILED_DTYPES else WAYS[way]
+    def chosen(x, weight, num_members, dtype=None):
+        can = WAYS[way] in (folded, by_rows) or (dtype or x.dtype) in (torch.float32, torch.float64)
+        return WAYS[way] if can else by_rows
 
     monkeypatch.setattr(module, "_way", chosen)
 
 
 @pytest.fixture(
-    params=["folded", "folded one by one", "by rows", "by rows one by one", "by rows without kernels", "tiled"],
+    params=[
+        "folded",
+        "folded one by one",
+        "by rows",
+        "by rows one by one",
+        "by rows without kernels",
+        "tiled",
+        "tiled rows",
+    ],
 )
 def way(request, monkeypatch):
     """Every way for every shape; members together and one after the other."""
@@ -146,15 +155,25 @@ def test_half_precision(dtype, parameters, way):
 
 
 def test_the_rule_chooses_by_rows_in_and_out_alone():
-    shapes = {(3152, 384, 1536): folded, (3152, 1536, 384): folded, (200, 784, 512): tiled, (32, 500, 2000): by_rows}
-    shapes |= {(4, 100, 130): tiled, (4, 200, 130): by_rows}
+    shapes = {(3152, 384, 1536): folded, (3152, 1536, 384): folded, (200, 784, 512): tiled, (32, 500, 2000): tiled_rows}
+    shapes |= {(4, 100, 130): tiled, (4, 200, 130): tiled_rows}
     shapes[0, 0, 5] = folded  # no division by a size of 0
     for (rows, in_features, out_features), expected in shapes.items():
         for num_members in (1, 3):
-            x = torch.empty(num_members, rows, in_features)
-            assert module._way(x, torch.empty(out_features, in_features)) is expected
+            for leading in ((num_members * rows,), (num_members, rows)):
+                x = torch.empty(*leading, in_features)
+                assert module._way(x, torch.empty(out_features, in_features), num_members) is expected
     for dtype, device in ((torch.bfloat16, "cpu"), (torch.float32, "meta")):
-        assert module._way(torch.empty(2, 200, 784, dtype=dtype, device=device), torch.empty(512, 784)) is by_rows
+        x, weight = torch.empty(2, 200, 784, dtype=dtype, device=device), torch.empty(512, 784)
+        assert module._way(x, weight, 2) is by_rows and module.passes_over_rows(x, weight, 2)
+
+
+def test_autocast_decides_whether_gains_pass_over_rows():
+    x, weight = torch.empty(400, 784), torch.empty(512, 784)
+    assert not module.passes_over_rows(x, weight, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.passes_over_rows(x, weight, 2)
+        assert not module.passes_over_rows(x.double(), weight.double(), 2)
 
 
 @pytest.mark.parametrize("leading, in_features", [((0,), 3), ((0, 4), 3), ((6, 0), 3), ((6,), 0)], ids=str)
@@ -192,7 +211,7 @@ def test_only_the_gradients_that_are_needed(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_keeps_the_product_only_where_gains_go_over_rows(way, monkeypatch):
+def test_keeps_the_product_only_with_few_rows(way, monkeypatch):
     choose(monkeypatch, way)
     inputs = make_inputs((6, 2), 3, 5, 4)
     for gain_needs_one in (True, False):
@@ -201,7 +220,7 @@ def test_keeps_the_product_only_where_gains_go_over_rows(way, monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.data_ptr()), lambda t: t):
             rank1_linear(*leaves)
         assert {leaf.data_ptr() for leaf in leaves} <= set(kept)
-        assert len(set(kept)) == len(leaves) + (gain_needs_one and way == "by rows")
+        assert len(set(kept)) == len(leaves) + (gain_needs_one and way in ("by rows", "tiled rows"))
 
 
 def test_members_do_not_meet(way):
@@ -276,6 +295,13 @@ def test_autocast(parameters, way):
         torch.testing.assert_close(alone[name], truth[name])
 
 
+def test_meta_tensors_have_shapes():
+    leaves = [t.to("meta").requires_grad_() for n, t in make_inputs((6, 2), 3, 5, 4).items() if n != "dy"]
+    y = rank1_linear(*leaves)
+    y.backward(torch.empty_like(y))
+    assert y.is_meta and y.shape == (6, 2, 4) and all(leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
 def test_under_transforms():
     inputs = make_inputs((6,), 2, 3, 4)
     arguments = tuple(inputs[name] for name in NAMES)
@@ -345,45 +371,6 @@ def test_the_ops_around_the_products(dtype, own_type):
         torch.library.opcheck(backward, (products, weight, s, r, dweight))
 
 
-@pytest.mark.parametrize("dtype", TILED_DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 85, 37, 33), (2, 300, 521, 97), (2, 7, 40, 1040)], ids=str)
-def test_the_products_with_gains_inside(sizes, dtype):
-    """Against their formulas in float64: several parts of a sum, of rows and of columns, some of them ragged."""
-    K, rows, in_features, out_features = sizes
-    inputs = make_inputs((K * rows,), K, in_features, out_features, bias="per member", dtype=dtype)
-    x, weight, s, r, bias, dy = inputs.values()
-    eps = torch.finfo(dtype).eps
-    ops = torch.ops.latephase_kernels
-    product, gradients = ops.rank1_product.default, ops.rank1_gradients.default
-    calls = [
-        (product, tiled._product, (x, weight, True, s, r, bias)),
-        (product, tiled._product, (x, weight, True, s, r, bias[0].contiguous())),
-        (product, tiled._product, (dy, weight, False, r, s, None)),
-        (gradients, tiled._gradients, (dy, x, weight, s, r)),
-    ]
-    for op, formula, arguments in calls:
-        found, truth = op(*arguments), formula(*(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))
-        for value, true in zip(found, truth) if op is gradients else [(found, truth)]:
-            assert value.dtype == dtype
-            torch.testing.assert_close(value.double(), true, rtol=0, atol=64 * eps * max(1, true.abs().max().item()))
-        torch.library.opcheck(op, arguments)
-
-
-@pytest.mark.parametrize("rows", [7, 300])
-def test_threads_do_not_change_the_products_with_gains_inside(rows, monkeypatch):
-    choose(monkeypatch, "tiled")
-    inputs = make_inputs((3 * rows,), 3, 130, 70, bias="per member", dtype=torch.float32)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = run(rank1_linear, inputs)
-        torch.set_num_threads(2)
-        two = [run(rank1_linear, inputs) for _ in range(2)]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(value, found[name]) for found in two for name, value in one.items())
-
-
 def test_wrong_arguments_of_the_ops_around_the_products():
     weight, s, r, products = torch.ones(4, 5), torch.ones(3, 5), torch.ones(3, 4), torch.ones(3, 4, 5)
     wrong = [
@@ -399,24 +386,6 @@ def test_wrong_arguments_of_the_ops_around_the_products():
             torch.ops.latephase_kernels.rank1_fold(*arguments)
     with pytest.raises(RuntimeError, match="rank1_linear: dweight must be contiguous"):
         torch.ops.latephase_kernels.rank1_fold_backward(products, weight, s, r, weight[:2])
-
-
-def test_wrong_arguments_of_the_products():
-    x, weight, s, r, bias = (torch.ones(*sizes) for sizes in ((6, 5), (4, 5), (3, 5), (3, 4), (3, 4)))
-    product, gradients = torch.ops.latephase_kernels.rank1_product, torch.ops.latephase_kernels.rank1_gradients
-    wrong = [
-        ("input must be float32 or float64", product, (x.bfloat16(), weight, True, s, r, bias)),
-        (r"input must be \[K·rows, in\]", product, (x[:5], weight, True, s, r, bias)),
-        ("weight must be contiguous, .4, 5.", product, (x, weight.t().contiguous().t(), True, s, r, bias)),
-        ("weight must have input's type", product, (x, weight.double(), True, s, r, bias)),
-        ("output's gain must be contiguous, .3, 4.", product, (x, weight, True, s, s, bias)),
-        ("bias must be contiguous, .4.", product, (x, weight, True, s, r, bias[0, :3])),
-        ("bias must be contiguous, .3, 4.", product, (x, weight, True, s, r, bias[:2])),
-        ("output's gradient must be contiguous, .6, 4.", gradients, (x, x, weight, s, r)),
-    ]
-    for message, op, arguments in wrong:
-        with pytest.raises(RuntimeError, match="rank1_linear: " + message):
-            op(*arguments)
 
 
 def test_wrong_arguments():

@@ -15,7 +15,11 @@ struct Product {
   const void *x, *weight, *x_gain, *y_gain;  // x [K·rows, depth], gains [K, depth] and [K, columns]
   const void* bias;                          // [K, columns], or [columns] and bias_stride 0, or null
   int64_t bias_stride;
-  void* y;  // [K·rows, columns]
+  void* y;        // [K·rows, columns]
+  void* product;  // the same before y_gain, or null
+  // Sums over a member's rows, or null: of x and of x ∘ x_factor [K, depth], of the product ∘ y_factor [K, columns].
+  void *x_sums, *x_factor_sums, *y_factor_sums;
+  const void *x_factor, *y_factor;  // [K·rows, depth], [K·rows, columns]
 };
 
 // Of y = ((x ∘ s_k) · Wᵀ) ∘ r_k + bias, with H_k = dy_kᵀ x_k:   dW = Σ_k (r_k s_kᵀ) ∘ H_k,
@@ -25,6 +29,14 @@ struct Gradients {
   DataType dtype;
   const void *dy, *x, *weight, *s, *r;  // [K·rows, out], [K·rows, in], [out, in], [K, in], [K, out]
   void *dweight, *ds, *dr, *dbias;      // [out, in], [K, in], [K, out], [K, out]
+};
+
+// dW alone, as one product of all members: (dy ∘ r)ᵀ (x ∘ s).
+struct WeightGradient {
+  int64_t K, rows, in, out;
+  DataType dtype;
+  const void *dy, *x, *s, *r;  // as above
+  void* dweight;
 };
 
 }  // namespace latephase::rank1_linear

@@ -35,6 +35,13 @@ inline Buffer<A> buffer(int64_t size) {
   return Buffer<A>(static_cast<A*>(::operator new[](size * sizeof(A), std::align_val_t{64})));
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kGrainWork = 1 << 18;  // additions or copies, fewer are not worth a second thread
+
+// Items of `work` each that a thread takes at least.
+inline int64_t grain(int64_t work) { return 1 + kGrainWork / std::max<int64_t>(1, work); }
+
 // [0, size) in parts of at most `limit` whose sizes differ by one at most; a single empty part of nothing.
 struct EvenParts {
   int64_t size, count;
@@ -84,7 +91,9 @@ inline void pack_panels(const A* rows, int64_t row_stride, int64_t depth, int64_
     const int64_t count = std::min<int64_t>(kTileColumns<A>, columns - c);
     const A* from = rows + c;
     A* to = panels;
-    for (int64_t p = 0; p < depth; ++p, from += row_stride, to += kTileColumns<A>)
+    for (int64_t p = 0; p < depth; ++p, from += row_stride, to += kTileColumns<A>) {
+      __builtin_prefetch(from + 16 * row_stride);
+      __builtin_prefetch(from + 16 * row_stride + kLanes<A>);
       if (count == kTileColumns<A>) {
         store(to, load(from));
         store(to + kLanes<A>, load(from + kLanes<A>));
@@ -92,6 +101,7 @@ inline void pack_panels(const A* rows, int64_t row_stride, int64_t depth, int64_
         std::copy_n(from, count, to);
         std::fill(to + count, to + kTileColumns<A>, A(0));
       }
+    }
   }
 }
 
@@ -137,6 +147,7 @@ inline void pack_transposed_panel(const A* rows, int64_t row_stride, int64_t dep
       const int count = static_cast<int>(std::min<int64_t>(kLanes<A>, depth - p));
       for (int i = 0; i < kLanes<A>; ++i) {
         const A* from = rows + i * row_stride + p;
+        __builtin_prefetch(from + 4 * kLanes<A>);
         square[i] = i >= columns ? Vec<A>{} : count == kLanes<A> ? load(from) : load(from, count);
       }
 #pragma GCC unroll 4

@@ -69,6 +69,4 @@ def _normalizes_by_running(norm: BatchNorm) -> bool:
 
 def _gain_is_free(layer: Rank1Linear, input: Tensor) -> bool:
     """Whether the layer's gains cost it no pass over rows, or the norm's channels are not its features."""
-    num_members = len(layer.active_members())
-    rows = input.unflatten(0, (num_members, input.size(0) // num_members))
-    return input.dim() != 2 or rank1_linear._way(rows, layer.weight) is not rank1_linear.by_rows
+    return input.dim() != 2 or not rank1_linear.passes_over_rows(input, layer.weight, len(layer.active_members()))

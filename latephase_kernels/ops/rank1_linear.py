@@ -4,9 +4,10 @@
 
 Symbols: s = input_gain, r = output_gain, W = weight. Shapes: K members, R rows a member (all leading dimensions).
 
-Three ways to the same numbers; none divides by a gain. With many rows a member the gains go into the weight, K times,
-and no pass over rows is left; with fewer, on a CPU, into the products themselves; else over the rows, and all members
-share one product. The first two keep nothing for backward but the arguments, the last the product before its gain.
+Four ways to the same numbers; none divides by a gain. With many rows a member the gains go into the weight, K times,
+and no pass over rows is left. With fewer all members share one product, the gains inside it where that has kernels (on
+a CPU), else over the rows. For backward nothing is kept but the arguments and, with few rows, the product before its
+gain.
 
 Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of other operators, the same on every device;
 in Triton products with the gains inside. `product` is what the first keeps for the second, [K, R, out], or empty;
@@ -25,8 +26,9 @@ from ..reference.precision import accumulation_dtype
 from . import rank1_linear_by_rows as by_rows
 from . import rank1_linear_folded as folded
 from . import rank1_linear_tiled as tiled
+from . import rank1_linear_tiled_rows as tiled_rows
 from . import registry
-from .autocast import without_autocast
+from .autocast import autocast_dtype, without_autocast
 from .double_backward import aliases
 from .rank1_linear_checks import check_arguments
 
@@ -37,61 +39,58 @@ _TILED_ROWS = 64
 _SMALL_WEIGHT = 1 << 14
 
 
-def _way(x: Tensor, weight: Tensor) -> ModuleType:
-    """The module that runs x [K, R, in]: folded when R · (in + out) ≥ 1.5 · in · out, tiled or by_rows otherwise.
+def _way(x: Tensor, weight: Tensor, num_members: int, dtype: torch.dtype | None = None) -> ModuleType:
+    """The module that runs x [K·B, …, in], or what it is in another type.
 
-    Folded passes over [out, in] a member, by_rows over [R, in] and [R, out] as often; the factor is where both were
-    measured to last equally long on a CPU. Tiled passes over [out, in] a member once, which few rows do not repay
-    unless the weight is small; then its few calls count. K has no say: a member's result must not depend on how many
-    others there are.
+    Folded, when R · (in + out) ≥ 1.5 · in · out: it passes over [out, in] a member, by_rows over [R, in] and [R, out]
+    as often; the factor is where both were measured to last equally long on a CPU. Else the tiled ways, where they have
+    kernels: tiled passes over [out, in] a member once, which few rows do not repay unless the weight is small; then its
+    few calls count. K has no say: a member's result must not depend on how many others there are.
     """
-    rows, (out_features, in_features) = x.size(1), weight.shape
+    out_features, in_features = weight.shape
+    rows = math.prod(x.shape[:-1]) // num_members
     if rows * (in_features + out_features) >= _PASSES_OVER_WEIGHT * in_features * out_features:
         return folded
-    one_type = x.dtype in (torch.float32, torch.float64)  # parameters then have it, too
-    pays = rows >= _TILED_ROWS or weight.numel() <= _SMALL_WEIGHT
-    return tiled if x.device.type == "cpu" and one_type and pays else by_rows
+    # Parameters then have that type, too.
+    if x.device.type != "cpu" or (dtype or x.dtype) not in (torch.float32, torch.float64):
+        return by_rows
+    return tiled if rows >= _TILED_ROWS or weight.numel() <= _SMALL_WEIGHT else tiled_rows
+
+
+def passes_over_rows(input: Tensor, weight: Tensor, num_members: int) -> bool:
+    """Whether a call with this input [K·B, …, in] has passes over rows for its gains, natively."""
+    return _way(input, weight, num_members, autocast_dtype(input)) is by_rows
 
 
 # ---------------------------------------------------------------------------------------------- the native op
 
 
-def _rows(tensor: Tensor, num_members: int) -> Tensor:
-    """[K·B, *, C] to a contiguous [K, R, C]."""
-    *leading, channels = tensor.shape
-    return tensor.reshape(num_members, math.prod(leading) // num_members, channels).contiguous()
-
-
 def _forward(input, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tensor]:
     """Return y and the product before its gain, empty where nobody needs it again."""
-    x = _rows(input, input_gain.size(0))
+    x = input.contiguous()
     with without_autocast(x.device):
-        way = _way(x, weight)
-        if way is by_rows:
-            y, product = by_rows.forward(x, weight, input_gain, output_gain, bias)
-        else:
-            y, product = way.forward(x, weight, input_gain, output_gain, bias), x.new_empty(0)
-    return y.view(*input.shape[:-1], weight.size(0)), product
+        return _way(x, weight, len(input_gain)).forward(x, weight, input_gain, output_gain, bias)
 
 
 def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: Sequence[bool]) -> list[Tensor]:
     """Return the gradients of the five arguments of `_forward`, empty tensors for those that need none."""
-    num_members = input_gain.size(0)
-    x, dy = _rows(input, num_members), _rows(dy, num_members)
+    x, dy = input.contiguous(), dy.contiguous()
     with without_autocast(x.device):
-        way = _way(x, weight)
-        if way is by_rows:
-            gradients = by_rows.backward(dy, x, weight, input_gain, output_gain, product, needs)
-        else:
-            gradients = way.backward(dy, x, weight, input_gain, output_gain, needs)
+        way = _way(x, weight, len(input_gain))
+        gradients = way.backward(dy, x, weight, input_gain, output_gain, bias, product, needs)
     if needs[4]:
-        dbias = dy.sum(1, dtype=accumulation_dtype(dy.dtype)) if gradients[4] is None else gradients[4]
-        gradients[4] = dbias if bias.dim() == 2 else dbias.sum(0)
-    arguments = (input, weight, input_gain, output_gain, bias)
-    return [
-        input.new_empty(0) if gradient is None or not need else gradient.view(argument.shape).to(argument.dtype)
-        for gradient, argument, need in zip(gradients, arguments, needs)
-    ]
+        dbias = gradients[4]
+        if dbias is None:
+            dbias = folded.by_member(dy, input_gain).sum(1, dtype=accumulation_dtype(dy.dtype))
+        gradients[4] = dbias.sum(0) if dbias.dim() > bias.dim() else dbias
+    for i, (gradient, argument, need) in enumerate(
+        zip(gradients, (input, weight, input_gain, output_gain, bias), needs)
+    ):
+        if gradient is None or not need:
+            gradients[i] = input.new_empty(0)
+        elif gradient.dtype != argument.dtype or gradient.shape != argument.shape:
+            gradients[i] = gradient.view(argument.shape).to(argument.dtype)
+    return gradients
 
 
 # ---------------------------------------------------------------------------------------------- registration
@@ -99,8 +98,7 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
 
 def _fake_forward(input, weight, input_gain, output_gain, bias):
     y = input.new_empty(*input.shape[:-1], weight.size(0))
-    x = _rows(input, input_gain.size(0))
-    return y, input.new_empty(*x.shape[:2], weight.size(0)) if _way(x, weight) is by_rows else input.new_empty(0)
+    return y, input.new_empty(y.shape if _way(input, weight, len(input_gain)).KEEPS_PRODUCT else 0)
 
 
 def _fake_triton_forward(input, weight, input_gain, output_gain, bias):
@@ -222,10 +220,10 @@ def rank1_linear(
 
     Cost:
         The plain layer's products and, natively: with many rows a member (R · (in + out) ≥ 1.5 · in · out), some ten
-        passes over [out, in] a member; with fewer, on a CPU in float32, three, if there are 64 or the weight is small;
-        else two passes over rows forward and three backward, and saved beside the arguments the product before its
-        gain, as large as the output. In Triton no pass beside the products. Gradients to be differentiated again come
-        from the plain formula.
+        passes over [out, in] a member; with fewer, on a CPU in float32, three, if there are 64 or the weight is small.
+        With fewer still the product before its gain is saved beside the arguments, as large as the output, and else
+        two passes over rows are added forward and three backward, on a CPU in float32 none. In Triton no pass beside
+        the products. Gradients to be differentiated again come from the plain formula.
 
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """
@@ -242,12 +240,9 @@ def rank1_linear(
 
 def _autocast(input, *parameters):
     """Under autocast: input in autocast's type, parameters in it or in float32, whose digits are of use."""
-    if not isinstance(input, Tensor) or input.dtype == torch.float64:
+    dtype = autocast_dtype(input) if isinstance(input, Tensor) else None
+    if dtype is None:
         return input, *parameters
-    device = input.device.type
-    if not torch.is_autocast_enabled(device):
-        return input, *parameters
-    dtype = torch.get_autocast_dtype(device)
     halves = (torch.bfloat16, torch.float16)
     cast = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in halves else t for t in parameters)
     return input.to(dtype), *cast

@@ -12,7 +12,9 @@ from torch import Tensor
 from ..reference import member_gain as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
+from .rank1_linear_folded import by_member
 
+KEEPS_PRODUCT = True
 _CHUNK_ROWS = 512  # at least: with fewer a product takes longer a row
 
 
@@ -56,7 +58,8 @@ def _rows(stacked: Tensor, some: slice) -> Tensor:
 def forward(
     x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return y and u, both [K, R, out], of x [K, R, in]."""
+    """Return y and u of x [K·B, …, in]."""
+    shape, x = (*x.shape[:-1], weight.size(0)), by_member(x, input_gain)
     s, r, weight_t = input_gain.contiguous(), output_gain.contiguous(), weight.to(x.dtype).t()
     bias = None if bias is None else bias.contiguous()
     product = x.new_empty(*x.shape[:2], weight.size(0))
@@ -66,15 +69,21 @@ def forward(
     for some in chunks:
         u = torch.mm(_multiply(_rows(x, some), s[some], None, scaled), weight_t, out=_rows(product, some))
         _multiply(u, r[some], bias if bias is None or bias.dim() == 1 else bias[some], _rows(y, some))
-    return y, product
+    return y.view(shape), product.view(shape)
 
 
-def backward(dy, x, weight, input_gain, output_gain, product, needs) -> list[Tensor | None]:
-    """Return dx, dW, ds, dr and dbias [K, out]; None where there is no need. product: u, or None: computed again.
+def backward(dy, x, weight, input_gain, output_gain, bias, product, needs) -> list[Tensor | None]:
+    """Return dx [K, R, in], dW, ds, dr and dbias [K, out]; None where there is no need.
+
+    Args:
+        dy, x: [K·B, …, *].
+        product: u, or None: computed again.
 
     With d = dy ∘ r:   dW = dᵀ (x ∘ s),   dx = (d W) ∘ s,   ds_k = Σ_rows x ∘ (d W),   dr_k = Σ_rows dy ∘ u
     """
     needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
+    dy, x = by_member(dy, input_gain), by_member(x, input_gain)
+    product = None if product is None else by_member(product, input_gain)
     s, r, weight = input_gain.contiguous(), output_gain.contiguous(), weight.to(x.dtype)
     chunks = _chunks(x)
     dx = torch.empty_like(x)

@@ -5,6 +5,7 @@ Symbols: s = input_gain, r = output_gain, W = weight, H_k = dy_kᵀ x_k. Shapes:
 Registered ops, around the products: `rank1_fold` and `rank1_fold_backward`, their gains in the accumulation type.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor
 
 from ..reference.precision import accumulation_dtype
 from . import registry
+
+
+def by_member(t: Tensor, gain: Tensor) -> Tensor:
+    """View a contiguous [K·B, …, C] as [K, R, C]; gain: [K, *]."""
+    *leading, channels = t.shape
+    return t.view(len(gain), math.prod(leading) // len(gain), channels)
+
 
 # ---------------------------------------------------------------------------------------------- around the products
 
@@ -61,6 +69,7 @@ def _op(name: str, composite: Callable, x: Tensor) -> Callable:
 
 # ---------------------------------------------------------------------------------------------- the layer
 
+KEEPS_PRODUCT = False
 _CACHED_VALUES = 1 << 18
 
 
@@ -78,8 +87,11 @@ def _parameters(x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tens
     return weight.contiguous(), input_gain.to(accumulate).contiguous(), output_gain.to(accumulate).contiguous()
 
 
-def forward(x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y [K, R, out] of x [K, R, in]."""
+def forward(
+    x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y of x [K·B, …, in], and nothing to keep."""
+    shape, x = (*x.shape[:-1], weight.size(0)), by_member(x, input_gain)
     num_members, rows, _ = x.shape
     out_features = weight.size(0)
     y = x.new_empty(num_members, rows, out_features)
@@ -95,12 +107,13 @@ def forward(x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, 
             torch.bmm(x[some], folded.mT, out=y[some])
         else:
             torch.baddbmm(shift[some], x[some], folded.mT, out=y[some])
-    return y
+    return y.view(shape), x.new_empty(0)
 
 
-def backward(dy, x, weight, input_gain, output_gain, needs) -> list[Tensor | None]:
-    """Return dx, dW, ds, dr and None for dbias; None where there is no need."""
+def backward(dy, x, weight, input_gain, output_gain, bias, product, needs) -> list[Tensor | None]:
+    """Return dx [K, R, in], dW, ds, dr and None for dbias; None where there is no need. dy, x: [K·B, …, *]."""
     needs_input, needs_weight, needs_input_gain, needs_output_gain, _ = needs
+    dy, x = by_member(dy, input_gain), by_member(x, input_gain)
     weight, s, r = _parameters(x, weight, input_gain, output_gain)
     dx = torch.empty_like(x) if needs_input else None
     dweight = torch.zeros_like(weight, dtype=s.dtype) if needs_weight else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..reference import rank1_lstm as reference
 from ..reference.precision import accumulation_dtype
 from . import rank1_linear_folded, registry
-from .autocast import without_autocast
+from .autocast import autocast_dtype, without_autocast
 from .checks import check_input
 from .double_backward import aliases
 from .rank1_lstm_checks import check_arguments
@@ -46,9 +46,10 @@ def _forward(
     batch, dtype = rows // num_members, input.dtype
 
     # The inputs' part of all gates at once: so many rows share a member's weight that folding its gains in is free.
-    gates = rank1_linear_folded.forward(
+    gates, _ = rank1_linear_folded.forward(
         _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih, bias
-    ).view(num_members, steps, batch, 4 * units)
+    )
+    gates = gates.view(num_members, steps, batch, 4 * units)
     output, cells = run_steps(gates, h0, c0, weight_hh, input_gain_hh, output_gain_hh)
     return output, cells[-1].to(dtype, copy=True), cells, gates
 
@@ -69,7 +70,7 @@ def _backward(
     # z is the sum of two linear layers with rank-1 gains, of all steps' rows at once.
     if needs[0] or needs[3] or needs[5] or needs[6]:
         dx, gradients[3], gradients[5], gradients[6], _ = rank1_linear_folded.backward(
-            dz, _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih,
+            dz, _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih, None, None,
             (needs[0], needs[3], needs[5], needs[6], False),
         )  # fmt: skip
         if dx is not None:
@@ -79,7 +80,7 @@ def _backward(
         h_before[:, 0] = h0.unflatten(0, (num_members, batch))
         h_before[:, 1:] = output[:-1].unflatten(1, (num_members, batch)).transpose(0, 1)
         _, gradients[4], gradients[7], gradients[8], _ = rank1_linear_folded.backward(
-            dz, h_before.flatten(1, 2), weight_hh, input_gain_hh, output_gain_hh,
+            dz, h_before.flatten(1, 2), weight_hh, input_gain_hh, output_gain_hh, None, None,
             (False, needs[4], needs[7], needs[8], False),
         )  # fmt: skip
     if needs[9]:
@@ -209,9 +210,7 @@ def rank1_lstm(
     """
     gains = (input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh)
     check_input("rank1_lstm", input)
-    device = input.device.type
-    if input.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        input = input.to(torch.get_autocast_dtype(device))
+    input = input.to(autocast_dtype(input) or input.dtype)
     check_arguments(input, h0, c0, weight_ih, weight_hh, *gains, bias)
     if torch._C._are_functorch_transforms_active():
         output, c_n = reference.rank1_lstm(input, h0, c0, weight_ih, weight_hh, *gains, bias)
