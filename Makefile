@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OPS_TESTS := tests/test_ensemble_batch_norm.py tests/test_ensemble_batch_norm_gain.py tests/test_member_gain.py tests/test_rank1_linear.py \
-	tests/test_rank1_linear_products.py
+	tests/test_rank1_linear_products.py tests/test_rank1_lstm_steps.py
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 # Tests of the front-end, of several devices and of the benchmarks: many processes, and as long as all others together.
