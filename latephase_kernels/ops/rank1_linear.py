@@ -35,7 +35,7 @@ from .rank1_linear_checks import check_arguments
 # ---------------------------------------------------------------------------------------------- which way
 
 _PASSES_OVER_WEIGHT = 1.5
-_TILED_ROWS = 64
+_TILED_ROWS = 80
 _SMALL_WEIGHT = 1 << 14
 
 
@@ -220,7 +220,7 @@ def rank1_linear(
 
     Cost:
         The plain layer's products and, natively: with many rows a member (R · (in + out) ≥ 1.5 · in · out), some ten
-        passes over [out, in] a member; with fewer, on a CPU in float32, three, if there are 64 or the weight is small.
+        passes over [out, in] a member; with fewer, on a CPU in float32, three, if there are 80 or the weight is small.
         With fewer still the product before its gain is saved beside the arguments, as large as the output, and else
         two passes over rows are added forward and three backward, on a CPU in float32 none. In Triton no pass beside
         the products. Gradients to be differentiated again come from the plain formula.
