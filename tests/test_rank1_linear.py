@@ -168,6 +168,16 @@ def test_the_rule_chooses_by_rows_in_and_out_alone():
         assert module._way(x, weight, 2) is by_rows and module.passes_over_rows(x, weight, 2)
 
 
+def test_no_kernels_where_the_reference_is_chosen():
+    x, weight = torch.empty(400, 784), torch.empty(512, 784)
+    assert module._way(x, weight, 2) is tiled
+    lp.set_backend("reference")
+    try:
+        assert module._way(x, weight, 2) is by_rows
+    finally:
+        lp.set_backend("auto")
+
+
 def test_autocast_decides_whether_gains_pass_over_rows():
     x, weight = torch.empty(400, 784), torch.empty(512, 784)
     assert not module.passes_over_rows(x, weight, 2)

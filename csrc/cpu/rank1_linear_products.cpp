@@ -124,9 +124,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& dy, co
   Product call = product_of(dy, weight, false, output_gain, input_gain);
   call.x_factor = rows_data("product", product, dy, call.depth);
   call.y_factor = rows_data("input", x, dy, call.columns);
-  Tensor dx = empty_rows(dy, call.columns), ds = empty(dy, {call.K, call.columns}, dy.scalar_type()),
-         dr = empty(dy, {call.K, call.depth}, dy.scalar_type()),
-         dbias = empty(dy, {call.K, call.depth}, dy.scalar_type());
+  Tensor dx = empty_rows(dy, call.columns), ds = empty_as(input_gain), dr = empty_as(output_gain),
+         dbias = empty_as(output_gain);
   call.y = dx.mutable_data_ptr();
   call.y_factor_sums = ds.mutable_data_ptr();
   call.x_factor_sums = dr.mutable_data_ptr();
@@ -135,47 +134,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& dy, co
   return {dx, ds, dr, bias_gradient(dbias, shared_bias)};
 }
 
-Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& input_gain, const Tensor& output_gain) {
-  const int64_t rows = rows_of(x, input_gain), K = input_gain.size(0), in = x.size(x.dim() - 1);
+// What both gradients of the weight have, but for the output.
+WeightGradient weight_gradient_of(const Tensor& dy, const Tensor& x, const Tensor& input_gain,
+                                  const Tensor& output_gain) {
   STD_TORCH_CHECK(output_gain.dim() == 2, kOp, ": output_gain must have two dimensions");
-  const int64_t out = output_gain.size(1);
-  Tensor dweight = empty(x, {out, in}, x.scalar_type());
-  const WeightGradient call{K,
-                            rows,
-                            in,
-                            out,
-                            data_type(kOp, x.scalar_type()),
-                            rows_data("output's gradient", dy, x, out),
-                            rows_data("input", x, x, in),
-                            matrix("input_gain", input_gain, x, K, in),
-                            matrix("output_gain", output_gain, x, K, out),
-                            dweight.mutable_data_ptr()};
+  WeightGradient call{};
+  call.rows = rows_of(x, input_gain), call.K = input_gain.size(0);
+  call.in = x.size(x.dim() - 1), call.out = output_gain.size(1);
+  call.dtype = data_type(kOp, x.scalar_type());
+  call.dy = rows_data("output's gradient", dy, x, call.out);
+  call.x = rows_data("input", x, x, call.in);
+  call.s = matrix("input_gain", input_gain, x, call.K, call.in);
+  call.r = matrix("output_gain", output_gain, x, call.K, call.out);
+  return call;
+}
+
+Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& input_gain, const Tensor& output_gain) {
+  WeightGradient call = weight_gradient_of(dy, x, input_gain, output_gain);
+  Tensor dweight = empty(x, {call.out, call.in}, x.scalar_type());
+  call.dweight = dweight.mutable_data_ptr();
   LATEPHASE_KERNEL(weight_gradient)(call, torch_parallel());
   return dweight;
 }
 
+// dweight, ds [K, in], dr [K, out] and dbias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                      const Tensor& input_gain, const Tensor& output_gain,
                                                      bool shared_bias) {
-  const int64_t rows = rows_of(x, input_gain), K = input_gain.size(0), in = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(output_gain.dim() == 2, kOp, ": output_gain must have two dimensions");
-  const int64_t out = output_gain.size(1);
-  Tensor dweight = empty(x, {out, in}, x.scalar_type()), ds = empty(x, {K, in}, x.scalar_type()),
-         dr = empty(x, {K, out}, x.scalar_type()), dbias = empty(x, {K, out}, x.scalar_type());
-  const Gradients call{K,
-                       rows,
-                       in,
-                       out,
-                       data_type(kOp, x.scalar_type()),
-                       rows_data("output's gradient", dy, x, out),
-                       rows_data("input", x, x, in),
-                       matrix("weight", weight, x, out, in),
-                       matrix("input_gain", input_gain, x, K, in),
-                       matrix("output_gain", output_gain, x, K, out),
-                       dweight.mutable_data_ptr(),
-                       ds.mutable_data_ptr(),
-                       dr.mutable_data_ptr(),
-                       dbias.mutable_data_ptr()};
+  Gradients call{weight_gradient_of(dy, x, input_gain, output_gain)};
+  call.weight = matrix("weight", weight, x, call.out, call.in);
+  Tensor dweight = empty(x, {call.out, call.in}, x.scalar_type()), ds = empty_as(input_gain),
+         dr = empty_as(output_gain), dbias = empty_as(output_gain);
+  call.dweight = dweight.mutable_data_ptr();
+  call.ds = ds.mutable_data_ptr();
+  call.dr = dr.mutable_data_ptr();
+  call.dbias = dbias.mutable_data_ptr();
   LATEPHASE_KERNEL(gradients)(call, torch_parallel());
   return {dweight, ds, dr, bias_gradient(dbias, shared_bias)};
 }

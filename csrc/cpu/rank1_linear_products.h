@@ -22,21 +22,19 @@ struct Product {
   const void *x_factor, *y_factor;  // [K·rows, depth], [K·rows, columns]
 };
 
-// Of y = ((x ∘ s_k) · Wᵀ) ∘ r_k + bias, with H_k = dy_kᵀ x_k:   dW = Σ_k (r_k s_kᵀ) ∘ H_k,
-// ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k),   dbias_k = colsum(dy_k).
-struct Gradients {
-  int64_t K, rows, in, out;
-  DataType dtype;
-  const void *dy, *x, *weight, *s, *r;  // [K·rows, out], [K·rows, in], [out, in], [K, in], [K, out]
-  void *dweight, *ds, *dr, *dbias;      // [out, in], [K, in], [K, out], [K, out]
-};
-
-// dW alone, as one product of all members: (dy ∘ r)ᵀ (x ∘ s).
+// dW = Σ_k (r_k s_kᵀ) ∘ dy_kᵀ x_k of y = ((x ∘ s_k) · Wᵀ) ∘ r_k + bias; alone it is one product of all members' rows,
+// (dy ∘ r)ᵀ (x ∘ s).
 struct WeightGradient {
   int64_t K, rows, in, out;
   DataType dtype;
-  const void *dy, *x, *s, *r;  // as above
-  void* dweight;
+  const void *dy, *x, *s, *r;  // [K·rows, out], [K·rows, in], [K, in], [K, out]
+  void* dweight;               // [out, in]
+};
+
+// With H_k = dy_kᵀ x_k:   ds_k = colsum(r_k · H_k ∘ W),   dr_k = rowsum(H_k ∘ W · s_k),   dbias_k = colsum(dy_k).
+struct Gradients : WeightGradient {
+  const void* weight;     // [out, in]
+  void *ds, *dr, *dbias;  // [K, in], [K, out], [K, out]
 };
 
 }  // namespace latephase::rank1_linear

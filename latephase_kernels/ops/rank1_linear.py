@@ -10,7 +10,7 @@ a CPU), else over the rows. For backward nothing is kept but the arguments and, 
 gain.
 
 Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of other operators, the same on every device;
-in Triton products with the gains inside. `product` is what the first keeps for the second, [K, R, out], or empty;
+in Triton products with the gains inside. `product` is what the first keeps for the second, like the output, or empty;
 without it the second computes it again.
 """
 
@@ -51,8 +51,11 @@ def _way(x: Tensor, weight: Tensor, num_members: int, dtype: torch.dtype | None 
     rows = math.prod(x.shape[:-1]) // num_members
     if rows * (in_features + out_features) >= _PASSES_OVER_WEIGHT * in_features * out_features:
         return folded
-    # Parameters then have that type, too.
-    if x.device.type != "cpu" or (dtype or x.dtype) not in (torch.float32, torch.float64):
+    if (
+        x.device.type != "cpu"
+        or (dtype or x.dtype) not in (torch.float32, torch.float64)  # parameters then have that type, too
+        or registry.namespace_for(x, "rank1_product") is None
+    ):
         return by_rows
     return tiled if rows >= _TILED_ROWS or weight.numel() <= _SMALL_WEIGHT else tiled_rows
 
