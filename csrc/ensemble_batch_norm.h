@@ -98,10 +98,12 @@ struct Ops {
 
   // The whole forward in training, which moves the running statistics as well. Eager calls come here unchecked: what
   // is not right raises before anything changes, and Python then says which argument it was.
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update(
-      const Tensor& input, const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& batches,
-      const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual, double momentum,
-      double eps, int64_t num_members, const std::string& activation, const OptionalTensor& output_gain) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> update(const Tensor& input, const Tensor& running_mean,
+                                                           const Tensor& running_var, const OptionalTensor& batches,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           const OptionalTensor& residual, double momentum, double eps,
+                                                           int64_t num_members, const std::string& activation,
+                                                           const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
     const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
     check_devices(
@@ -118,16 +120,15 @@ struct Ops {
                           batches->scalar_type() == ScalarType::Long,
                       "ensemble_batch_norm: num_batches_tracked must be contiguous int64 [K]");
     }
-    Tensor mean = statistic(input, s), var = statistic(input, s), rstd = statistic(input, s);
+    Tensor mean = statistic(input, s), rstd = statistic(input, s);
     Forward f = forward_of(input, s, true, mean);
     f.eps = eps;
     f.rstd = rstd.mutable_data_ptr();
-    f.var = var.mutable_data_ptr();
     f.running = {running_mean.mutable_data_ptr(), running_var.mutable_data_ptr(),
                  batches.has_value() ? static_cast<int64_t*>(batches->mutable_data_ptr()) : nullptr, momentum,
                  static_cast<double>(s.n()) / static_cast<double>(s.n() - 1)};
     auto [y, mask] = normalize(f, input, weight, bias, residual, activation, output_gain);
-    return {y, mean, rstd, var, mask};
+    return {y, mean, rstd, mask};
   }
 
   static std::tuple<Tensor, Tensor> statistics(const Tensor& input, int64_t num_members) {

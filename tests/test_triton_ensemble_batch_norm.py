@@ -300,9 +300,12 @@ def test_running_statistics_move_in_the_same_kernels(num_members, shape, memory_
         right = (mean.clone(), var.clone())
         update = registry.op(registry.TRITON, "ensemble_batch_norm_update")
         arguments = (input, mean, var, batches, weight, bias, residual, momentum, EPS, num_members, "relu")
-        y, batch_mean, _, batch_var, _ = update(*arguments)
+        y, batch_mean, batch_rstd, _ = update(*arguments)
         whole = registry.op(registry.TRITON, "ensemble_batch_norm")
-        assert torch.equal(y, whole(input, None, None, weight, bias, residual, True, EPS, num_members, "relu")[0])
+        expected = whole(input, None, None, weight, bias, residual, True, EPS, num_members, "relu")
+        for found, right_one in zip((y, batch_mean, batch_rstd), expected):
+            assert torch.equal(found, right_one)
+        batch_var = expected[3]
         n = input.numel() // mean.numel()
         for found, old, new in zip((mean, var), right, (batch_mean, batch_var * n / (n - 1)), strict=True):
             torch.testing.assert_close(found, old.lerp(new, momentum), rtol=1e-6, atol=1e-7)

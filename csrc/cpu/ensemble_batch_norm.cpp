@@ -1,6 +1,8 @@
 // Ensemble batch norm on the CPU: picks the kernels of the best instruction set this processor has, and registers them.
 #include "../ensemble_batch_norm.h"
 
+#include <vector>
+
 #include "../lerp.h"
 #include "instruction_set.h"
 #include "torch_parallel.h"
@@ -51,7 +53,13 @@ void move_running(const Forward& f) {
 }
 
 struct Cpu {
-  static void forward(const Forward& f) {
+  static void forward(const Forward& call) {
+    Forward f = call;
+    std::vector<double> var;  // of values of the statistics' type
+    if (f.running.mean != nullptr && f.var == nullptr) {
+      var.resize(f.sizes.K * f.sizes.C);
+      f.var = var.data();
+    }
     if (f.compute_statistics) fill_empty(f.sizes, f.dtype, {f.mean, f.rstd, f.var});
     run(f, LATEPHASE_KERNEL(forward));
     if (f.running.mean != nullptr) f.dtype == DataType::Double ? move_running<double>(f) : move_running<float>(f);

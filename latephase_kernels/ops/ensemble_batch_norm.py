@@ -76,7 +76,8 @@ def _fake_update(
         raise RuntimeError(
             "ensemble_batch_norm: all tensors must be on input's device"
         )  # one of them on meta leads here
-    return _fake_forward(input, None, None, weight, bias, residual, True, eps, num_members, activation)
+    y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
+    return y, *_fake_statistics(input, num_members), mask
 
 
 def _fake_backward_reduce(dy, input, mean, rstd, weight, bias, mask, num_members, activation):
@@ -116,7 +117,7 @@ for _name, _schema, _fake in (
         "(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, "
         "Tensor? weight, Tensor? bias, Tensor? residual, float momentum, float eps, int num_members, str activation, "
         f"{_GAIN}) "
-        "-> (Tensor y, Tensor mean, Tensor rstd, Tensor var, Tensor mask)",
+        "-> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)",
         _fake_update,
     ),
     (

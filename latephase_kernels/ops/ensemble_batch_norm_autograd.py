@@ -151,7 +151,7 @@ class NormalizeAndUpdate(torch.autograd.Function):
     def forward(ctx, input, weight, bias, residual, output_gain, call):
         namespace, running, momentum, settings = call
         _, eps, num_members, activation = settings
-        y, mean, rstd, _, mask = registry.op(namespace, "ensemble_batch_norm_update")(
+        y, mean, rstd, mask = registry.op(namespace, "ensemble_batch_norm_update")(
             input, *running, weight, bias, residual, momentum, eps, num_members, activation, output_gain
         )
         ctx.save_for_backward(input, weight, bias, output_gain, mean, rstd, mask)

@@ -316,13 +316,13 @@ def ensemble_batch_norm_update(
     num_members: int,
     activation: str,
     output_gain: Tensor | None = None,  # [K, C] or [C]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (y, mean, rstd, biased variance, mask) of the batch, and move the running statistics."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (y, mean, rstd, mask) of the batch, and move the running statistics."""
     running = _Running(running_mean, running_var, num_batches_tracked, momentum)
     arguments = (input, weight, bias, residual, eps, num_members, activation)
-    mean, var, rstd, y, mask = _forward(*arguments, running, output_gain, with_output=True)
+    mean, _, rstd, y, mask = _forward(*arguments, running, output_gain, with_output=True)
     assert rstd is not None and y is not None and mask is not None
-    return y, mean, rstd, var, mask
+    return y, mean, rstd, mask
 
 
 def ensemble_batch_norm_backward(
