@@ -9,6 +9,9 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # Tests of the front-end, of several devices and of the benchmarks: many processes, and as long as all others together.
 TRAINING_TESTS := $(shell grep -lE 'latephase_kernels\.(train|data)|benchmarks|distributed' tests/test_*.py)
 
+# The C library fills new memory: what a kernel leaves unwritten shows.
+POISON := GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
+
 .PHONY: demo test test-native test-training test-triton test-compile check format wheel bench
 
 demo: $(VENV)/.installed
@@ -18,9 +21,9 @@ test: test-native test-training test-triton test-compile
 
 # All else that runs natively, then the ops' tests again on each older instruction set.
 test-native: $(VENV)/.installed
-	$(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*' $(TRAINING_TESTS:%=--ignore=%)
-	LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q $(OPS_TESTS)
-	LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q $(OPS_TESTS)
+	$(POISON) $(BIN)/python -m pytest -q --ignore-glob='tests/test_triton*' $(TRAINING_TESTS:%=--ignore=%)
+	$(POISON) LATEPHASE_ISA=baseline $(BIN)/python -m pytest -q $(OPS_TESTS)
+	$(POISON) LATEPHASE_ISA=x86_64_v3 $(BIN)/python -m pytest -q $(OPS_TESTS)
 
 test-training: $(VENV)/.installed
 	$(BIN)/python -m pytest -q $(TRAINING_TESTS)

@@ -38,9 +38,13 @@ inline Sizes sizes_of(const Tensor& gates, const Tensor& c0, const Tensor& weigh
   return s;
 }
 
-inline void check_sequence(const char* name, const Tensor& t, const Sizes& s, ScalarType dtype) {
+inline void check_state(const char* name, const Tensor& t, const Sizes& s) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == s.rows() && t.size(1) == s.H, kOp, ": ", name, " must be [K·B, H]");
+}
+
+inline void check_sequence(const char* name, const Tensor& t, const Sizes& s, ScalarType dtype, const char* type) {
   const bool fits = t.dim() == 3 && t.size(0) == s.T && t.size(1) == s.rows() && t.size(2) == s.H;
-  STD_TORCH_CHECK(fits && t.scalar_type() == dtype, kOp, ": ", name, " must be [T, K·B, H] of gates' type");
+  STD_TORCH_CHECK(fits && t.scalar_type() == dtype, kOp, ": ", name, " must be [T, K·B, H] of ", type);
 }
 
 // What both directions have: arguments in the kernels' types, what the products take and give, and a step of all that.
@@ -85,7 +89,7 @@ struct Ops {
                                           const Tensor& input_gain, const Tensor& output_gain) {
     Loop loop(gates, c0, weight, input_gain, output_gain, 1, 4);
     const Sizes& s = loop.sizes;
-    STD_TORCH_CHECK(h0.dim() == 2 && h0.size(0) == s.rows() && h0.size(1) == s.H, kOp, ": h0 must be [K·B, H]");
+    check_state("h0", h0, s);
     Tensor output = empty(gates, {s.T, s.rows(), s.H}, loop.dtype),
            cells = empty(gates, {s.T, s.rows(), s.H}, loop.sum);
     if (loop.is_empty()) return {output, cells};
@@ -109,9 +113,10 @@ struct Ops {
                                                            const Tensor& input_gain, const Tensor& output_gain) {
     Loop loop(gates, c0, weight, input_gain, output_gain, 4, 1);
     const Sizes& s = loop.sizes;
-    check_sequence("cells", cells, s, loop.sum);
+    check_sequence("cells", cells, s, loop.sum, "the accumulation type");
     STD_TORCH_CHECK(cells.is_contiguous(), kOp, ": cells must be contiguous");
-    if (dy.has_value()) check_sequence("dy", *dy, s, loop.dtype);
+    if (dy.has_value()) check_sequence("dy", *dy, s, loop.dtype, "gates' type");
+    if (dc_n.has_value()) check_state("dc_n", *dc_n, s);
     Tensor dgates = empty(gates, {s.K, s.T, s.B, 4 * s.H}, loop.dtype);
     Tensor dh0 = empty(gates, {s.rows(), s.H}, loop.dtype), dc = empty(gates, {s.rows(), s.H}, loop.sum);
     if (loop.is_empty()) return {dgates, dh0, dc};

@@ -19,7 +19,7 @@ SIZES = [(1, 1, 1, 1), (3, 85, 37, 33), (2, 300, 521, 97), (2, 7, 40, 1040), (70
 
 @pytest.fixture(autouse=True)
 def poison_unwritten_memory():
-    """In deterministic mode torch fills every new tensor with NaN: what is left unwritten shows."""
+    """In deterministic mode torch fills its new tensors with NaN; the ops' own are filled by GLIBC_TUNABLES."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -64,7 +64,7 @@ def test_values(sizes, dtype):
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize("sizes", [(3, 7, 130, 70), (3, 300, 130, 70), (70, 9, 130, 70)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 7, 1300, 700), (3, 300, 130, 170), (70, 9, 130, 170)], ids=str)
 def test_threads_do_not_change_a_bit(sizes):
     before = torch.get_num_threads()
     try:

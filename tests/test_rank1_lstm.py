@@ -174,6 +174,18 @@ def test_repeats_are_bit_equal(dtype, threads):
     assert all(torch.equal(*pair) for again in runs[1:] for pair in zip(runs[0], again))
 
 
+def test_no_units_and_no_rows():
+    for sizes in ((T, K * B, C, 0), (T, 0, C, H)):
+        steps, rows, inputs, units = sizes
+        shapes = [(steps, rows, inputs), (rows, units), (rows, units), (4 * units, inputs), (4 * units, units)]
+        shapes += [(K, inputs), (K, 4 * units), (K, units), (K, 4 * units), (4 * units,)]
+        arguments = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        output, _, c_n = lp.functional.rank1_lstm(*arguments)
+        assert output.shape == (steps, rows, units) and c_n.shape == (rows, units)
+        output.sum().backward()
+        assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in arguments)
+
+
 def test_strides_and_repeated_backward():
     arguments = make_arguments()
     rows_first = arguments[0].detach().transpose(0, 1).contiguous().transpose(0, 1)

@@ -53,7 +53,7 @@ def test_values(sizes, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_activations(dtype):
-    """sigmoid, tanh: a few roundings off at any size; ±∞ and NaN as PyTorch's."""
+    """sigmoid, tanh: a few roundings off at any size that is no denormal; ±∞ and NaN as PyTorch's."""
     ends = torch.tensor([0.0, -0.0, 1e-30, -1e-6, 0.6249, 0.6251, -0.625, 1e30, float("inf"), -float("inf")])
     z = torch.cat([ends, torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 1000), torch.tensor([float("nan")])])
     z = z.to(dtype)
@@ -62,7 +62,9 @@ def test_activations(dtype):
     FORWARD(gates, zeros, zeros, torch.zeros(4 * len(z), len(z), dtype=dtype), zeros, zeros.repeat(1, 4))
     for found, function in zip(gates.view(4, -1), (torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid)):
         truth = function(z.double()).to(dtype)
-        torch.testing.assert_close(found, truth, rtol=4 * torch.finfo(dtype).eps, atol=1e-37, equal_nan=True)
+        tiny = torch.finfo(dtype).smallest_normal
+        torch.testing.assert_close(found, truth, rtol=4 * torch.finfo(dtype).eps, atol=tiny, equal_nan=True)
+        assert torch.equal(found[z.isinf()], truth[z.isinf()])
 
 
 def test_same_loop_without_kernels():
@@ -76,10 +78,9 @@ def test_same_loop_without_kernels():
         torch.testing.assert_close(value, other)
 
 
-@pytest.mark.parametrize("units", [3, 300])
-def test_threads_do_not_change_a_bit(units):
+def test_threads_do_not_change_a_bit():
     """Of the steps; the products are PyTorch's, and of zeros here."""
-    tensors = make(3, 4, 9, units, torch.float32)
+    tensors = make(3, 4, 9, 300, torch.float32)
     tensors[3].zero_()
     before = torch.get_num_threads()
     try:
@@ -113,7 +114,8 @@ def test_wrong_arguments():
         ("output_gain must be .2, 20.", (gates, h0, c0, weight, s, s)),
     ]
     backward = [
-        ("cells must be .T, K·B, H. of gates' type", (gates, cells[:2], dy, None, c0, weight, s, r)),
+        ("cells must be .T, K·B, H. of the accumulation type", (gates, cells[:2], dy, None, c0, weight, s, r)),
+        ("dc_n must be .K·B, H.", (gates, cells, dy, c0[:1], c0, weight, s, r)),
         ("dy must be .T, K·B, H. of gates' type", (gates, cells, dy.double(), None, c0, weight, s, r)),
     ]
     for op, wrong in ((FORWARD, forward), (BACKWARD, backward)):

@@ -1,5 +1,5 @@
 // The activations of an LSTM's gates, a register at a time; NaN stays NaN. Float within a few roundings of what
-// std::exp and std::tanh give; double is theirs.
+// std::exp and std::tanh give, where that is no denormal; double is theirs.
 #pragma once
 
 #include <cmath>
@@ -16,9 +16,9 @@ inline Vec<double> lane_by_lane(Vec<double> x, const Function& function) {
   return x;
 }
 
-// Within [-87, 88], what is beyond gives the value at the end: eˣ = 2ⁿ · eʳ with |r| ≤ ln 2 / 2 (Cephes, expf).
+// eˣ = 2ⁿ · eʳ with |r| ≤ ln 2 / 2 (Cephes, expf); ∞ from 88.4 on, and e⁻⁸⁷ below -87.
 inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> lowest = splat(-87.0f), highest = splat(88.0f);
+  const Vec<float> lowest = splat(-87.0f), highest = splat(89.0f);
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
   const Vec<float> magic = splat(0x1.8p23f);  // the sum's last bits are those of the nearest integer

@@ -24,13 +24,14 @@ constexpr int64_t kGrainValues = 16384;  // fewer than this are not worth a seco
 template <class A>
 void merge(const FoldBackward& call, const A* partial_ds) {
   const int64_t columns = call.K * call.in, count = parts(call);
-  torch::stable::parallel_for(0, columns, std::max<int64_t>(1, kGrainValues / count), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      double total = 0;
-      for (int64_t part = 0; part < count; ++part) total += partial_ds[part * columns + i];
-      static_cast<A*>(call.ds)[i] = static_cast<A>(total);
-    }
-  });
+  torch::stable::parallel_for(0, columns, std::max<int64_t>(1, kGrainValues / std::max<int64_t>(1, count)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  double total = 0;
+                                  for (int64_t part = 0; part < count; ++part) total += partial_ds[part * columns + i];
+                                  static_cast<A*>(call.ds)[i] = static_cast<A>(total);
+                                }
+                              });
 }
 
 template <class A>

@@ -83,24 +83,30 @@ Tensor bias_gradient(const Tensor& sums, bool shared) {
   return dbias;
 }
 
+// What errors call the arguments of a product.
+struct Names {
+  const char *x, *x_gain, *y_gain;
+};
+
 // A product that has its arguments checked, but for its outputs.
-Product product_of(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& x_gain, const Tensor& y_gain) {
+Product product_of(const Names& names, const Tensor& x, const Tensor& weight, bool transposed, const Tensor& x_gain,
+                   const Tensor& y_gain) {
   const int64_t rows = rows_of(x, x_gain), K = x_gain.size(0), depth = x.size(x.dim() - 1);
   STD_TORCH_CHECK(weight.dim() == 2, kOp, ": weight must have two dimensions");
   const int64_t columns = weight.size(transposed ? 0 : 1);
   Product call{};
   call.K = K, call.rows = rows, call.depth = depth, call.columns = columns, call.transposed = transposed;
   call.dtype = data_type(kOp, x.scalar_type());
-  call.x = rows_data("input", x, x, depth);
+  call.x = rows_data(names.x, x, x, depth);
   call.weight = matrix("weight", weight, x, transposed ? columns : depth, transposed ? depth : columns);
-  call.x_gain = matrix("input's gain", x_gain, x, K, depth);
-  call.y_gain = matrix("output's gain", y_gain, x, K, columns);
+  call.x_gain = matrix(names.x_gain, x_gain, x, K, depth);
+  call.y_gain = matrix(names.y_gain, y_gain, x, K, columns);
   return call;
 }
 
 std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, bool transposed, const Tensor& x_gain,
                                    const Tensor& y_gain, const OptionalTensor& bias, bool keep) {
-  Product call = product_of(x, weight, transposed, x_gain, y_gain);
+  Product call = product_of({"input", "input's gain", "output's gain"}, x, weight, transposed, x_gain, y_gain);
   if (bias.has_value() && bias->dim() == 1) {
     STD_TORCH_CHECK(bias->size(0) == call.columns && bias->is_contiguous() && bias->scalar_type() == x.scalar_type(),
                     kOp, ": bias must be contiguous, [", call.columns, "], input's type");
@@ -117,14 +123,15 @@ std::tuple<Tensor, Tensor> product(const Tensor& x, const Tensor& weight, bool t
   return {y, product};
 }
 
-// dx like dy, ds [K, in], dr [K, out] and dbias.
+// dx like x, ds [K, in], dr [K, out] and dbias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> product_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                             const Tensor& input_gain, const Tensor& output_gain,
                                                             const Tensor& product, bool shared_bias) {
-  Product call = product_of(dy, weight, false, output_gain, input_gain);
+  Product call =
+      product_of({"output's gradient", "output_gain", "input_gain"}, dy, weight, false, output_gain, input_gain);
   call.x_factor = rows_data("product", product, dy, call.depth);
   call.y_factor = rows_data("input", x, dy, call.columns);
-  Tensor dx = empty_rows(dy, call.columns), ds = empty_as(input_gain), dr = empty_as(output_gain),
+  Tensor dx = empty_rows(x, call.columns), ds = empty_as(input_gain), dr = empty_as(output_gain),
          dbias = empty_as(output_gain);
   call.y = dx.mutable_data_ptr();
   call.y_factor_sums = ds.mutable_data_ptr();

@@ -18,6 +18,7 @@ struct Product {
   void* y;        // [K·rows, columns]
   void* product;  // the same before y_gain, or null
   // Sums over a member's rows, or null: of x and of x ∘ x_factor [K, depth], of the product ∘ y_factor [K, columns].
+  // For few rows: they are added one by one, and all rows of a member are scaled at one time.
   void *x_sums, *x_factor_sums, *y_factor_sums;
   const void *x_factor, *y_factor;  // [K·rows, depth], [K·rows, columns]
 };

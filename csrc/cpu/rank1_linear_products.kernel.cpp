@@ -23,12 +23,9 @@ class ProductOf {
  public:
   ProductOf(const Product& call, const Parallel& parallel)
       : call_(call), depths_(call.depth, kDepth), panel_count_(ceil_div(call.columns, kTileColumns<A>)) {
-    if (call.x_sums != nullptr && call.rows == 0) {
-      std::fill_n(static_cast<A*>(call.x_sums), call.K * call.depth, A(0));
-      std::fill_n(static_cast<A*>(call.x_factor_sums), call.K * call.depth, A(0));
-    }
     if (call.y_factor_sums != nullptr) std::fill_n(static_cast<A*>(call.y_factor_sums), call.K * call.columns, A(0));
-    call.K* call.rows <= kFewRows ? few_rows(parallel) : many_rows(parallel);
+    const int64_t rows = call.K * call.rows;
+    rows <= kFewRows ? few_rows(parallel) : many_rows(parallel);
   }
 
  private:

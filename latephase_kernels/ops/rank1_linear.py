@@ -72,14 +72,14 @@ def _forward(input, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tens
     """Return y and the product before its gain, empty where nobody needs it again."""
     x = input.contiguous()
     with without_autocast(x.device):
-        return _way(x, weight, len(input_gain)).forward(x, weight, input_gain, output_gain, bias)
+        return _way(x, weight, input_gain.size(0)).forward(x, weight, input_gain, output_gain, bias)
 
 
 def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: Sequence[bool]) -> list[Tensor]:
     """Return the gradients of the five arguments of `_forward`, empty tensors for those that need none."""
     x, dy = input.contiguous(), dy.contiguous()
     with without_autocast(x.device):
-        way = _way(x, weight, len(input_gain))
+        way = _way(x, weight, input_gain.size(0))
         gradients = way.backward(dy, x, weight, input_gain, output_gain, bias, product, needs)
     if needs[4]:
         dbias = gradients[4]
@@ -101,7 +101,7 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
 
 def _fake_forward(input, weight, input_gain, output_gain, bias):
     y = input.new_empty(*input.shape[:-1], weight.size(0))
-    return y, input.new_empty(y.shape if _way(input, weight, len(input_gain)).KEEPS_PRODUCT else 0)
+    return y, input.new_empty(y.shape if _way(input, weight, input_gain.size(0)).KEEPS_PRODUCT else 0)
 
 
 def _fake_triton_forward(input, weight, input_gain, output_gain, bias):
