@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -335,6 +336,18 @@ def test_compiled_without_a_graph_break(way):
     for bias in ("none", "shared", "per member"):
         inputs = make_inputs((6, 2), 3, 5, 4, bias=bias, dtype=torch.float32)
         torch.testing.assert_close(run(compiled, inputs), run(rank1_linear, inputs))
+
+
+def test_compiled_for_any_number_of_members():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(rank1_linear, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for num_members in (3, 4, 5, 6):
+        inputs = make_inputs((num_members * 100,), num_members, 50, 40, dtype=torch.float32)
+        torch.testing.assert_close(run(compiled, inputs), run(rank1_linear, inputs))
+        counts.append(counter.frame_count)
+    assert counts[1] == counts[-1]
 
 
 def test_opcheck(way):
