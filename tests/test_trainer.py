@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import latephase_kernels as lp
 from latephase_kernels.data import ImageSet
+from latephase_kernels.train import evaluation
 from latephase_kernels.train.evaluation import answers_of, dropout_logits_of, logits_of, metrics_of, metrics_of_answers
 from latephase_kernels.train.recipe import Data, Late, Model, Optimizer, Recipe, Schedule, Swa, check, recipe_names
 from latephase_kernels.train.trainer import Trainer
@@ -260,6 +261,20 @@ def test_evaluation_of_members():
     assert found["ensemble"]["nll"] == pytest.approx(F.nll_loss(ensemble.log(), images.labels).item(), rel=1e-5)
     mean = sum(found[f"member {k}"]["brier"] for k in range(K)) / K
     assert found["members"]["brier"] == pytest.approx(mean)
+
+
+def test_evaluation_reads_each_image_once(monkeypatch):
+    trainer = run(Trainer(recipe(), data()))
+    images, given = trainer.batches.images, []
+    whole = answers_of(trainer.model, images, batch_size=10)
+    expected = metrics_of_answers(whole, images.labels), whole.entropies(), whole.disagreement()
+    batches = images.batches
+    monkeypatch.setattr(images, "batches", lambda size: (given.append(len(x[1])) or x for x in batches(size)))
+    monkeypatch.setattr(evaluation, "IMAGES_AT_ONCE", 7)
+    answers = answers_of(trainer.model, images, batch_size=10)
+    assert sum(given) == len(images.labels)
+    found = metrics_of_answers(answers, images.labels), answers.entropies(), answers.disagreement()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("late", [Late(start=None), Late(start=8 / 6, members=K)])

@@ -5,7 +5,7 @@ Legend: K members, N images.
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ..nn.routing import Routed
 from .deep_ensemble import DeepEnsemble
 
 CALIBRATION_BINS = 15
+IMAGES_AT_ONCE = 4096  # whose probabilities are in float64: a thousand classes and ten members take 330 MB
 
 
 def is_expanded(model: nn.Module) -> bool:
@@ -54,20 +55,28 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
 def logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], members: str | int = "average") -> Tensor:
     """Return the logits of a plain or expanded model in eval mode: [N, classes], or [K, N, classes] for "all"."""
+    return _logits_of(model, data, [members])[0]
+
+
+@torch.no_grad()
+def _logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], ways: Sequence[str | int]) -> list[Tensor]:
+    """Return what logits_of does for several choices of members, reading every image once."""
     expanded = is_expanded(model)
-    training = model.training
-    try:
-        if expanded:
-            parts = [lp.predict(model, images, members=members).float() for images, _ in data]
-        else:
-            model.eval()
-            parts = [model(images).float() for images, _ in data]
-    finally:
-        model.train(training)
-    return torch.cat(parts, dim=-2)
+    parts: list[list[Tensor]] = [[] for _ in ways]
+    with training_flags_kept(model):
+        model.eval()
+        for images, _ in data:
+            for part, members in zip(parts, ways, strict=True):
+                logits = lp.predict(model, images, members=members) if expanded else model(images)
+                part.append(logits.float())
+    return [torch.cat(part, dim=-2) for part in parts]
+
+
+def _by_images(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """Return [N, *] of logits [·, N, classes], in float64 for a few thousand images at a time."""
+    return torch.cat([function(part.double()) for part in logits.split(IMAGES_AT_ONCE, dim=1)])
 
 
 @dataclass(frozen=True)
@@ -88,17 +97,17 @@ class Answers:
         """Return the logits, [·, N, classes], whose probabilities are averaged in each way to predict."""
         single = None if self.averaged is None else self.averaged.unsqueeze(0)
         ways = {"averaged": single, "ensemble": self.members, "MC-dropout": self.dropout}
-        return {way: logits.double() for way, logits in ways.items() if logits is not None}
+        return {way: logits for way, logits in ways.items() if logits is not None}
 
     def entropies(self) -> dict[str, Tensor]:
         """Return the predictive entropy in nats, [N] float64, of every way to predict."""
-        return {way: lp.predictive_entropy(logits) for way, logits in self.ways().items()}
+        return {way: _by_images(lp.predictive_entropy, logits) for way, logits in self.ways().items()}
 
     def disagreement(self) -> float | None:
         """Return the share of pairs of members that predict different classes, over all images; None for K < 2."""
         if self.members is None or len(self.members) < 2:
             return None
-        return lp.member_disagreement(self.members.double()).mean().item()
+        return _by_images(lp.member_disagreement, self.members).mean().item()
 
 
 def dropout_layers(model: nn.Module) -> list[nn.Module]:
@@ -150,9 +159,11 @@ def answers_of(
     """
     if isinstance(model, DeepEnsemble):
         return Answers(None, torch.stack([logits_of(one, images.batches(batch_size)) for one in model.models]))
+    ways = ["average", "all"] if is_expanded(model) else ["average"]
+    averaged, *members = _logits_of(model, images.batches(batch_size), ways)
     return Answers(
-        logits_of(model, images.batches(batch_size)),
-        logits_of(model, images.batches(batch_size), "all") if is_expanded(model) else None,
+        averaged,
+        members[0] if members else None,
         dropout_logits_of(model, images, batch_size, passes=dropout_passes, seed=seed) if dropout_passes else None,
     )
 
@@ -168,7 +179,9 @@ def metrics_of_answers(answers: Answers, labels: Tensor) -> dict[str, dict[str, 
         "averaged" (one model); with members "ensemble" (mean of the members' probabilities), "members" (mean over
         members of each one's metrics) and "member 0", …; "MC-dropout" (mean over passes with dropout).
     """
-    results = {way: metrics_of(lp.ensemble_probabilities(logits), labels) for way, logits in answers.ways().items()}
+    results = {
+        way: metrics_of(_by_images(lp.ensemble_probabilities, logits), labels) for way, logits in answers.ways().items()
+    }
     if answers.members is not None:
         single = [metrics_of(part.double().softmax(-1), labels) for part in answers.members]
         results["members"] = {key: math.fsum(one[key] for one in single) / len(single) for key in single[0]}
