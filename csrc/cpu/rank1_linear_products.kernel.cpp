@@ -123,11 +123,13 @@ class ProductOf {
     std::copy_n(factor_sums, depth, static_cast<A*>(call_.x_factor_sums) + at);
   }
 
+  // All tiles of some rows in panel i, of part d.
   void tiles(int64_t row, int64_t rows, int64_t i, int64_t d, const A* scaled, const A* panel) const {
     for (int64_t r = 0; r < rows; r += kTileRows)
       tile(row + r, std::min<int64_t>(kTileRows, rows - r), i * kTileColumns<A>, scaled + r * kRowStride<A>, panel, d);
   }
 
+  // A tile of y: the sums so far, which lie there, and part d of the depth.
   void tile(int64_t row, int64_t rows, int64_t column, const A* a, const A* panel, int64_t d) const {
     A* y = static_cast<A*>(call_.y) + row * call_.columns + column;
     const int64_t stride = call_.columns, columns = std::min<int64_t>(kTileColumns<A>, stride - column);
@@ -157,6 +159,7 @@ class ProductOf {
     finish(sums, row, rows, column, columns, y);
   }
 
+  // What comes behind the sums.
   void finish(Tile<A>& sums, int64_t row, int64_t rows, int64_t column, int64_t columns, A* y) const {
     const int64_t stride = call_.columns, offset = row * stride + column;
     int64_t k = row / call_.rows, next = (k + 1) * call_.rows - row;  // a member's first row, from this one

@@ -34,6 +34,8 @@ from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
 
+# A way is a module of two functions, forward and backward, with the same arguments as the others; KEEPS_PRODUCT says
+# whether forward returns the product before its gain beside y, or an empty tensor.
 _PASSES_OVER_WEIGHT = 1.5
 _TILED_ROWS = 80
 _SMALL_WEIGHT = 1 << 14
