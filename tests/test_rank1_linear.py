@@ -235,6 +235,9 @@ def test_keeps_the_product_only_with_few_rows(way, monkeypatch):
             rank1_linear(*leaves)
         assert {leaf.data_ptr() for leaf in leaves} <= set(kept)
         assert len(set(kept)) == len(leaves) + (gain_needs_one and way in ("by rows", "tiled rows"))
+    arguments = [inputs[name] for name in NAMES]
+    y, product = module._forward(*arguments, keep=False)
+    assert torch.equal(y, module._forward(*arguments)[0]) and product.numel() == 0
 
 
 def test_members_do_not_meet(way):

@@ -34,8 +34,8 @@ from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
 
-# A way is a module of two functions, forward and backward, with the same arguments as the others; KEEPS_PRODUCT says
-# whether forward returns the product before its gain beside y, or an empty tensor.
+# A way is a module of two functions, forward and backward, with the same arguments as the others. KEEPS_PRODUCT says
+# whether forward, asked to keep it, returns the product before its gain beside y; else there is an empty tensor.
 _PASSES_OVER_WEIGHT = 1.5
 _TILED_ROWS = 80
 _SMALL_WEIGHT = 1 << 14
@@ -70,11 +70,11 @@ def passes_over_rows(input: Tensor, weight: Tensor, num_members: int) -> bool:
 # ---------------------------------------------------------------------------------------------- the native op
 
 
-def _forward(input, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tensor]:
-    """Return y and the product before its gain, empty where nobody needs it again."""
+def _forward(input, weight, input_gain, output_gain, bias, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """Return y and the product before its gain, empty where nobody needs it again (not keep) or the way does not."""
     x = input.contiguous()
     with without_autocast(x.device):
-        return _way(x, weight, input_gain.size(0)).forward(x, weight, input_gain, output_gain, bias)
+        return _way(x, weight, input_gain.size(0)).forward(x, weight, input_gain, output_gain, bias, keep)
 
 
 def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: Sequence[bool]) -> list[Tensor]:
@@ -171,7 +171,7 @@ class _Rank1Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, *arguments):
         if namespace == registry.NATIVE:
-            found = _forward(*arguments)
+            found = _forward(*arguments, ctx.needs_input_grad[-2])
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 found = registry.op(namespace, "rank1_linear")(*arguments)

@@ -35,15 +35,13 @@ def _multiply_backward(dy: Tensor, x: Tensor, gain: Tensor, out: Tensor) -> tupl
     return registry.op(namespace, "member_gain_backward_into")(dy, x, gain, None, 1, "none", out)
 
 
-def forward(
-    x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return y and u of x [K·B, …, in]."""
+def forward(x, weight, input_gain, output_gain, bias, keep: bool) -> tuple[Tensor, Tensor]:
+    """Return y and, if it is to be kept, u of x [K·B, …, in]."""
     s, r = input_gain.contiguous(), output_gain.contiguous()
     shape, x = (*x.shape[:-1], weight.size(0)), x.flatten(0, -2)
     u = torch.mm(_multiply(x, s, None, torch.empty_like(x)), weight.to(x.dtype).t())
-    y = _multiply(u, r, None if bias is None else bias.contiguous(), torch.empty_like(u))
-    return y.view(shape), u.view(shape)
+    y = _multiply(u, r, None if bias is None else bias.contiguous(), torch.empty_like(u) if keep else u)
+    return y.view(shape), u.view(shape) if keep else u.new_empty(0)
 
 
 def backward(dy, x, weight, input_gain, output_gain, bias, product, needs) -> list[Tensor | None]:

@@ -87,9 +87,7 @@ def _parameters(x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tens
     return weight.contiguous(), input_gain.to(accumulate).contiguous(), output_gain.to(accumulate).contiguous()
 
 
-def forward(
-    x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(x, weight, input_gain, output_gain, bias, keep: bool) -> tuple[Tensor, Tensor]:
     """Return y of x [K·B, …, in], and nothing to keep."""
     shape, x = (*x.shape[:-1], weight.size(0)), by_member(x, input_gain)
     num_members, rows, _ = x.shape

@@ -10,10 +10,10 @@ from . import rank1_linear_products as products
 KEEPS_PRODUCT = False
 
 
-def forward(x, weight, input_gain, output_gain, bias) -> tuple[Tensor, Tensor]:
+def forward(x, weight, input_gain, output_gain, bias, keep: bool) -> tuple[Tensor, Tensor]:
     """Return y of x [K·B, …, in], and nothing to keep."""
     weight, s, r = weight.contiguous(), input_gain.contiguous(), output_gain.contiguous()
-    return products.product(x, weight, True, s, r, None if bias is None else bias.contiguous(), KEEPS_PRODUCT)
+    return products.product(x, weight, True, s, r, None if bias is None else bias.contiguous(), False)
 
 
 def backward(dy, x, weight, input_gain, output_gain, bias, product, needs) -> list[Tensor | None]:

@@ -47,7 +47,7 @@ def _forward(
 
     # The inputs' part of all gates at once: so many rows share a member's weight that folding its gains in is free.
     gates, _ = rank1_linear_folded.forward(
-        _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih, bias
+        _member_major(input, num_members), weight_ih, input_gain_ih, output_gain_ih, bias, False
     )
     gates = gates.view(num_members, steps, batch, 4 * units)
     output, cells = run_steps(gates, h0, c0, weight_hh, input_gain_hh, output_gain_hh)
