@@ -171,7 +171,8 @@ class _Rank1Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, *arguments):
         if namespace == registry.NATIVE:
-            found = _forward(*arguments, ctx.needs_input_grad[-2])
+            input, weight, input_gain, output_gain, bias = arguments
+            found = _forward(input, weight, input_gain, output_gain, bias, ctx.needs_input_grad[-2])
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 found = registry.op(namespace, "rank1_linear")(*arguments)
