@@ -1,6 +1,7 @@
 """Interleaved timing: what is compared is timed in turn, in one run, on the CPU or a GPU."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -49,16 +50,20 @@ def interleaved(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Time each function in turn until `seconds` are over, five rounds at least; return all seconds, by name."""
+    """Time each function in turn until `seconds` are over, five rounds at least; return all seconds, by name.
+
+    Each round has an order of its own: none always meets the caches that the same other one leaves.
+    """
     timer = Timer(device, clock)
     for function in functions.values():
         for _ in range(warmup):
             function()
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
+    shuffled = random.Random(0)
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, function in functions.items():
-            times[name].append(timer(function))
+        for name in shuffled.sample(list(functions), len(functions)):
+            times[name].append(timer(functions[name]))
     return times
 
 

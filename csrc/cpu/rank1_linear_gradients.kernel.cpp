@@ -11,12 +11,9 @@ using namespace latephase::rank1_linear;
 // ---------------------------------------------------------------------------------------------- by member
 
 constexpr int64_t kDepth = 256;       // rows that tiles take in one go: a panel of x stays in the first cache
-constexpr int64_t kUnitTiles = 4;     // of rows of dW: one partial sum of ds
-constexpr int64_t kGroupUnits = 8;    // that read x in a tile's order, once it is copied
+constexpr int64_t kUnitTiles = 2;     // of rows of dW: one partial sum of ds
+constexpr int64_t kGroupUnits = 16;   // that read x in a tile's order, once it is copied
 constexpr int64_t kBlockPanels = 26;  // of columns of dW: one partial sum of dr; more would leave the second cache
-
-template <class A>
-constexpr int kRegisters = (kTileRows + kLanes<A> - 1) / kLanes<A>;  // that hold a value for each row of a tile
 
 template <class A>
 class GradientsOf {
@@ -32,7 +29,7 @@ class GradientsOf {
     parallel(blocks_.count * units_, grain(call.K * call.rows * kUnitTiles * kTileRows * columns),
              [&](int64_t begin, int64_t end) {
                const Buffer<A> x = buffer<A>(kBlockPanels * kTileColumns<A> * kDepth);
-               const Buffer<A> dy = buffer<A>(kTileRows * kDepth);
+               const Buffer<A> dy = buffer<A>(kPackedTiles * packed_stride<A>(kDepth));
                while (begin < end) {
                  const int64_t block = begin / units_, unit = begin % units_;
                  const int64_t units = std::min({kGroupUnits, end - begin, units_ - unit});
@@ -63,29 +60,45 @@ class GradientsOf {
         for (int64_t member = k; member < last; ++member)
           pack_panels(static_cast<const A*>(call_.x) + (member * call_.rows + start) * call_.in + first, call_.in, rows,
                       columns, rows * kTileColumns<A>, x + (member - k) * rows * padded);
-        for (int64_t out = begin; out < end; out += kTileRows)
-          for (int64_t member = k; member < last; ++member)
-            tile_row(block, member, chunk, out, std::min<int64_t>(kTileRows, call_.out - out), first, columns,
-                     member * call_.rows + start, rows, x + (member - k) * rows * padded, dy);
+        for (int64_t out = begin; out < end; out += kPackedTiles * kTileRows)
+          for (int64_t member = k; member < last; ++member) {
+            const int64_t outs = std::min<int64_t>(kPackedTiles * kTileRows, end - out);
+            pack_dy(block, member, chunk, out, outs, start, rows, dy);
+            for (int64_t i = 0; i < outs; i += kTileRows)
+              tile_row(block, member, chunk, out + i, std::min<int64_t>(kTileRows, outs - i), first, columns, rows,
+                       x + (member - k) * rows * padded, dy + i / kTileRows * packed_stride<A>(rows));
+          }
       }
     }
   }
 
+  // Columns [out, out + outs) of some rows of member k, from `start` on; in the first block their sums, too.
+  void pack_dy(int64_t block, int64_t k, int64_t chunk, int64_t out, int64_t outs, int64_t start, int64_t rows,
+               A* dy) const {
+    Vec<A> sums[kPackedTiles][kTileRegisters<A>] = {};
+    pack_tiles(static_cast<const A*>(call_.dy) + (k * call_.rows + start) * call_.out + out, call_.out, rows, outs, dy,
+               [&](int64_t, int tile, int v, Vec<A> values, auto) {
+                 sums[tile][v] += values;
+                 return values;
+               });
+    if (block > 0) return;
+    A* dbias = static_cast<A*>(call_.dbias) + k * call_.out + out;
+    for (int64_t i = 0; i < outs; i += kTileRows)
+      for (int v = 0; v < kTileRegisters<A>; ++v) {
+        const int there = lanes_there(outs - i, v);
+        A* to = dbias + i + v * kLanes<A>;
+        store(to, chunk == 0 ? sums[i / kTileRows][v] : load(to, there) + sums[i / kTileRows][v], there);
+      }
+  }
+
+  // Lanes of register v that belong to a tile of `rows` rows.
+  static int lanes_there(int64_t rows, int v) {
+    return static_cast<int>(std::clamp<int64_t>(std::min<int64_t>(kTileRows, rows) - v * kLanes<A>, 0, kLanes<A>));
+  }
+
   // Rows [out, out + outs) of H_k within the block, of one chunk of rows of dy and x.
   void tile_row(int64_t block, int64_t k, int64_t chunk, int64_t out, int64_t outs, int64_t first, int64_t columns,
-                int64_t row, int64_t rows, const A* x, A* dy) const {
-    Vec<A> dbias[kRegisters<A>] = {};
-    for (int64_t p = 0; p < rows; ++p) {
-      const A* from = static_cast<const A*>(call_.dy) + (row + p) * call_.out + out;
-      __builtin_prefetch(from + 2 * kTileRows);
-#pragma GCC unroll 3
-      for (int v = 0; v < kRegisters<A>; ++v) {
-        const int there = static_cast<int>(std::clamp<int64_t>(outs - v * kLanes<A>, 0, kLanes<A>));
-        const Vec<A> values = load(from + v * kLanes<A>, there);
-        dbias[v] += values;
-        store(dy + p * kTileRows + v * kLanes<A>, values, std::min<int>(kLanes<A>, kTileRows - v * kLanes<A>));
-      }
-    }
+                int64_t rows, const A* x, const A* dy) const {
     Vec<A> sums_of_rows[kTileRows] = {};
     const A* r = static_cast<const A*>(call_.r) + k * call_.out + out;
     for (int64_t c = 0; c < columns; c += kTileColumns<A>) {
@@ -124,17 +137,15 @@ class GradientsOf {
       store(ds + kLanes<A>, ds_right, more);
     }
     A* dr = partial_dr_.get() + (block * call_.K + k) * call_.out + out;
-    A* bias_sums = static_cast<A*>(call_.dbias) + k * call_.out + out;
 #pragma GCC unroll 3
-    for (int v = 0; v < kRegisters<A>; ++v, dr += kLanes<A>, bias_sums += kLanes<A>) {
-      const int there = static_cast<int>(std::clamp<int64_t>(outs - v * kLanes<A>, 0, kLanes<A>));
+    for (int v = 0; v < kTileRegisters<A>; ++v, dr += kLanes<A>) {
+      const int there = lanes_there(outs, v);
       Vec<A> square[kLanes<A>];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes<A>; ++i)
         square[i] = v * kLanes<A> + i < kTileRows ? sums_of_rows[v * kLanes<A> + i] : Vec<A>{};
       const Vec<A> sums = sums_of_registers<A>(square);
       store(dr, chunk == 0 ? sums : load(dr, there) + sums, there);
-      if (block == 0) store(bias_sums, chunk == 0 ? dbias[v] : load(bias_sums, there) + dbias[v], there);
     }
   }
 
@@ -142,10 +153,13 @@ class GradientsOf {
 
   static void add(const A* parts, int64_t count, int64_t size, A* sums, const Parallel& parallel) {
     parallel(size, grain(8 * count), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        double sum = 0;
-        for (int64_t part = 0; part < count; ++part) sum += parts[part * size + i];
-        sums[i] = static_cast<A>(sum);
+      constexpr int64_t kAtOnce = 64;
+      for (int64_t i = begin; i < end; i += kAtOnce) {
+        double total[kAtOnce] = {};
+        const int64_t there = std::min(kAtOnce, end - i);
+        for (int64_t part = 0; part < count; ++part)
+          for (int64_t j = 0; j < there; ++j) total[j] += parts[part * size + i + j];
+        std::copy_n(total, there, sums + i);
       }
     });
   }
@@ -174,10 +188,14 @@ class WeightGradientOf {
         });
         parallel(ceil_div(call.out, kTileRows), grain(rows * kTileRows * blocks.length(block) * kTileColumns<A>),
                  [&](int64_t begin, int64_t end) {
-                   const Buffer<A> dy = buffer<A>(rows * kTileRows);
-                   for (int64_t i = begin; i < end; ++i)
-                     tile_row(row, rows, i * kTileRows, first * kTileColumns<A>, blocks.length(block), panels.get(),
-                              dy.get());
+                   const Buffer<A> dy = buffer<A>(kPackedTiles * packed_stride<A>(rows));
+                   for (int64_t i = begin; i < end; i += kPackedTiles) {
+                     const int64_t tiles = std::min<int64_t>(kPackedTiles, end - i);
+                     pack_dy(row, rows, i * kTileRows, tiles, dy.get());
+                     for (int64_t tile = 0; tile < tiles; ++tile)
+                       tile_row(row, rows, (i + tile) * kTileRows, first * kTileColumns<A>, blocks.length(block),
+                                panels.get(), dy.get() + tile * packed_stride<A>(rows));
+                   }
                  });
       }
   }
@@ -196,19 +214,17 @@ class WeightGradientOf {
     }
   }
 
-  void tile_row(int64_t row, int64_t rows, int64_t out, int64_t column, int64_t panels, const A* x, A* dy) const {
+  void pack_dy(int64_t row, int64_t rows, int64_t out, int64_t tiles, A* dy) const {
+    const int64_t outs = std::min(tiles * kTileRows, call_.out - out);
+    pack_tiles(static_cast<const A*>(call_.dy) + row * call_.out + out, call_.out, rows, outs, dy,
+               [&](int64_t p, int tile, int v, Vec<A> values, auto count) {
+                 const int64_t k = (row + p) / call_.rows, at = tile * kTileRows + v * kLanes<A>;
+                 return values * load(static_cast<const A*>(call_.r) + k * call_.out + out + at, count);
+               });
+  }
+
+  void tile_row(int64_t row, int64_t rows, int64_t out, int64_t column, int64_t panels, const A* x, const A* dy) const {
     const int64_t outs = std::min<int64_t>(kTileRows, call_.out - out);
-    for (int64_t p = 0; p < rows; ++p) {
-      const A* from = static_cast<const A*>(call_.dy) + (row + p) * call_.out + out;
-      __builtin_prefetch(from + 2 * kTileRows);
-      const A* r = static_cast<const A*>(call_.r) + (row + p) / call_.rows * call_.out + out;
-#pragma GCC unroll 3
-      for (int v = 0; v < kRegisters<A>; ++v) {
-        const int there = static_cast<int>(std::clamp<int64_t>(outs - v * kLanes<A>, 0, kLanes<A>));
-        store(dy + p * kTileRows + v * kLanes<A>, load(from + v * kLanes<A>, there) * load(r + v * kLanes<A>, there),
-              std::min<int>(kLanes<A>, kTileRows - v * kLanes<A>));
-      }
-    }
     A* dweight = static_cast<A*>(call_.dweight) + out * call_.in + column;
     for (int64_t i = 0; i < panels; ++i, dweight += kTileColumns<A>, x += rows * kTileColumns<A>) {
       const int64_t count = std::min<int64_t>(kTileColumns<A>, call_.in - column - i * kTileColumns<A>);

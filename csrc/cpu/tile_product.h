@@ -51,9 +51,10 @@ struct EvenParts {
 };
 
 // sums += a · b over `depth` values. Row i of a at a + i · row_stride, one value after the other `step` apart; b
-// [depth, kTileColumns].
+// [depth, kTileColumns]. Unrolled, as what counts a loop takes turns from the multiplications.
 template <class A, int row_stride, int step>
 __attribute__((always_inline)) inline void accumulate(const A* a, const A* b, int64_t depth, Tile<A>& sums) {
+#pragma GCC unroll 8
   for (int64_t p = 0; p < depth; ++p, a += step, b += kTileColumns<A>) {
     const Vec<A> left = load(b), right = load(b + kLanes<A>);
 #pragma GCC unroll 12
@@ -100,6 +101,39 @@ inline void pack_panels(const A* rows, int64_t row_stride, int64_t depth, int64_
       } else {
         std::copy_n(from, count, to);
         std::fill(to + count, to + kTileColumns<A>, A(0));
+      }
+    }
+  }
+}
+
+constexpr int kPackedTiles = 4;  // that share the cache lines of a row where it is read
+
+template <class A>
+constexpr int kTileRegisters = (kTileRows + kLanes<A> - 1) / kLanes<A>;  // that hold a value for each row of a tile
+
+// Between tiles: whole registers are stored, beyond a tile's last row.
+template <class A>
+constexpr int64_t packed_stride(int64_t depth) {
+  return depth * kTileRows + kTileRegisters<A> * kLanes<A>;
+}
+
+// Writes columns [columns ≤ kPackedTiles · kTileRows, depth] of a transposed matrix as tiles [depth, kTileRows],
+// `packed_stride` apart: what change(p, tile, v, register, count) makes of each register v of a tile's row p.
+template <class A, class Change>
+__attribute__((always_inline)) inline void pack_tiles(const A* rows, int64_t row_stride, int64_t depth, int64_t columns,
+                                                      A* tiles, const Change& change) {
+  for (int64_t p = 0; p < depth; ++p, rows += row_stride, tiles += kTileRows) {
+    for (int column = 0; column < kPackedTiles * kTileRows; column += 64 / static_cast<int>(sizeof(A)))
+      __builtin_prefetch(rows + 4 * row_stride + column);
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kPackedTiles; ++tile) {
+      if (tile * kTileRows >= columns) break;
+#pragma GCC unroll 3
+      for (int v = 0; v < kTileRegisters<A>; ++v) {
+        const int column = tile * kTileRows + v * kLanes<A>, there = static_cast<int>(columns) - column;
+        A* to = tiles + tile * packed_stride<A>(depth) + v * kLanes<A>;
+        const auto pack = [&](auto count) { store(to, change(p, tile, v, load(rows + column, count), count)); };
+        there >= kLanes<A> ? pack(Whole<A>{}) : pack(std::max(0, there));
       }
     }
   }
