@@ -114,6 +114,15 @@ def test_a_mean_of_ten_thousand_deviations(device, memory_format):
 
 
 @FORMATS
+@pytest.mark.parametrize("row", [0, 7], ids=["first", "last"])
+def test_one_row_far_from_the_others(device, row, memory_format):
+    """A guess of the mean from the first rows, or from those so far, is then of no use."""
+    x, weight, bias, dy = make((2 * 8, 5, 16, 16), 2, memory_format=memory_format)
+    x[row::8] += 1e4
+    check(device, (x, weight, bias, dy), 2)
+
+
+@FORMATS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_broken_value_breaks_its_group_alone(device, value, memory_format):
     x, weight, bias, dy = make((3 * 4, 5, 6, 6), 3, memory_format=memory_format)

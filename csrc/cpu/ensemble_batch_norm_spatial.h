@@ -76,23 +76,37 @@ class Spatial {
   template <class Values>
   static void add_products(int64_t begin, int64_t end, DoubleSum<A>& sum, DoubleSum<A>& products,
                            const Values& values) {
-    Vec<A> b;
-    int64_t first = begin;
-    for (; first + kRun * W <= end; first += kRun * W) {
+    for (int64_t first = begin; first < end; first += kRun * W) {
       Vec<A> total{}, product{};
-      for (int64_t j = first; j < first + kRun * W; j += W) {
-        const Vec<A> a = values(j, Whole<A>{}, b);
+      const auto add = [&](int64_t j, auto count) {
+        Vec<A> b;
+        const Vec<A> a = values(j, count, b);
         total += a;
         product = fma(a, b, product);
-      }
+      };
+      if (first + kRun * W <= end)
+        for (int64_t j = first; j < first + kRun * W; j += W) add(j, Whole<A>{});
+      else
+        for_columns<A>(first, end, add);
       sum.add(total);
       products.add(product);
     }
-    for_columns<A>(first, end, [&](int64_t j, auto count) {
-      const Vec<A> a = values(j, count, b);
-      sum.add(a);
-      products.add(a * b);
-    });
+  }
+
+  // Asks for a row of a few cache lines: the processor's own prefetching finds no order in so many short ones.
+  template <int kForWriting>
+  static void ask_for_row(const T* row, const Sizes& s) {
+    const int64_t bytes = s.S * static_cast<int64_t>(sizeof(T));
+    if (bytes < 256 || bytes > 1024) return;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i, kForWriting, 2);
+  }
+
+  // The mean of an item's first values: often near that of all.
+  static double first_mean(const Sizes& s, const T* x, int64_t k, int64_t c) {
+    const int64_t count = std::min(s.S, kRun * W);
+    Vec<A> total{};
+    for_columns<A>(0, count, [&](int64_t j, auto lanes) { total += load(x + (k * s.B * s.C + c) * s.S + j, lanes); });
+    return lane_sum<A>(total) / static_cast<double>(count);
   }
 
   static void statistics(const Forward& f, int64_t k, int64_t c) {
@@ -104,17 +118,22 @@ class Spatial {
       const auto sums = [&](A shift) {
         DoubleSum<A> total, square;
         for_rows(f.sizes, k, c, b0, b1, [&](int64_t row) {
+          ask_for_row<0>(x + row + f.sizes.S, f.sizes);  // the next item's
+          if (f.y) ask_for_row<1>(static_cast<const T*>(f.y) + row, f.sizes);
           add_products(j0, j1, total, square, [&](int64_t j, auto count, Vec<A>& d) {
-            d = load(x + row + j, count) - shift;
-            for (int lane = count; lane < W; ++lane) d[lane] = 0;
+            d = keep<A>(load(x + row + j, count) - shift, first_lanes<A>(count));
             return d;
           });
         });
         sum = total.total(), squares = square.total();
       };
-      if (before == 0) sums(0);
-      const A shift = static_cast<A>(before == 0 ? sum / m : mean);
+      A shift = static_cast<A>(before == 0 ? first_mean(f.sizes, x, k, c) : mean);
       sums(shift);
+      if (!(sum * sum <= squares * m / 2)) {  // the mean is not near, or not a number: find it first
+        sums(0);
+        shift = static_cast<A>(sum / m);
+        sums(shift);
+      }
       merge_moments(mean, m2, before, m, shift, sum, squares);
       before += m;
     });
@@ -127,6 +146,9 @@ class Spatial {
     DoubleSum<A> sum_dz, sum_dz_centred;
     for_rows(b.sizes, k, c, 0, b.sizes.B, [&](int64_t row) {
       const uint8_t* mask = mask_of(row);
+      ask_for_row<0>(step.x + row + b.sizes.S, b.sizes);
+      ask_for_row<0>(step.dy + row + b.sizes.S, b.sizes);
+      if (b.dx) ask_for_row<1>(step.dx + row, b.sizes);
       add_products(0, b.sizes.S, sum_dz, sum_dz_centred, [&](int64_t j, auto count, Vec<A>& centred) {
         return step.gradient(row + j, mask, j, count, at, centred);
       });

@@ -86,6 +86,14 @@ inline Vec<A> keep(Vec<A> v, Mask<A> mask) {
   return (Vec<A>)((Mask<A>)v & mask);
 }
 
+// Lanes below `count`.
+template <class A>
+inline Mask<A> first_lanes(int count) {
+  Mask<A> lane;
+  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane < Mask<A>{} + count;
+}
+
 // In pairs, in double: as accurate as it is short.
 template <class A>
 inline double lane_sum(Vec<A> v) {
@@ -122,14 +130,34 @@ class DoubleSum {
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
 
-inline Vec<float> widen(Bits16 bits, BFloat16) { return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16); }
+// Spelled out, as compilers take detours here.
+inline Vec<float> widen(Bits16 bits, BFloat16) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
+  return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
+#endif
+}
 
+// To the nearest, ties to even; NaN quiet.
 inline Bits16 narrow(Vec<float> v, BFloat16) {
   const Bits32 bits = (Bits32)v;
-  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits32 quiet_nan = (bits >> 16) | 0x40u;
-  const Bits32 number = (Bits32)(v == v);
-  return __builtin_convertvector((rounded & number) | (quiet_nan & ~number), Bits16);
+  const Bits32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u), quiet_nan = bits | 0x400000u;
+#if defined(__AVX512F__)
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)quiet_nan);
+  return (Bits16)_mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16));
+#elif defined(__AVX2__)
+  const __m256 is_nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
+  const __m256i all = (__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)quiet_nan, is_nan);
+  const __m256i high = _mm256_srli_epi32(all, 16);
+  return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000));
+#else
+  const Bits32 is_number = (Bits32)(v == v);
+  return __builtin_convertvector(((rounded & is_number) | (quiet_nan & ~is_number)) >> 16, Bits16);
+#endif
 }
 
 inline float half_to_float(uint16_t h) {
@@ -228,7 +256,13 @@ template <class T>
 inline Vec<typename Accumulation<T>::type> load(const T* p, int count) {
   using A = typename Accumulation<T>::type;
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+  const uint32_t lanes_there = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) return (Vec<double>)_mm512_maskz_loadu_pd(lanes_there, p);
+  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm512_maskz_loadu_ps(lanes_there, p);
+  if constexpr (sizeof(T) == 2) return widen((Bits16)_mm256_maskz_loadu_epi16(lanes_there, p), T{});
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 8) return (Vec<double>)_mm256_maskload_pd(p, (__m256i)first_lanes<double>(count));
+  if constexpr (sizeof(T) == 4) return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes<float>(count));
 #endif
   T lanes[kLanes<A>] = {};
   for (int i = 0; i < count; ++i) lanes[i] = p[i];
@@ -241,10 +275,13 @@ inline void store(T* p, V v, Whole<typename Accumulation<T>::type>) {
 template <class T, class V>
 inline void store(T* p, V v, int count) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
-    return;
-  }
+  const uint32_t lanes_there = (1u << count) - 1;
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, lanes_there, (__m512d)v);
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, lanes_there, (__m512)v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, lanes_there, (__m256i)narrow(v, T{}));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd(p, (__m256i)first_lanes<double>(count), (__m256d)v);
+  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(count), (__m256)v);
 #endif
   T lanes[kLanes<typename Accumulation<T>::type>];
   store(lanes, v);
