@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 _FLUSH_BYTES = 256 << 20  # written between two timings on a GPU: more than its L2 cache
+_HEAD_START = 1_000_000  # cycles that a GPU waits, half a millisecond, so that launches of what is short are not timed
 
 
 class Timer:
@@ -25,6 +26,7 @@ class Timer:
             function()
             return self.clock() - start
         self.flush.zero_()
+        torch.cuda._sleep(_HEAD_START)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         function()

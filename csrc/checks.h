@@ -58,6 +58,9 @@ inline void check_devices(const char* op, const Tensor& input, std::initializer_
     STD_TORCH_CHECK(other == nullptr || place(*other) == place(input), op, ": all tensors must be on input's device");
 }
 
+// The tensor that is there, for check_devices.
+inline const Tensor* given(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
+
 inline Affine affine(const char* op, const char* name, const OptionalTensor& t, const Tensor& input, const Sizes& s) {
   if (!t.has_value()) return {};
   const bool per_member = t->dim() == 2 && t->size(0) == s.K && t->size(1) == s.C;

@@ -60,6 +60,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> normalize(Forward& f, const Tensor& input, const OptionalTensor& weight,
                                               const OptionalTensor& bias, const OptionalTensor& residual,
                                               const std::string& activation, const OptionalTensor& output_gain) {
+    check_devices(kOp, input, {given(weight), given(bias), given(residual), given(output_gain)});
     f.relu = is_relu(kOp, activation);
     f.weight = affine(kOp, "weight", weight, input, f.sizes);
     f.bias = affine(kOp, "bias", bias, input, f.sizes);
@@ -105,10 +106,7 @@ struct Ops {
                                                            int64_t num_members, const std::string& activation,
                                                            const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
-    const auto given = [](const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; };
-    check_devices(
-        kOp, input,
-        {&running_mean, &running_var, given(batches), given(weight), given(bias), given(residual), given(output_gain)});
+    check_devices(kOp, input, {&running_mean, &running_var, given(batches)});
     STD_TORCH_CHECK(input.dim() <= 5, "ensemble_batch_norm: input must have at most 3 spatial dimensions");
     STD_TORCH_CHECK(s.n() > 1, "ensemble_batch_norm: training needs more than one value a channel and member");
     STD_TORCH_CHECK(std::isfinite(eps) && eps > 0, "ensemble_batch_norm: eps must be finite and > 0 in training");
@@ -145,6 +143,7 @@ struct Ops {
                                           const OptionalTensor& residual, int64_t num_members,
                                           const std::string& activation, const OptionalTensor& output_gain) {
     const Sizes s = sizes_of(input, num_members);
+    check_devices(kOp, input, {&mean, &rstd});
     check_statistic("mean", mean, input, s);
     check_statistic("rstd", rstd, input, s);
     Forward f = forward_of(input, s, false, mean);
@@ -157,6 +156,7 @@ struct Ops {
                               int64_t num_members, const std::string& activation, const Tensor& sum_dz,
                               const Tensor& sum_dz_xhat, bool compute_sums) {
     const Sizes s = sizes_of(input, num_members);
+    check_devices(kOp, input, {&dy, &mean, &rstd, given(weight), given(bias), &mask, &sum_dz, &sum_dz_xhat});
     check_statistic("mean", mean, input, s);
     check_statistic("rstd", rstd, input, s);
     check_statistic("sum_dz", sum_dz, input, s);
@@ -184,6 +184,7 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor> input_gradients(Backward& b, const Tensor& input, double count, bool residual_grad,
                                                     const OptionalTensor& output_gain) {
+    check_devices(kOp, input, {given(output_gain)});
     b.output_gain = gain_of(output_gain, residual_grad, input, b.sizes);
     Tensor dx = empty_as(input);
     Tensor dresidual = residual_grad ? empty_as(input) : empty(input, {0}, input.scalar_type());

@@ -35,6 +35,7 @@ struct Ops {
   static Call call_of(const Tensor& input, const Tensor& gain, const OptionalTensor& bias, int64_t channel_dim,
                       const std::string& activation) {
     const Sizes s = sizes_of(input, gain, channel_dim);
+    check_devices(kOp, input, {&gain, given(bias)});
     Call call{s,
               data_type(kOp, input.scalar_type()),
               input.const_data_ptr(),
@@ -56,6 +57,7 @@ struct Ops {
   static void forward_into(const Tensor& input, const Tensor& gain, const OptionalTensor& bias, int64_t channel_dim,
                            const std::string& activation, const Tensor& y) {
     Call call = call_of(input, gain, bias, channel_dim, activation);
+    check_devices(kOp, input, {&y});
     data_like(kOp, "out", y, input);
     call.y = y.mutable_data_ptr();
     Device::forward(call);
@@ -74,6 +76,7 @@ struct Ops {
                                                   const OptionalTensor& bias, int64_t channel_dim,
                                                   const std::string& activation, const Tensor& dx) {
     Call call = call_of(input, gain, bias, channel_dim, activation);
+    check_devices(kOp, input, {&dy, &dx});
     data_like(kOp, "out", dx, input);
     const ScalarType sum = accumulation_type(input.scalar_type());
     Tensor dgain = empty(input, {call.sizes.K, call.sizes.C}, sum),

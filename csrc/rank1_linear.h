@@ -18,6 +18,7 @@ inline Weights weights_of(const Tensor& data, const Tensor& weight, const Tensor
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), kOp, ": ", name,
                     " must be contiguous, [", rows, ", ", columns, "]");
   };
+  check_devices(kOp, data, {&weight, &input_gain, &output_gain});
   check("weight", weight, out, in);
   check("input_gain", input_gain, K, in);
   check("output_gain", output_gain, K, out);
@@ -48,6 +49,7 @@ struct Ops {
                                                   const OptionalTensor& dweight) {
     const Weights weights = weights_of(products, weight, input_gain, output_gain);
     const ScalarType sum = accumulation_type(products.scalar_type());
+    check_devices(kOp, products, {given(dweight)});
     if (dweight.has_value()) {
       const bool fits = dweight->dim() == 2 && dweight->size(0) == weights.out && dweight->size(1) == weights.in;
       STD_TORCH_CHECK(fits && dweight->is_contiguous() && dweight->scalar_type() == sum, kOp,

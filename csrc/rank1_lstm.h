@@ -30,6 +30,7 @@ inline Sizes sizes_of(const Tensor& gates, const Tensor& c0, const Tensor& weigh
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, kOp, ": ", name, " must be [", rows,
                     ", ", columns, "]");
   };
+  check_devices(kOp, gates, {&c0, &weight, &input_gain, &output_gain});
   check("c0", c0, s.rows(), s.H);
   check("weight", weight, 4 * s.H, s.H);
   check("input_gain", input_gain, s.K, s.H);
@@ -89,6 +90,7 @@ struct Ops {
                                           const Tensor& input_gain, const Tensor& output_gain) {
     Loop loop(gates, c0, weight, input_gain, output_gain, 1, 4);
     const Sizes& s = loop.sizes;
+    check_devices(kOp, gates, {&h0});
     check_state("h0", h0, s);
     Tensor output = empty(gates, {s.T, s.rows(), s.H}, loop.dtype),
            cells = empty(gates, {s.T, s.rows(), s.H}, loop.sum);
@@ -113,6 +115,7 @@ struct Ops {
                                                            const Tensor& input_gain, const Tensor& output_gain) {
     Loop loop(gates, c0, weight, input_gain, output_gain, 4, 1);
     const Sizes& s = loop.sizes;
+    check_devices(kOp, gates, {&cells, given(dy), given(dc_n)});
     check_sequence("cells", cells, s, loop.sum, "the accumulation type");
     STD_TORCH_CHECK(cells.is_contiguous(), kOp, ": cells must be contiguous");
     if (dy.has_value()) check_sequence("dy", *dy, s, loop.dtype, "gates' type");

@@ -36,6 +36,29 @@ def test_the_cuda_library_loads_exactly_where_torch_has_cuda():
         assert ("cuda" not in backend._load_failures) == built
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_registered_ops_refuse_tensors_on_different_devices():
+    """Where a kernel would read the address as its own device's."""
+    op, x = torch.ops.latephase_kernels, torch.randn(6, 5, device="cuda")
+    gain, wide = torch.ones(3, 5), torch.ones(3, 20)
+    folded, gates, state = (torch.empty(size, device="cuda") for size in ((3, 5, 5), (3, 2, 2, 20), (6, 5)))
+    saved = (x, x, gain, gain, None, None, torch.empty(0, dtype=torch.uint8))
+    calls = [
+        lambda: op.member_gain(x, gain, None, 1, "none"),
+        lambda: op.member_gain_backward(x.cpu(), x, gain.cuda(), None, 1, "none"),
+        lambda: op.rank1_fold(gain.new_ones(5, 5), gain.cuda(), gain.cuda(), folded),
+        lambda: op.rank1_fold_backward(folded, folded[0], gain.cuda(), gain.cuda(), torch.ones(5, 5)),
+        lambda: op.rank1_lstm_steps(gates, state, state, torch.ones(20, 5), gain.cuda(), wide.cuda()),
+        lambda: op.rank1_lstm_steps(gates, state.cpu(), state, wide.new_ones(20, 5).cuda(), gain.cuda(), wide.cuda()),
+        lambda: op.ensemble_batch_norm(x, None, None, gain, None, None, True, 1e-5, 3, "none", None),
+        lambda: op.ensemble_batch_norm_apply(x, gain, gain, None, None, None, 3, "none", None),
+        lambda: op.ensemble_batch_norm_backward(*saved, True, 3, "none", False, None),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="must be on input's device"):
+            call()
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_libraries_ask_for_nothing_newer_than_their_target(device):
     library = Path(lp.__file__).parent / "lib" / f"liblatephase_{device}.so"

@@ -251,24 +251,35 @@ def test_one_launch_each_way(layout, tier, kind, monkeypatch):
     assert batches.tolist() == [2] * 3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_streams_at_once(layout, _tier):
+def _check_streams(shape, layout, priorities):
     """Launches that overlap share nothing: each stream finds what it would find alone, again and again."""
-    shape = (2, 16, 24, (33, 31))
-    cases = [case_of(shape, torch.bfloat16, layout, residual=True) for _ in range(2)]
+    K = shape[0]
+    cases = [case_of(shape, torch.bfloat16, layout, residual=True) for _ in priorities]
     cases[1]["input"] = cases[1]["input"] * 3 + 1
-    expected = [run(case, 2, True, "relu") for case in cases]
-    streams = [torch.cuda.Stream() for _ in cases]
+    expected = [run(case, K, True, "relu") for case in cases]
+    streams = [torch.cuda.Stream(priority=priority) for priority in priorities]
     found = []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
     for _ in range(20):
         for stream, case in zip(streams, cases):
             with torch.cuda.stream(stream):
-                found.append(run(case, 2, True, "relu"))
+                found.append(run(case, K, True, "relu"))
     torch.cuda.synchronize()
     for i, result in enumerate(found):
         assert all(torch.equal(result[name], expected[i % 2][name]) for name in result)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_streams_at_once(layout, _tier):
+    _check_streams((2, 16, 24, (33, 31)), layout, (0, 0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_virtual_clusters_that_do_not_fit_at_once(layout, monkeypatch):
+    """Each takes most of the device, and one may overtake the other: neither waits for a block that never comes."""
+    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", "1")
+    _check_streams((2, 40, 24, (64, 64)), layout, (0, -1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -18,7 +18,7 @@ from latephase_kernels.ops import registry
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = (torch.float32, torch.bfloat16)
-NORM_SHAPES = ((3, 5, 7, ()), (3, 4, 13, (7, 7)), (2, 6, 72, (14, 14)), (2, 2, 3, (129, 131)))
+NORM_SHAPES = ((3, 5, 7, ()), (2, 5, 1, (7, 7)), (3, 4, 13, (7, 7)), (2, 6, 72, (14, 14)), (2, 2, 3, (129, 131)))
 GAIN_SHAPES = ((3, (12, 13, 7, 7), 1), (2, (12, 72, 14, 14), 1), (2, (4, 3, 129, 131), 1), (2, (6, 197, 96), 2))
 
 

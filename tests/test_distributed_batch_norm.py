@@ -62,6 +62,7 @@ def on_rank():
 
     def synchronized(x, residual, weight, bias, gain, mean, var):
         activation = "none" if residual is None and gain is None else "relu"
+        weight, bias = (torch.stack([t, t], -1)[..., 0] for t in (weight, bias))  # with strides
         return lp.functional.ensemble_batch_norm(
             x, mean, var, weight, bias, True, num_members=K, residual=residual, activation=activation,
             output_gain=gain, group=group,

@@ -151,6 +151,15 @@ def test_gradcheck_twice(training, activation):
     assert gradcheck(function, leaves) and gradgradcheck(function, leaves)
 
 
+def test_parameters_with_strides_beside_an_input_gain():
+    x, weight, bias, gain, _ = make(SHAPES[0]).values()
+    parameters = (gain, gain, weight, bias)
+    apart = [torch.stack([t, t], -1)[..., 0] for t in parameters]
+    assert not any(t.is_contiguous() for t in apart)
+    y, expected = (normalize_with_gain(x, *given, None, 1e-5, K, "relu", given[0])[0] for given in (apart, parameters))
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("activation", ["none", "relu"])
 def test_gradcheck_beside_an_input_gain(activation):
     inputs = make((2, 3, 4), torch.float64)

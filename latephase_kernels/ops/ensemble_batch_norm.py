@@ -27,7 +27,7 @@ from .ensemble_batch_norm_autograd import Normalize, NormalizeAndUpdate, backwar
 from .ensemble_batch_norm_checks import check_arguments
 from .ensemble_batch_norm_gain import normalize_with_gain
 from .ensemble_batch_norm_synchronized import StatisticsGroup, normalize_synchronized
-from .layout import dense, dense_like, rows_of_channels
+from .layout import contiguous, dense, dense_like, rows_of_channels
 
 # ---------------------------------------------------------------------------------------------- layout
 
@@ -192,7 +192,7 @@ def normalize(
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
-    weight, bias, output_gain = _contiguous(weight), _contiguous(bias), _contiguous(output_gain)
+    weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
     if torch.compiler.is_compiling():
         operands = (input, *running, weight, bias, residual)
@@ -314,8 +314,8 @@ def normalize_and_update(
             )  # fmt: skip
         x = dense(input)
         y = NormalizeAndUpdate.apply(
-            x, _contiguous(weight), _contiguous(bias), None if residual is None else dense_like(residual, x),
-            _contiguous(output_gain), (namespace, running, momentum, (True, eps, num_members, activation)),
+            x, contiguous(weight), contiguous(bias), None if residual is None else dense_like(residual, x),
+            contiguous(output_gain), (namespace, running, momentum, (True, eps, num_members, activation)),
         )  # fmt: skip
     except (RuntimeError, TypeError, AttributeError):
         check_arguments(input, *arguments, ranks, output_gain)
@@ -345,10 +345,6 @@ def _normalize_then_update(
 def _present(running: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
     mean, var, num_batches_tracked = running
     return (mean, var) if num_batches_tracked is None else (mean, var, num_batches_tracked)
-
-
-def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
 def _one_op(input, running_mean, running_var, residual, momentum, num_members) -> str | None:

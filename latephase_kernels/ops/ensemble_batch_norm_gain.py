@@ -20,7 +20,7 @@ from ..reference import member_gain as gain_reference
 from . import registry
 from .double_backward import aliases
 from .ensemble_batch_norm_autograd import differentiate, through_gain
-from .layout import dense, dense_like
+from .layout import contiguous, dense, dense_like
 
 
 class _GainBatchNorm(torch.autograd.Function):
@@ -123,5 +123,5 @@ def normalize_with_gain(
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
-    output_gain = None if output_gain is None else output_gain.contiguous()
+    weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
     return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, output_gain, *settings)

@@ -15,7 +15,7 @@ from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from . import registry
 from .ensemble_batch_norm_autograd import through_gain
-from .layout import dense, dense_like
+from .layout import contiguous, dense, dense_like
 
 MOST_GATHERED = 16  # ranks: one gathering is sooner done than two reductions, but grows with the ranks
 
@@ -190,5 +190,5 @@ def normalize_synchronized(
     if residual is not None:
         residual = dense_like(residual, input)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
-    output_gain = None if output_gain is None else output_gain.contiguous()
+    weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
     return _SynchronizedBatchNorm.apply(namespace, group, input, weight, bias, residual, output_gain, *settings)

@@ -18,6 +18,11 @@ def dense_like(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
+def contiguous(parameter: Tensor | None) -> Tensor | None:
+    """Return parameter, or its contiguous copy."""
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
 def rows_of_channels(input: Tensor) -> bool:
     """Whether a run of memory holds the channels of one position, rather than the positions of one channel."""
     return input.shape[2:].numel() == 1 or not input.is_contiguous()

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.layout import contiguous
 from ..reference.precision import accumulation_dtype
 from .ensemble_batch_norm_resident import resident_backward_kernel, resident_forward_kernel, resident_plan
 from .ensemble_batch_norm_streaming import (
@@ -25,7 +26,7 @@ from .ensemble_batch_norm_streaming import (
     merge_statistics_kernel,
     statistics_kernel,
 )
-from .tiles import MERGE_GROUPS, Sizes, aligned, contiguous, is_shared, merge_sums, new_partials, on_device, reduction
+from .tiles import MERGE_GROUPS, Sizes, aligned, is_shared, merge_sums, new_partials, on_device, reduction
 
 
 class _Running(NamedTuple):

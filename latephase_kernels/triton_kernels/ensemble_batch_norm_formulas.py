@@ -24,13 +24,17 @@ def store_statistics(
     mean, var, rstd, running_mean, running_var, tracked, member, channels, num_channels, valid,
     mean_value, squares, n, momentum, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Store the statistics of channels [1, ·] from their mean and centred squares; move the running ones if given."""
+    """Store the statistics of channels [1, ·] from their mean and centred squares; move the running ones if given.
+
+    Returns rstd.
+    """
     group = member * num_channels + channels
     var_value = squares / n
+    rstd_value = 1.0 / tl.sqrt(var_value + EPS)
     tl.store(mean + group, mean_value, valid)
     tl.store(var + group, var_value, valid)
     if rstd is not None:
-        tl.store(rstd + group, 1.0 / tl.sqrt(var_value + EPS), valid)
+        tl.store(rstd + group, rstd_value, valid)
     if running_mean is not None:
         weight = tl.zeros_like(mean_value) + momentum
         old_mean, old_var = tl.load(running_mean + group, valid), tl.load(running_var + group, valid)
@@ -40,6 +44,7 @@ def store_statistics(
             first = valid & (channels == 0)
             counter = tracked + member + tl.zeros_like(channels)
             tl.store(counter, tl.load(counter, first, other=0) + 1, first)
+    return rstd_value
 
 
 @triton.jit

@@ -61,13 +61,12 @@ def resident_forward_kernel(
     finite = squares < float("inf")  # the correction would turn infinities into NaN
     squares = tl.where(finite, tl.maximum(squares - shift * (shift * count), 0.0), squares)
     mean_value = tl.where(finite, mean_value + shift, mean_value)
-    store_statistics(
+    rstd_value = store_statistics(
         mean, var, rstd, running_mean, running_var, tracked, member, channels, num_channels, in_range,
         mean_value, squares, count, momentum, EPS,
     )  # fmt: skip
 
     if y is not None:
-        rstd_value = 1.0 / tl.sqrt(squares / count + EPS)
         scale, bias_value = affine(
             weight, bias, member, channels, num_channels, in_range, rstd_value, WEIGHT_SHARED, BIAS_SHARED
         )

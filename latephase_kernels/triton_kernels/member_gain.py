@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.layout import contiguous
 from ..reference.precision import accumulation_dtype
 from .tiles import (
     Reduction,
     Sizes,
     aligned,
-    contiguous,
     is_shared,
     jit,
     member_tile,

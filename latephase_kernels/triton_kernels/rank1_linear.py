@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.layout import contiguous
 from ..reference.precision import accumulation_dtype
-from .tiles import aligned, contiguous, dot_types, is_shared, jit, on_device, unit
+from .tiles import aligned, dot_types, is_shared, jit, on_device, operand, unit
 
 PROGRAMS = 264  # two for each multiprocessor of a large GPU
 ROWS_PER_SPLIT = 512  # at least
@@ -73,7 +74,8 @@ def _product_kernel(
             gain = tl.load(inner_gain + k, valid, other=0.0)
             factor = tl.load(b + b_offset, valid[:, None] & in_columns[None, :], other=0.0)
         scaled = (values.to(ACC) * gain.to(ACC)[None, :]).to(values.dtype)
-        acc = tl.dot(scaled.to(OPERAND), factor.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
+        scaled, factor = operand(scaled, OPERAND, PRECISION), operand(factor, OPERAND, PRECISION)
+        acc = tl.dot(scaled, factor, acc, input_precision=PRECISION, out_dtype=ACC)
         a += BLOCK_K
         b += b_step
         inner_gain += BLOCK_K
@@ -105,7 +107,8 @@ def _outer_product(
         dy_tile = tl.load(dy + dy_offset, valid & in_j[None, :], other=0.0)
         x_tile = tl.load(x + x_offset, valid & in_i[None, :], other=0.0)
         left = tl.trans(dy_tile).to(OPERAND)
-        h = tl.dot(left, x_tile.to(OPERAND), h, input_precision=PRECISION, out_dtype=ACC)
+        rounded, x_tile = operand(left, OPERAND, PRECISION), operand(x_tile, OPERAND, PRECISION)
+        h = tl.dot(rounded, x_tile, h, input_precision=PRECISION, out_dtype=ACC)
         if WITH_SUMS:
             ones = tl.full([BLOCK_M, 16], 1.0, OPERAND)
             sums = tl.dot(left, ones, sums, input_precision="ieee", out_dtype=ACC)
@@ -211,7 +214,7 @@ _PRODUCT_TILES = {
 }
 _GRADIENT_TILES = {  # m: of out, n: of in
     "16 bits": Tile(128, 64, 64, 8, 3),
-    "tf32": Tile(64, 64, 32, 8, 3),
+    "tf32": Tile(64, 64, 16, 8, 3),
     "ieee": Tile(64, 64, 16, 8, 2),
     "narrow": Tile(32, 32, 16, 8, 3),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..reference.precision import accumulation_dtype
 from .rank1_linear import Tile, gained_product, shrunk, tile_for
-from .tiles import aligned, dot_types, jit, on_device, unit
+from .tiles import aligned, dot_types, jit, on_device, operand, unit
 
 
 @triton.jit
@@ -83,11 +83,11 @@ def _step_kernel(
         there = in_k[:, None] & in_units[None, :]
         values = tl.load(h_tile + h_offset, in_k[None, :], other=0.0)
         gain = tl.load(gain_tile + k, in_k, other=0.0).to(ACC)
-        scaled = (values.to(ACC) * gain[None, :]).to(values.dtype).to(OPERAND)
-        w_i = tl.load(weight_tile + weight_offset, there, other=0.0).to(OPERAND)
-        w_f = tl.load(weight_tile + gate_stride + weight_offset, there, other=0.0).to(OPERAND)
-        w_g = tl.load(weight_tile + 2 * gate_stride + weight_offset, there, other=0.0).to(OPERAND)
-        w_o = tl.load(weight_tile + 3 * gate_stride + weight_offset, there, other=0.0).to(OPERAND)
+        scaled = operand((values.to(ACC) * gain[None, :]).to(values.dtype), OPERAND, PRECISION)
+        w_i = operand(tl.load(weight_tile + weight_offset, there, other=0.0), OPERAND, PRECISION)
+        w_f = operand(tl.load(weight_tile + gate_stride + weight_offset, there, other=0.0), OPERAND, PRECISION)
+        w_g = operand(tl.load(weight_tile + 2 * gate_stride + weight_offset, there, other=0.0), OPERAND, PRECISION)
+        w_o = operand(tl.load(weight_tile + 3 * gate_stride + weight_offset, there, other=0.0), OPERAND, PRECISION)
         acc_i = tl.dot(scaled, w_i, acc_i, input_precision=PRECISION, out_dtype=ACC)
         acc_f = tl.dot(scaled, w_f, acc_f, input_precision=PRECISION, out_dtype=ACC)
         acc_g = tl.dot(scaled, w_g, acc_g, input_precision=PRECISION, out_dtype=ACC)
@@ -145,8 +145,9 @@ def _step_backward_kernel(
             values = tl.load(dz_tile + dz_offset, in_k[None, :], other=0.0)
             gain = tl.load(gain_tile + k, in_k, other=0.0).to(ACC)
             w = tl.load(weight_tile + weight_offset, in_k[:, None] & in_units[None, :], other=0.0)
-            scaled = (values.to(ACC) * gain[None, :]).to(values.dtype).to(OPERAND)
-            dh = tl.dot(scaled, w.to(OPERAND), dh, input_precision=PRECISION, out_dtype=ACC)
+            scaled = operand((values.to(ACC) * gain[None, :]).to(values.dtype), OPERAND, PRECISION)
+            w = operand(w, OPERAND, PRECISION)
+            dh = tl.dot(scaled, w, dh, input_precision=PRECISION, out_dtype=ACC)
             dz_tile += BLOCK_K
             gain_tile += BLOCK_K
             weight_tile += BLOCK_K * units
@@ -184,7 +185,7 @@ def _step_backward_kernel(
 # As rank1_linear's tables, for four gates at once. Of rows a member, up to: the tile. Not yet measured.
 _TILES = {
     "16 bits": {32: Tile(32, 32, 32, 4, 3), 1 << 62: Tile(64, 32, 32, 4, 3)},
-    "tf32": {1 << 62: Tile(32, 32, 32, 4, 3)},
+    "tf32": {1 << 62: Tile(32, 32, 16, 4, 3)},
     "ieee": {1 << 62: Tile(32, 16, 16, 4, 2)},
     "narrow": {1 << 62: Tile(16, 32, 16, 4, 2)},
 }

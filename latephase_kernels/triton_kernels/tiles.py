@@ -175,12 +175,23 @@ def warps_for(block_r: int, block_c: int, values: int) -> int:
 def dot_types(dtype: torch.dtype) -> dict:
     """The types of a product's operands and sums, and its precision in float32: what torch's own products have.
 
-    Operands enter as they are, but for the interpreter, whose product cannot read bfloat16.
+    Operands enter as they are, but for the interpreter, whose product cannot read bfloat16 and knows no TF32.
     """
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     element = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}.get(dtype, acc)
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not INTERPRETED
     return dict(ACC=acc, OPERAND=element, PRECISION="tf32" if tf32 else "ieee")
+
+
+@triton.jit
+def operand(value, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """value as a product takes it: in its type, and for TF32 rounded, where tl.dot drops the bits that are too many."""
+    value = value.to(OPERAND)
+    if PRECISION == "tf32":
+        value = tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return value
 
 
 def unit(extent: int) -> int:
@@ -199,11 +210,6 @@ def aligned(tensor: Tensor | None) -> Tensor | None: ...
 def aligned(tensor):
     """Return tensor, or its copy at an address that is a multiple of 16."""
     return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def contiguous(parameter: Tensor | None) -> Tensor | None:
-    """Return parameter, or its contiguous copy."""
-    return None if parameter is None else parameter.contiguous()
 
 
 def is_shared(parameter: Tensor | None) -> bool:
