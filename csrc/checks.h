@@ -46,8 +46,11 @@ inline const void* data_like(const char* op, const char* name, const Tensor& t, 
   return t.const_data_ptr();
 }
 
-// Raises unless every tensor that is there lies on the input's device.
-inline void check_devices(const char* op, const Tensor& input, std::initializer_list<const Tensor*> others) {
+// Raises unless every tensor that is there lies on the input's device. On the CPU the dispatcher has seen to that: a
+// call with a tensor of another device goes there.
+inline void check_devices([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& input,
+                          [[maybe_unused]] std::initializer_list<const Tensor*> others) {
+#if defined(USE_CUDA)
   const auto place = [](const Tensor& t) {
     int32_t type, index;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
@@ -56,6 +59,7 @@ inline void check_devices(const char* op, const Tensor& input, std::initializer_
   };
   for (const Tensor* other : others)
     STD_TORCH_CHECK(other == nullptr || place(*other) == place(input), op, ": all tensors must be on input's device");
+#endif
 }
 
 // The tensor that is there, for check_devices.

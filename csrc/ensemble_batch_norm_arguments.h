@@ -31,6 +31,7 @@ struct Forward {
   Affine weight, bias, output_gain;  // output_gain multiplies what the activation let through; not with a residual
   bool compute_statistics;           // else mean and rstd are given
   double eps = 0;
+  Affine input_gain;  // on the CPU alone: rstd is then input_gain times that of x · input_gain
   void* mean;
   void* rstd = nullptr;  // written when compute_statistics and not null
   void* var = nullptr;

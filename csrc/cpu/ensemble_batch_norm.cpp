@@ -79,10 +79,29 @@ struct Cpu {
   }
 };
 
+// Of input · input_gain, in training. Returns y, mean and variance of input, rstd, which holds the gain, and the mask.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gain(const Tensor& input, const Tensor& input_gain,
+                                                             const OptionalTensor& weight, const OptionalTensor& bias,
+                                                             const OptionalTensor& residual, double eps,
+                                                             int64_t num_members, const std::string& activation,
+                                                             const OptionalTensor& output_gain) {
+  const Sizes s = sizes_of(input, num_members);
+  Tensor mean = Ops<Cpu>::statistic(input, s), var = Ops<Cpu>::statistic(input, s),
+         rstd = Ops<Cpu>::statistic(input, s);
+  Forward f = Ops<Cpu>::forward_of(input, s, true, mean);
+  f.eps = eps;
+  f.var = var.mutable_data_ptr();
+  f.rstd = rstd.mutable_data_ptr();
+  f.input_gain = affine(kOp, "input_gain", input_gain, input, s);
+  auto [y, mask] = Ops<Cpu>::normalize(f, input, weight, bias, residual, activation, output_gain);
+  return {y, mean, var, rstd, mask};
+}
+
 }  // namespace
 }  // namespace ensemble_batch_norm
 }  // namespace latephase
 
 STABLE_TORCH_LIBRARY_IMPL(latephase_kernels, CPU, m) {
   latephase::ensemble_batch_norm::Ops<latephase::ensemble_batch_norm::Cpu>::implement(m);
+  m.impl("ensemble_batch_norm_with_gain", TORCH_BOX(&latephase::ensemble_batch_norm::with_gain));
 }

@@ -28,7 +28,11 @@ void write_statistics(const Forward& f, int64_t i, double mean, double var) {
   if (var < 0) var = 0;  // NaN stays NaN
   static_cast<A*>(f.mean)[i] = static_cast<A>(mean);
   if (f.var) static_cast<A*>(f.var)[i] = static_cast<A>(var);
-  if (f.rstd) static_cast<A*>(f.rstd)[i] = static_cast<A>(1 / std::sqrt(var + f.eps));
+  if (!f.rstd) return;
+  A gain;
+  read_affine<A>(f.input_gain, i / f.sizes.C, i % f.sizes.C, 1, 1, &gain);
+  const double factor = gain;
+  static_cast<A*>(f.rstd)[i] = static_cast<A>(factor / std::sqrt(factor * factor * var + f.eps));
 }
 
 // One (member, channel)'s coefficients, a channel or a register of them in each V:

@@ -10,11 +10,14 @@ Registered ops, the same in both namespaces (`registry.py`); their tensors are d
     ensemble_batch_norm           the whole forward                ensemble_batch_norm_backward   the whole backward
     …_statistics  →  …_apply      its two halves                   …_backward_reduce  →  …_backward_apply
     …_update                      the forward in training, which moves the running statistics as well
+    …_with_gain                   the forward in training of input · gain (ensemble_batch_norm_gain.py)
 
 The halves exist for statistics that are synchronized over processes between them (ensemble_batch_norm_synchronized.py).
 Only …_update changes an argument: eager training calls it, so that running statistics take no launch of their own;
 compiled graphs are functional.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ from . import registry
 from .checks import DTYPES
 from .ensemble_batch_norm_autograd import Normalize, NormalizeAndUpdate, backward, setup_context
 from .ensemble_batch_norm_checks import check_arguments
-from .ensemble_batch_norm_gain import normalize_with_gain
+from .ensemble_batch_norm_gain import forward_in_halves, normalize_with_gain
 from .ensemble_batch_norm_synchronized import StatisticsGroup, normalize_synchronized
 from .layout import contiguous, dense, dense_like, rows_of_channels
 
@@ -78,6 +81,13 @@ def _fake_update(
         )  # one of them on meta leads here
     y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
     return y, *_fake_statistics(input, num_members), mask
+
+
+def _fake_with_gain(
+    input, input_gain, weight, bias, residual, eps, num_members, activation, output_gain=None
+):  # fmt: skip
+    y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
+    return y, *(_statistic(input, num_members) for _ in range(3)), mask
 
 
 def _fake_backward_reduce(dy, input, mean, rstd, weight, bias, mask, num_members, activation):
@@ -150,6 +160,15 @@ for _name, _schema, _fake in (
     ),
 ):
     registry.define(_name, _schema, _fake, op_file="ensemble_batch_norm")
+
+registry.define(
+    "ensemble_batch_norm_with_gain",
+    "(Tensor input, Tensor input_gain, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int num_members, "
+    f"str activation, {_GAIN}) -> (Tensor y, Tensor mean, Tensor var, Tensor rstd, Tensor mask)",
+    _fake_with_gain,
+    op_file="ensemble_batch_norm",
+    composite=partial(forward_in_halves, registry.NATIVE),
+)
 
 registry.register_autograd("ensemble_batch_norm", backward, setup_context)
 for _name in ("ensemble_batch_norm_update", "ensemble_batch_norm_backward"):  # called inside of other functions alone

@@ -6,10 +6,12 @@ With v the variance of u:   q = 1 / √(gain² v + eps),   y = activation( (u �
 
 With an output gain s, y is s times that, and dz' is s · dy.
 
-The gain's place is in the statistics: no pass over memory, and a result that is right where a gain is 0.
-Made of the two halves of ensemble_batch_norm, with 1 for rstd and gain q · weight for weight.
+The gain's place is in the statistics, rstd = gain · q: no pass over memory, and right where a gain is 0. The backward
+is that of ensemble_batch_norm with this rstd; the forward is one op on the CPU, elsewhere the two halves.
 Shapes: K members, C channels; u [K·B, C, *], gain [K, C], shift [K, C] or [C].
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,28 +25,42 @@ from .ensemble_batch_norm_autograd import differentiate, through_gain
 from .layout import contiguous, dense, dense_like
 
 
+def forward_in_halves(
+    namespace, input, gain, weight, bias, residual, eps, num_members, activation, output_gain=None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, mean and variance of input [K, C], rstd = gain · q [K, C], and the mask of the ReLU."""
+    mean, var = registry.op(namespace, "ensemble_batch_norm_statistics")(input, num_members)
+    gain = gain.to(mean.dtype)
+    rstd = gain * _deviation(gain, var, eps)
+    scale = rstd if weight is None else rstd * weight
+    y, mask = registry.op(namespace, "ensemble_batch_norm_apply")(
+        input, mean, torch.ones_like(rstd), scale, bias, residual, num_members, activation, output_gain
+    )
+    return y, mean, var, rstd, mask
+
+
+def _deviation(gain: Tensor, var: Tensor, eps: float) -> Tensor:
+    """q, from a gain in var's type."""
+    return torch.addcmul(torch.full_like(var, eps), gain.square(), var).rsqrt()
+
+
 class _GainBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, input, gain, shift, weight, bias, residual, output_gain, eps, num_members, activation):
-        mean, var = registry.op(namespace, "ensemble_batch_norm_statistics")(input, num_members)
-        gain_wide = gain.to(mean.dtype)
-        q = (gain_wide.square() * var + eps).rsqrt()
-        rstd, one = gain_wide * q, torch.ones_like(q)
-        scale = rstd if weight is None else rstd * weight
-        y, mask = registry.op(namespace, "ensemble_batch_norm_apply")(
-            input, mean, one, scale, bias, residual, num_members, activation, output_gain
-        )
-        ctx.save_for_backward(input, mean, one, scale, bias, mask, gain, shift, weight, output_gain, q)
+        whole = registry.op(namespace, "ensemble_batch_norm_with_gain")
+        run = whole if namespace == registry.NATIVE else partial(forward_in_halves, namespace)
+        y, mean, var, rstd, mask = run(input, gain, weight, bias, residual, eps, num_members, activation, output_gain)
+        ctx.save_for_backward(input, mean, var, rstd, bias, mask, gain, shift, weight, output_gain)
         ctx.settings, ctx.namespace, ctx.eps = (num_members, activation), namespace, eps
-        mean_z = mean * gain_wide if shift is None else torch.addcmul(shift.to(mean.dtype), mean, gain_wide)
-        var_z = var * gain_wide.square()
+        wide = gain.to(mean.dtype)
+        mean_z = mean * wide if shift is None else torch.addcmul(shift.to(mean.dtype), mean, wide)
+        var_z = var * wide.square()
         ctx.mark_non_differentiable(mean_z, var_z)
         return y, mean_z, var_z
 
     @staticmethod
     def backward(ctx, dy, *_):
-        *saved, gain, shift, weight, output_gain, q = ctx.saved_tensors
-        input, _, _, scale, bias, _ = saved
+        input, mean, var, rstd, bias, mask, gain, shift, weight, output_gain = ctx.saved_tensors
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (dy, input, gain, weight, bias, output_gain)
         ):
@@ -52,14 +68,17 @@ class _GainBatchNorm(torch.autograd.Function):
         dy = dense_like(dy, input)
         _, _, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, needs_output, *_ = ctx.needs_input_grad
         write_dresidual = needs_residual and ctx.settings[1] != "none"
-        total, product = registry.op(ctx.namespace, "ensemble_batch_norm_backward_reduce")(dy, *saved, *ctx.settings)
-        rstd = gain.to(q.dtype) * q
-        n = float(input.numel() // q.numel())
-        dx, dresidual = registry.op(ctx.namespace, "ensemble_batch_norm_backward_apply")(
-            dy, *saved, total, rstd.square() * product, n, *ctx.settings, write_dresidual, output_gain
+        zero = rstd == 0  # of a gain of 0, whose gradient needs the sum before rstd: 1 for rstd, and 0 for weight
+        divisor = torch.where(zero, 1, rstd)
+        factor = torch.where(zero, 0, torch.ones_like(rstd) if weight is None else weight.to(rstd.dtype))
+        num_members, activation = ctx.settings
+        dx, product, total, dresidual = registry.op(ctx.namespace, "ensemble_batch_norm_backward")(
+            dy, input, mean, divisor, factor, bias, mask, True, num_members, activation, write_dresidual, output_gain
         )
+        product = product / divisor
         doutput = None
         if output_gain is not None:
+            scale = rstd if weight is None else rstd * weight
             doutput, product, total = through_gain(output_gain, scale, bias, product, total)
 
         def of(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -67,7 +86,7 @@ class _GainBatchNorm(torch.autograd.Function):
 
         dgain = None
         if needs_gain:
-            dgain = ctx.eps * q.pow(3) * product
+            dgain = ctx.eps * _deviation(gain.to(var.dtype), var, ctx.eps).pow(3) * product
             dgain = of(gain, dgain if weight is None else dgain * weight)
         return (
             None,
@@ -84,9 +103,8 @@ class _GainBatchNorm(torch.autograd.Function):
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
-    saved = ctx.saved_tensors
-    mask, shift = saved[5], saved[7]
-    input, gain, weight, bias, output_gain = aliases((saved[0], saved[6], saved[8], saved[4], saved[9]))
+    input, _, _, _, bias, mask, gain, shift, weight, output_gain = ctx.saved_tensors
+    input, gain, weight, bias, output_gain = aliases((input, gain, weight, bias, output_gain))
     num_members, activation = ctx.settings
     z = gain_reference.member_gain(input, gain, None, 1, "none")
     y, _, _ = reference.ensemble_batch_norm(z, None, None, weight, bias, None, True, ctx.eps, num_members, "none")
@@ -124,4 +142,5 @@ def normalize_with_gain(
     residual = None if residual is None else dense_like(residual, input)
     namespace = registry.NATIVE if backend == "native" else registry.TRITON
     weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
+    gain = gain.contiguous()
     return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, output_gain, *settings)
