@@ -220,6 +220,8 @@ def test_opcheck(backend):
     leaves = [t.requires_grad_() for t in (x, *affine, gain)]
     arguments = (leaves[0], None, None, *leaves[1:3], None, True, 1e-5, K, "relu", leaves[3])
     torch.library.opcheck(torch.ops.latephase_kernels.ensemble_batch_norm.default, arguments)
+    arguments = (x.detach(), gain.detach(), *(t.detach() for t in leaves[1:3]), None, 1e-5, K, "relu", gain.detach())
+    torch.library.opcheck(torch.ops.latephase_kernels.ensemble_batch_norm_with_gain.default, arguments)
 
 
 def test_wrong_arguments():

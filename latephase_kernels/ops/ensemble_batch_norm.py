@@ -83,9 +83,7 @@ def _fake_update(
     return y, *_fake_statistics(input, num_members), mask
 
 
-def _fake_with_gain(
-    input, input_gain, weight, bias, residual, eps, num_members, activation, output_gain=None
-):  # fmt: skip
+def _fake_with_gain(input, input_gain, weight, bias, residual, eps, num_members, activation, output_gain=None):
     y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
     return y, *(_statistic(input, num_members) for _ in range(3)), mask
 
