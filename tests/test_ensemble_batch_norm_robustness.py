@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from accuracy import assert_close
 
 import latephase_kernels as lp
+from latephase_kernels.ops.ensemble_batch_norm_gain import normalize_with_gain
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
@@ -111,6 +112,30 @@ def test_more_groups_or_rows_than_a_grid_dimension(device, members, rows, channe
 def test_a_mean_of_ten_thousand_deviations(device, memory_format):
     x, weight, bias, dy = make((2 * 8, 5, 16, 16), 2, memory_format=memory_format)
     check(device, (x + 1e4, weight, bias, dy), 2)
+
+
+@FORMATS
+def test_a_gain_before_the_norm(device, memory_format):
+    """Of both signs, and of 0."""
+    x, weight, bias, dy = make((3 * 5, 7, 6, 6), 3, memory_format=memory_format)
+    gain = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    gain[:, ::3] = 0
+
+    def run(function, dtype, device):
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, gain, weight, bias)]
+        y = function(*leaves)
+        y.backward(dy.to(device, dtype))
+        gradients = (leaf.grad.cpu() for leaf in leaves)
+        return {"y": y.detach().cpu(), **dict(zip(("dx", "dgain", "dweight", "dbias"), gradients))}
+
+    def in_the_norm(x, gain, weight, bias):
+        return normalize_with_gain(x, gain, None, weight, bias, None, 1e-5, 3, "none")[0]
+
+    def before(x, gain, weight, bias):
+        return theirs(x * gain.repeat_interleave(5, 0)[:, :, None, None], weight, bias, 3, "none")
+
+    plain, truth = run(before, torch.float32, device), run(before, torch.float64, "cpu")
+    assert_close(run(in_the_norm, torch.float32, device), plain, truth)
 
 
 @FORMATS
