@@ -12,7 +12,7 @@ from accuracy import assert_close
 from torch.autograd import gradcheck, gradgradcheck
 
 import latephase_kernels as lp
-from latephase_kernels.ops.ensemble_batch_norm_gain import normalize_with_gain
+from latephase_kernels.ops.ensemble_batch_norm_gain import forward_in_halves, normalize_with_gain
 
 K = 3
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -211,6 +211,18 @@ def test_halves_equal_the_whole(backend, layout):
     assert torch.equal(sums[0], total) and torch.equal(sums[1], product)
     half = ops.ensemble_batch_norm_backward_apply(*saved, *sums, 50.0, K, "relu", False, gain)[0]
     assert torch.equal(half, dx)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_input_gain_in_halves(backend, layout):
+    """What runs where no kernel has the whole."""
+    if backend == "reference":
+        pytest.skip("the reference is no registered op")
+    x, weight, bias, gain, _ = make(SHAPES[0], torch.float64, layout).values()
+    arguments = (x, gain, weight, bias, None, 1e-5, K, "relu", gain)
+    whole = torch.ops.latephase_kernels.ensemble_batch_norm_with_gain(*arguments)
+    for one, other in zip(whole, forward_in_halves("latephase_kernels", *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck(backend):

@@ -12,7 +12,8 @@ Registered ops, the same in both namespaces (`registry.py`); their tensors are d
     …_update                      the forward in training, which moves the running statistics as well
     …_with_gain                   the forward in training of input · gain (ensemble_batch_norm_gain.py)
 
-The halves exist for statistics that are synchronized over processes between them (ensemble_batch_norm_synchronized.py).
+The halves exist for what comes between them: statistics that are synchronized over processes
+(ensemble_batch_norm_synchronized.py), and …_with_gain where it has no kernel.
 Only …_update changes an argument: eager training calls it, so that running statistics take no launch of their own;
 compiled graphs are functional.
 """
@@ -84,8 +85,7 @@ def _fake_update(
 
 
 def _fake_with_gain(input, input_gain, weight, bias, residual, eps, num_members, activation, output_gain=None):
-    y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
-    return y, *(_statistic(input, num_members) for _ in range(3)), mask
+    return _fake_forward(input, None, None, weight, bias, residual, True, eps, num_members, activation)
 
 
 def _fake_backward_reduce(dy, input, mean, rstd, weight, bias, mask, num_members, activation):

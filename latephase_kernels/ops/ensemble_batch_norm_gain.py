@@ -41,7 +41,7 @@ def forward_in_halves(
 
 def _deviation(gain: Tensor, var: Tensor, eps: float) -> Tensor:
     """q, from a gain in var's type."""
-    return torch.addcmul(torch.full_like(var, eps), gain.square(), var).rsqrt()
+    return (gain.square() * var + eps).rsqrt()
 
 
 class _GainBatchNorm(torch.autograd.Function):
