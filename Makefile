@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OPS_TESTS := tests/test_ensemble_batch_norm.py tests/test_ensemble_batch_norm_gain.py tests/test_member_gain.py tests/test_rank1_linear.py \
 	tests/test_rank1_linear_products.py tests/test_rank1_lstm_steps.py
+FORMATTED := $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 # Tests of the front-end, of several devices and of the benchmarks: many processes, and as long as all others together.
@@ -12,12 +13,12 @@ TRAINING_TESTS := $(shell grep -lE 'latephase_kernels\.(train|data)|benchmarks|d
 # The C library fills new memory: what a kernel leaves unwritten shows.
 POISON := GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
 
-.PHONY: demo test test-native test-training test-triton test-compile check format wheel bench
+.PHONY: demo test test-native test-training test-triton test-compile test-emulator check format wheel bench
 
 demo: $(VENV)/.installed
 	$(BIN)/latephase demo
 
-test: test-native test-training test-triton test-compile
+test: test-native test-training test-triton test-compile test-emulator
 
 # All else that runs natively, then the ops' tests again on each older instruction set.
 test-native: $(VENV)/.installed
@@ -37,16 +38,22 @@ test-triton: $(VENV)/.installed
 test-compile: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -s tests/test_triton_compile.py
 
+# CUDA kernels in an emulator that checks every access. Left out here are tests of many blocks and of much data.
+test-emulator: $(VENV)/.installed
+	$(BIN)/python tests/emulator/run.py -q tests/emulator tests/test_cuda_ensemble_batch_norm.py \
+		tests/test_cuda_ensemble_batch_norm_tiers.py tests/test_cuda_member_gain.py tests/test_cuda_rank1_linear.py \
+		tests/test_cuda_rank1_lstm.py -k "not (triton or 70000 or 4096 or beside_the_edges or depends_on_itself or do_not_fit)"
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -type f)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -type f)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

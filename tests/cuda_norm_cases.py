@@ -17,6 +17,16 @@ TIERS = {
     "streaming": {"LATEPHASE_CUDA_SHARED_KIB": "0"},
 }
 
+# A small case of each tier, of two bytes a value and [2, batch, 5, 7, 7]: batch, shared memory of a block in KiB,
+# largest cluster.
+ONE_CASE = {
+    "several groups a block": (5, "64", "1"),  # in channels_last one
+    "one group a block": (41, "128", "1"),
+    "clusters": (41, "6", "16"),
+    "virtual clusters": (41, "2", "1"),
+    "streaming": (41, "0", "1"),
+}
+
 
 def memory_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

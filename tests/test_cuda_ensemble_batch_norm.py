@@ -83,10 +83,11 @@ def test_nan_in_dy_stays_in_place_in_eval(layout):
     assert run(case, 2, False, "none")["dinput"].isnan().sum() == 1
 
 
-def test_empty_batch():
+@pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
+def test_empty_batch(training):
     for layout in LAYOUTS:
         case = case_of((2, 0, 5, (4, 4)), torch.float32, layout, residual=True)
-        result = run(case, 2, False, "relu")
+        result = run(case, 2, training, "relu")
         assert result["y"].shape == (0, 5, 4, 4)
         assert result["dweight"].eq(0).all() and result["dbias"].eq(0).all()
 

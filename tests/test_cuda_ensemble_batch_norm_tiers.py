@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_norm_cases import DTYPES, LAYOUTS, TIERS, case_of, check, normal, op_arguments, run
+from cuda_norm_cases import DTYPES, LAYOUTS, ONE_CASE, TIERS, case_of, check, normal, op_arguments, run
 
 from latephase_kernels import backend
 from latephase_kernels.ops import registry
@@ -45,38 +45,32 @@ def _launches(call):
     return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
-# What sends the shape below to a tier: shared memory of a block in KiB, largest cluster; and how its kernels are named.
-ONE_CASE = {
-    "several groups a block": ("64", "1", "resident"),
-    "one group a block": ("6", "1", "resident"),
-    "clusters": ("4", "16", "resident"),
-    "virtual clusters": ("2", "1", "virtual"),
-    "streaming": ("0", "1", "statistics"),
-}
+@pytest.fixture(params=ONE_CASE)
+def one_case(request, monkeypatch):
+    """The name of a tier, the shape of a case that goes there."""
+    batch, shared_kib, cluster = ONE_CASE[request.param]
+    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
+    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
+    return request.param, (2, batch, 5, (7, 7))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tier", ONE_CASE)
-def test_one_case_of_every_tier(tier, layout, dtype, monkeypatch):
+def test_one_case_of_every_tier(one_case, layout, dtype):
     """Small enough for compute-sanitizer."""
-    shared_kib, cluster, _ = ONE_CASE[tier]
-    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
-    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
-    check(case_of((2, 41, 5, (7, 7)), dtype, layout, residual=True), 2, True, "relu")
-    check(case_of((2, 41, 5, (7, 7)), dtype, layout, gain=True), 2, True, "relu")
+    _, shape = one_case
+    check(case_of(shape, dtype, layout, residual=True), 2, True, "relu")
+    check(case_of(shape, dtype, layout, gain=True), 2, True, "relu")
 
 
-@pytest.mark.parametrize("tier", ONE_CASE)
-def test_the_tier_is_the_one_that_is_forced(tier, monkeypatch):
-    shared_kib, cluster, kernel = ONE_CASE[tier]
-    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
-    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
+def test_the_tier_is_the_one_that_is_forced(one_case):
+    tier, shape = one_case
     if tier == "clusters" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs thread-block clusters")
-    case = case_of((2, 41, 5, (7, 7)), torch.bfloat16, "contiguous", residual=True)
+    case = case_of(shape, torch.bfloat16, "contiguous", residual=True)
     forward = registry.op(registry.NATIVE, "ensemble_batch_norm")
     launches = _launches(lambda: forward(*op_arguments(case, 2, "relu")))
+    kernel = {"virtual clusters": "virtual", "streaming": "statistics"}.get(tier, "resident")
     assert f"{kernel}_" in launches[0], launches
 
 
@@ -105,19 +99,20 @@ def test_groups_beside_the_edges_of_the_tiers(shape, layout, dtype):
 def test_a_member_depends_on_itself_alone(shape, layout, _tier):
     """Bit for bit: alone or in the ensemble, permuted, beside NaN and 1e30."""
     K, B, *_ = shape
+    order = [2, 0, 3, 1]
+
+    def rows(t, k):
+        return t[k : k + 1] if t.shape[0] == K else t[k * B : (k + 1) * B]
+
+    def changed(case, change):
+        return {name: None if t is None else change(t) for name, t in case.items()}
+
     for dtype in DTYPES:
         case = case_of(shape, dtype, layout, residual=True)
         whole = run(case, K, True, "relu")
-
-        def rows(t, k):
-            return t[k : k + 1] if t.shape[0] == K else t[k * B : (k + 1) * B]
-
-        alone = run(
-            {name: rows(t, 2).clone(memory_format=torch.preserve_format) for name, t in case.items()}, 1, True, "relu"
-        )
-        order = [2, 0, 3, 1]
-        permuted = run({name: torch.cat([rows(t, k) for k in order]) for name, t in case.items()}, K, True, "relu")
-        poisoned = {name: t.clone() for name, t in case.items()}
+        alone = run(changed(case, lambda t: rows(t, 2).clone(memory_format=torch.preserve_format)), 1, True, "relu")
+        permuted = run(changed(case, lambda t: torch.cat([rows(t, k) for k in order])), K, True, "relu")
+        poisoned = changed(case, torch.clone)
         rows(poisoned["input"], 0)[0] = float("nan")
         rows(poisoned["input"], 1)[0] = torch.finfo(dtype).max / 4
         beside = run(poisoned, K, True, "relu")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_norm_cases import ONE_CASE
 
 import latephase_kernels
 
@@ -214,6 +215,20 @@ def test_plans_fit_the_device(registers, architecture, operands, channels_last):
     assert "streaming" in tiers and ("virtual", False, False) in tiers and ("resident", False, False) in tiers
     assert (("resident", True, False) in tiers) == (max_cluster > 1)
     assert (("resident", False, True) in tiers) == (not channels_last)
+
+
+@pytest.mark.parametrize("tier", ONE_CASE)
+def test_the_small_cases_go_to_their_tiers(registers, tier, monkeypatch):
+    batch, shared_kib, cluster = ONE_CASE[tier]
+    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
+    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
+    for channels_last, operands in itertools.product((False, True), KERNELS):
+        plan = _plan((2, batch, 5, 49, channels_last), 2, operands, LIMITS["sm_90"][0])
+        assert (plan is None) == (tier == "streaming")
+        if plan is not None:
+            assert plan["cooperative"] == (tier == "virtual clusters")
+            assert (plan["cluster"] > 1) == (tier == "clusters")
+            assert (plan["threads"] > plan["part_threads"]) == (tier == "several groups a block" and not channels_last)
 
 
 def test_a_margin_leaves_multiprocessors_out_of_virtual_clusters(registers, monkeypatch):

@@ -46,11 +46,11 @@ struct FinishStatistics {
         momentum(static_cast<float>(f.running.momentum)),
         unbias(static_cast<float>(f.running.unbias)) {}
 
-  __device__ static float variance(const Moments<1>& m) { return m.m2[0] / m.count; }
+  __device__ static float variance(const Moments<1>& m) { return m.m2[0] / fmaxf(m.count, 1); }  // 0 of nothing
   __device__ float inverse_deviation(const Moments<1>& m) const { return __frsqrt_rn(variance(m) + eps); }
 
   __device__ void operator()(int64_t group, const Moments<1>& m) const {
-    mean[group] = m.count == 0 ? NAN : m.mean[0];
+    mean[group] = m.mean[0];
     if (rstd != nullptr) rstd[group] = inverse_deviation(m);
     if (var != nullptr) var[group] = variance(m);
     if (running_mean == nullptr) return;
