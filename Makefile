@@ -38,9 +38,9 @@ test-triton: $(VENV)/.installed
 test-compile: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -s tests/test_triton_compile.py
 
-# CUDA kernels in an emulator that checks every access. Left out here are tests of many blocks and of much data.
+# CUDA kernels in an emulator that checks every access, warps in a random order. Left out here are tests of many blocks and of much data.
 test-emulator: $(VENV)/.installed
-	$(BIN)/python tests/emulator/run.py -q tests/emulator tests/test_cuda_ensemble_batch_norm.py \
+	LATEPHASE_EMULATOR_SEED=1 $(BIN)/python tests/emulator/run.py -q tests/emulator tests/test_cuda_ensemble_batch_norm.py \
 		tests/test_cuda_ensemble_batch_norm_tiers.py tests/test_cuda_member_gain.py tests/test_cuda_rank1_linear.py \
 		tests/test_cuda_rank1_lstm.py -k "not (triton or 70000 or 4096 or beside_the_edges or depends_on_itself or do_not_fit)"
 

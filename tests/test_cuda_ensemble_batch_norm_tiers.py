@@ -1,5 +1,7 @@
 """Every tier of the CUDA kernels of ensemble_batch_norm, and what must hold in all of them: needs a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
 from cuda_norm_cases import DTYPES, LAYOUTS, ONE_CASE, TIERS, case_of, check, normal, op_arguments, run
@@ -84,6 +86,21 @@ def test_every_cut_of_the_same_data(shape, layout, shared_kib, cluster, monkeypa
     monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", str(cluster))
     for dtype in DTYPES:
         check(case_of(shape, dtype, layout, residual=True), shape[0], True, "relu")
+
+
+@pytest.mark.parametrize("multiprocessors", (12, 20))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_virtual_clusters_go_through_several_groups(layout, multiprocessors, monkeypatch):
+    """On few multiprocessors: a cluster fetches its next group while it writes one."""
+    margin = torch.cuda.get_device_properties(0).multi_processor_count - multiprocessors
+    monkeypatch.setenv("LATEPHASE_CUDA_SM_MARGIN", str(margin))
+    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", {"contiguous": "3", "channels_last": "64"}[layout])
+    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", "1")
+    for dtype in DTYPES:
+        case = case_of((2, 13, 72, (14, 14)), dtype, layout, residual=True)
+        check(case, 2, True, "relu")
+        launches = " ".join(_launches(partial(run, case, 2, True, "relu")))
+        assert "virtual_forward_" in launches and "virtual_backward_" in launches
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -65,6 +65,8 @@ def _skip(*_, **__):
 def _cuda_is_cpu(monkeypatch):
     clusters = os.environ.get("LATEPHASE_EMULATOR_CLUSTERS") != "0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0) if clusters else (8, 0))
+    properties = SimpleNamespace(multi_processor_count=132)  # runtime.cpp
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "Stream", _skip)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _skip)

@@ -371,8 +371,23 @@ inline uint8_t* place_of(Warp& w, const Instruction& i, int lane, int bytes, boo
   return place.data();
 }
 
+// Counts what the lanes of an instruction move together.
+inline void count_traffic(Warp& w, const Instruction& i, Mask m, const Operand& address, int bytes, bool writes) {
+  if (i.space == Space::kParameter || !Traffic::get().counting()) return;
+  uint64_t addresses[kLanes];
+  each_lane(m, [&](int l) {
+    addresses[l] = i.offset + (address.wide ? w.lanes<uint64_t>(address)[l] : w.lanes<uint32_t>(address)[l]);
+  });
+  if (i.space == Space::kGlobal) {
+    Traffic::get().global(addresses, m, writes);
+  } else {
+    Traffic::get().shared(addresses, m, bytes);
+  }
+}
+
 template <class T>  // an integer
 void load(Warp& w, const Instruction& i, Mask m) {
+  count_traffic(w, i, m, i.a, sizeof(T) * i.count, false);
   each_lane(m, [&](int l) {
     const uint8_t* from = place_of(w, i, l, sizeof(T) * i.count, false);
     for (int e = 0; e < i.count; ++e) {
@@ -390,6 +405,7 @@ void load(Warp& w, const Instruction& i, Mask m) {
 
 template <class T>
 void store(Warp& w, const Instruction& i, Mask m) {
+  count_traffic(w, i, m, i.a, sizeof(T) * i.count, true);
   each_lane(m, [&](int l) {
     uint8_t* to = place_of(w, i, l, sizeof(T) * i.count, true);
     for (int e = 0; e < i.count; ++e) {
@@ -411,6 +427,15 @@ inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
 
 // What is copied arrives when it is waited for; until then there are NaNs.
 inline void copy_async(Warp& w, const Instruction& i, Mask m) {
+  count_traffic(w, i, m, i.to, i.option, true);  // the shared side
+  Mask existing = m;
+  if (i.b.offset)
+    each_lane(m, [&](int l) {
+      if (w.lanes<uint32_t>(i.b)[l] == 0) existing &= ~(Mask{1} << l);
+    });
+  Instruction from = i;
+  from.space = Space::kGlobal;
+  count_traffic(w, from, existing, i.a, i.option, false);
   each_lane(m, [&](int l) {
     const AsyncCopy copy{w.lanes<uint32_t>(i.to)[l], w.lanes<uint64_t>(i.a)[l], i.option,
                          i.b.offset ? static_cast<int>(w.lanes<uint32_t>(i.b)[l]) : i.option};

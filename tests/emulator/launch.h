@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <utility>
 
 #include "machine.h"
 
@@ -135,6 +136,7 @@ class Launch {
       }
       if (!ended && !progress) report_deadlock();
     }
+    for (const auto& warp : warps_) Traffic::get().executed(std::exchange(warp->executed, 0));
     for (const auto& warp : warps_)
       for (const auto& copies : warp->copies)
         if (!copies.empty()) fail("a thread has ended before its copies to shared memory arrived");

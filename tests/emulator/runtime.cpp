@@ -194,6 +194,12 @@ __attribute__((visibility("default"))) const char* emulator_launched() {
   return names.c_str();
 }
 
+// From here on kernels' traffic is counted; until there, as in Traffic::Counts.
+__attribute__((visibility("default"))) void emulator_count_traffic() { emulator::Traffic::get().begin(); }
+__attribute__((visibility("default"))) void emulator_traffic(emulator::Traffic::Counts* counts) {
+  *counts = emulator::Traffic::get().end();
+}
+
 // Runs a kernel by its name; returns what was found, or nothing.
 __attribute__((visibility("default"))) const char* emulator_run(const char* name, int blocks, int threads, int cluster,
                                                                 void** arguments) {
@@ -201,7 +207,7 @@ __attribute__((visibility("default"))) const char* emulator_run(const char* name
   found.clear();
   try {
     emulator::Launch(device().program.kernel(name), blocks, threads, 0, cluster, false, arguments,
-                     device().find_allocation, device().seed)
+                     device().find_allocation, 0)
         .run();
   } catch (const std::exception& error) {
     found = error.what();

@@ -1,0 +1,101 @@
+"""What the CUDA kernels move to and from memory, counted: each tier reads and writes no more than its floor.
+
+Whether a GPU does that at the speed of its memory, only a GPU can tell; that nothing is moved twice, no time can.
+"""
+
+import ctypes
+import os
+
+import pytest
+import torch
+from cuda_norm_cases import LAYOUTS, case_of, normal, op_arguments
+
+from latephase_kernels import backend
+from latephase_kernels.ops import registry
+
+pytestmark = pytest.mark.skipif("LATEPHASE_EMULATOR_LIBRARY" not in os.environ, reason="tests/emulator/run.py runs it")
+
+SECTOR_BYTES = 32
+DTYPES = (torch.bfloat16, torch.float32)
+ONE_PASS = {  # shape (K, B, C, spatial), shared memory of a block in KiB, largest cluster
+    "several groups a block": ((2, 32, 16, (8, 8)), "227", "16"),
+    "one group a block": ((2, 32, 16, (16, 16)), "227", "16"),
+    "rows of 98 bytes": ((2, 32, 64, (7, 7)), "227", "16"),
+    "clusters": ((2, 32, 8, (28, 28)), "32", "16"),
+    "virtual clusters": ((2, 32, 8, (32, 32)), "12", "1"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    backend.set_backend("native")
+    yield
+    backend.set_backend("auto")
+
+
+class Traffic(ctypes.Structure):
+    """As in machine.h: sectors that instructions moved, different ones among them, wavefronts of shared memory."""
+
+    _names = "loaded stored different_loaded different_stored wavefronts least_wavefronts instructions"
+    _fields_ = tuple((name, ctypes.c_int64) for name in _names.split())
+
+
+def counted(call):
+    """Return call()'s result and the traffic of its kernels."""
+    library, traffic = ctypes.CDLL(os.environ["LATEPHASE_EMULATOR_LIBRARY"]), Traffic()
+    library.emulator_count_traffic()
+    result = call()
+    library.emulator_traffic(ctypes.byref(traffic))
+    return result, traffic
+
+
+def sectors(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors) / SECTOR_BYTES
+
+
+def norm_traffic(shape, dtype, layout):
+    """Return the traffic of norm, add and ReLU with its floor (loads, stores), and the same of the backward."""
+    case = case_of(shape, dtype, layout, residual=True)
+    forward = registry.op(registry.NATIVE, "ensemble_batch_norm")
+    backward = registry.op(registry.NATIVE, "ensemble_batch_norm_backward")
+    (y, mean, rstd, _, mask), there = counted(lambda: forward(*op_arguments(case, shape[0], "relu")))
+    saved = (case["dy"], case["input"], mean, rstd, case["weight"], case["bias"], mask)
+    _, back = counted(lambda: backward(*saved, True, shape[0], "relu", True))
+    return (there, (sectors(y, y), sectors(y, mask))), (back, (sectors(y, y, mask), sectors(y, y)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tier", ONE_PASS)
+def test_on_chip_tiers_move_each_byte_once(tier, layout, dtype, monkeypatch):
+    shape, shared_kib, cluster = ONE_PASS[tier]
+    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
+    monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
+    for traffic, (loads, stores) in norm_traffic(shape, dtype, layout):
+        assert loads <= traffic.different_loaded <= 1.02 * loads
+        assert stores <= traffic.different_stored <= 1.02 * stores
+        assert traffic.wavefronts <= 1.4 * traffic.least_wavefronts, "conflicts of banks"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_streaming_reads_twice_and_writes_once(layout, monkeypatch):
+    monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", "0")
+    shape = (2, 64, 16, (32, 32))
+    (there, (loads, stores)), (back, (loads_back, stores_back)) = norm_traffic(shape, torch.bfloat16, layout)
+    # x twice and the residual once; dy and x twice; and each thread's parameters, of eight channels in channels_last
+    assert 1.5 * loads <= there.loaded <= 2 * loads
+    assert 2 * loads_back <= back.loaded <= 2.8 * loads_back
+    assert there.stored <= 1.03 * stores and back.stored <= 1.03 * stores_back
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gains_move_each_byte_once(layout, dtype):
+    x, dy = (normal((16, 32, 32, 32), dtype, layout, seed=seed) for seed in (1, 2))
+    gain, bias = (normal((4, 32), torch.float32, seed=seed) for seed in (3, 4))
+    y, there = counted(lambda: registry.op(registry.NATIVE, "member_gain")(x, gain, bias, 1, "relu"))
+    assert there.different_loaded <= 1.02 * sectors(x) and there.different_stored <= 1.02 * sectors(y)
+    backward = registry.op(registry.NATIVE, "member_gain_backward")
+    _, back = counted(lambda: backward(dy, x, gain, bias, 1, "relu"))
+    assert back.different_loaded <= 1.04 * sectors(x, dy)  # partial sums beside
+    assert back.different_stored <= 1.04 * sectors(x)
