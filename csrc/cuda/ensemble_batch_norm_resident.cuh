@@ -103,13 +103,17 @@ struct Resident {
   }
 };
 
-template <Width width, class scalar_t, bool channels_last>
-__device__ __forceinline__ void fetch(const Resident<scalar_t, channels_last>& r, int operand, const scalar_t* data) {
+// Starts to fetch the part's operands.
+template <Width width, class scalar_t, bool channels_last, int operands>
+__device__ __forceinline__ void fetch(const Resident<scalar_t, channels_last>& r,
+                                      const scalar_t* const (&data)[operands]) {
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
-    const Slots<scalar_t> slots = r.operand(operand);
     Cursor<channels_last> cursor = r.cursor();
     for (int i = 0; i < r.iterations; ++i) {
-      slots.template fetch<decltype(access)::value>(i, data, cursor.offset, cursor.valid(r.g));
+      const int valid = cursor.valid(r.g);
+#pragma unroll
+      for (int operand = 0; operand < operands; ++operand)
+        r.operand(operand).template fetch<decltype(access)::value>(i, data[operand], cursor.offset, valid);
       cursor.advance(r.g);
     }
   });
@@ -208,7 +212,7 @@ template <class scalar_t, bool channels_last, Width width>
 __global__ void __launch_bounds__(resident_threads(channels_last), 1)
     resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish) {
   const Resident<scalar_t, channels_last> r(g, iterations, g.splits, part_of_block(g));
-  fetch<width>(r, 0, a.x);
+  fetch<width>(r, {a.x});
   wait_for_copies();
   const auto moments = moments_of(r, g.n);
   r.arrive_at_end();
@@ -299,8 +303,7 @@ template <class scalar_t, bool channels_last, Width width>
 __global__ void __launch_bounds__(resident_threads(channels_last), 1)
     resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish) {
   const Resident<scalar_t, channels_last> r(g, iterations, g.splits, part_of_block(g));
-  fetch<width>(r, 0, a.x);
-  fetch<width>(r, 1, a.dy);
+  fetch<width>(r, {a.x, a.dy});
   if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
   wait_for_copies();

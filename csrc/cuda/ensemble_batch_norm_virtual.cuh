@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
     virtual_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish,
                            Exchange exchange) {
   Traversal<scalar_t, channels_last, 1> traversal(g, iterations, exchange);
-  fetch<width>(traversal.resident(traversal.part()), 0, a.x);
+  fetch<width>(traversal.resident(traversal.part()), {a.x});
   traversal.cluster.begin();
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());
@@ -116,11 +116,7 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
     virtual_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish,
                             Exchange exchange) {
   Traversal<scalar_t, channels_last, 2> traversal(g, iterations, exchange);
-  {
-    const auto r = traversal.resident(traversal.part());
-    fetch<width>(r, 0, a.x);
-    fetch<width>(r, 1, a.dy);
-  }
+  fetch<width>(traversal.resident(traversal.part()), {a.x, a.dy});
   traversal.cluster.begin();
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());

@@ -22,7 +22,9 @@ struct Packing<__half> {
   static __device__ float low(uint32_t word) { return __half2float(__ushort_as_half(word & 0xffff)); }
   static __device__ float high(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
   static __device__ uint32_t pack(float low, float high) {
-    return __half_as_ushort(__float2half_rn(low)) | uint32_t{__half_as_ushort(__float2half_rn(high))} << 16;
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
   }
   static __device__ uint32_t pack_rectified(float low, float high) {
     uint32_t word;
@@ -37,8 +39,9 @@ struct Packing<__nv_bfloat16> {
   static __device__ float low(uint32_t word) { return __uint_as_float(word << 16); }
   static __device__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   static __device__ uint32_t pack(float low, float high) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(low)) | uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(high))}
-                                                                << 16;
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
   }
   static __device__ uint32_t pack_rectified(float low, float high) {
     uint32_t word;
@@ -98,6 +101,14 @@ __device__ __forceinline__ void store_vector(void* p, uint4 value) {
   }
 }
 
+// Four bytes of signs of the bytes of a word, 0 or 255 each; which, the selector's digits say, each 8 + a byte.
+template <int selector>
+__device__ __forceinline__ uint32_t signs(uint32_t word) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(word), "n"(selector));
+  return bytes;
+}
+
 template <class scalar_t>
 struct Unit {
   static constexpr int kPerWord = 4 / sizeof(scalar_t);
@@ -140,34 +151,34 @@ struct Unit {
     return unit;
   }
 
-  // Which of the first `valid` values are not zero, a bit each: of a rectified unit, those that the ReLU let through.
+  // Of a rectified unit: which of the first `valid` values the ReLU let through, a bit each.
   __device__ __forceinline__ uint32_t nonzero(int valid) const {
     uint32_t bits = 0;
     if constexpr (kPerWord == 1) {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) bits |= uint32_t{words[w] << 1 != 0} << w;
+      for (int w = 0; w < kWords; ++w) bits |= uint32_t{words[w] != 0} << w;
     } else {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) {  // the addition carries into the sign bits, bits 15 and 31
-        const uint32_t carried = (words[w] & 0x7fff7fff) + 0x7fff7fff;
-        bits |= (carried & 0x80008000) >> (15 - 2 * w);
-      }
-      bits |= bits >> 15;
+      for (int w = 0; w < kWords; ++w)  // no value has a sign: what is not zero carries into bits 15 and 31
+        bits = bits >> 2 | ((words[w] + 0x7fff7fff) & 0x80008000);
+      bits = bits >> 9 | bits >> 24;  // bits 9, 11, 13, 15 and 25, 27, 29, 31 to 0 … 7
     }
     return bits & ((1u << valid) - 1);
   }
 
-  // The values whose bit in `kept` is set, and 0 for the others.
+  // The values whose bit in `kept` (0 … 255) is set, and 0 for the others.
   __device__ __forceinline__ Unit keep(uint32_t kept) const {
     Unit unit;
+    if constexpr (kPerWord == 1) {
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      if constexpr (kPerWord == 1) {
-        unit.words[w] = kept >> w & 1 ? words[w] : 0;
-      } else {
-        const uint32_t low = kept >> 2 * w & 1 ? 0xffffu : 0, high = kept >> (2 * w + 1) & 1 ? 0xffff0000u : 0;
-        unit.words[w] = words[w] & (low | high);
-      }
+      for (int w = 0; w < kWords; ++w) unit.words[w] = kept >> w & 1 ? words[w] : 0;
+    } else {
+      constexpr uint32_t to_signs = 1 << 7 | 1 << 14 | 1 << 21 | 1 << 28;  // four bits to the signs of four bytes
+      const uint32_t low = (kept & 15) * to_signs, high = (kept >> 4) * to_signs;
+      unit.words[0] = words[0] & signs<0x9988>(low);
+      unit.words[1] = words[1] & signs<0xbbaa>(low);
+      unit.words[2] = words[2] & signs<0x9988>(high);
+      unit.words[3] = words[3] & signs<0xbbaa>(high);
     }
     return unit;
   }

@@ -114,6 +114,19 @@ inline void extract_bits(Warp& w, const Instruction& i, Mask m) {
   });
 }
 
+// The bytes of b and a that the digits of c name; a digit's highest bit asks for the sign of the byte in its place.
+inline void permute_bytes(Warp& w, const Instruction& i, Mask m) {
+  each_lane(m, [&](int l) {
+    const uint64_t bytes = uint64_t{w.lanes<uint32_t>(i.b)[l]} << 32 | w.lanes<uint32_t>(i.a)[l];
+    uint32_t to = 0;
+    for (int place = 0; place < 4; ++place) {
+      const uint32_t digit = w.lanes<uint32_t>(i.c)[l] >> 4 * place & 15, byte = bytes >> 8 * (digit & 7) & 255;
+      to |= (digit & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * place;
+    }
+    w.lanes<uint32_t>(i.to)[l] = to;
+  });
+}
+
 template <class T>
 Execute integer_arithmetic(const std::string& op) {
   using U = std::make_unsigned_t<T>;  // in which sums wrap around
@@ -138,6 +151,7 @@ Execute integer_arithmetic(const std::string& op) {
   }
   if constexpr (std::is_same_v<T, uint32_t>) {
     if (op == "bfe") return extract_bits;
+    if (op == "prmt") return permute_bytes;
   }
   if constexpr (sizeof(T) < 8) {
     using Wide = std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>,

@@ -85,7 +85,7 @@ def test_streaming_reads_twice_and_writes_once(layout, monkeypatch):
     # x twice and the residual once; dy and x twice; and each thread's parameters, of eight channels in channels_last
     assert 1.5 * loads <= there.loaded <= 2 * loads
     assert 2 * loads_back <= back.loaded <= 2.8 * loads_back
-    assert there.stored <= 1.03 * stores and back.stored <= 1.03 * stores_back
+    assert there.stored <= 1.06 * stores and back.stored <= 1.06 * stores_back
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
