@@ -40,16 +40,23 @@ class Slots {
 
   // Starts to fill the slots of iteration i, each lane's with its `valid` values at data + offset, then zeros. The
   // whole warp calls. They are there after wait_for_copies().
+  //
+  // Vectors bypass L1, so that lanes side by side take the pieces of a sector; of narrower pieces each lane takes its
+  // own, and L1 has the rest of the sector for the next.
   template <int bytes>
   __device__ __forceinline__ void fetch(int i, const scalar_t* data, int64_t offset, int valid) const {
-    for_each_piece<bytes>(i, offset, valid, [&](char* slot, int64_t piece_offset, bool exists) {
-      if constexpr (bytes >= 4) {
+    constexpr int values = bytes / sizeof(scalar_t);
+    if constexpr (bytes == 16) {
+      for_each_piece<bytes>(i, offset, valid, [&](char* slot, int64_t piece_offset, bool exists) {
         copy_async<bytes>(slot, data + piece_offset, exists);
-      } else {
-        const auto* piece = reinterpret_cast<const uint16_t*>(data + piece_offset);
-        *reinterpret_cast<uint16_t*>(slot) = exists ? __ldg(piece) : 0;
-      }
-    });
+      });
+    } else if constexpr (bytes >= 4) {
+#pragma unroll
+      for (int first = 0; first < kUnit; first += values)
+        copy_async<bytes>(at(i, threadIdx.x % kWarp, first * sizeof(scalar_t)), data + offset + first, first < valid);
+    } else {
+      put(i, Unit<scalar_t>::template load<bytes>(data + offset, valid));
+    }
   }
 
   // Writes a unit, by way of its slot, to data + offset. The whole warp calls.

@@ -74,7 +74,8 @@ def test_on_chip_tiers_move_each_byte_once(tier, layout, dtype, monkeypatch):
     for traffic, (loads, stores) in norm_traffic(shape, dtype, layout):
         assert loads <= traffic.different_loaded <= 1.02 * loads
         assert stores <= traffic.different_stored <= 1.02 * stores
-        assert traffic.wavefronts <= 1.4 * traffic.least_wavefronts, "conflicts of banks"
+        # Pieces narrower than a vector, in slots of a vector or two, meet in the banks.
+        assert traffic.wavefronts <= (1.6 if shape[3] == (7, 7) else 1.2) * traffic.least_wavefronts
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
