@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "machine.h"
+#include "traffic.h"
 
 namespace emulator {
 
@@ -386,13 +387,12 @@ inline uint8_t* place_of(Warp& w, const Instruction& i, int lane, int bytes, boo
 }
 
 // Counts what the lanes of an instruction move together.
-inline void count_traffic(Warp& w, const Instruction& i, Mask m, const Operand& address, int bytes, bool writes) {
-  if (i.space == Space::kParameter || !Traffic::get().counting()) return;
+inline void count_traffic(Warp& w, Mask m, Space space, const Operand& base, int64_t offset, int bytes, bool writes) {
+  if (space == Space::kParameter || !Traffic::get().counting()) return;
   uint64_t addresses[kLanes];
-  each_lane(m, [&](int l) {
-    addresses[l] = i.offset + (address.wide ? w.lanes<uint64_t>(address)[l] : w.lanes<uint32_t>(address)[l]);
-  });
-  if (i.space == Space::kGlobal) {
+  each_lane(
+      m, [&](int l) { addresses[l] = offset + (base.wide ? w.lanes<uint64_t>(base)[l] : w.lanes<uint32_t>(base)[l]); });
+  if (space == Space::kGlobal) {
     Traffic::get().global(addresses, m, writes);
   } else {
     Traffic::get().shared(addresses, m, bytes);
@@ -401,7 +401,7 @@ inline void count_traffic(Warp& w, const Instruction& i, Mask m, const Operand& 
 
 template <class T>  // an integer
 void load(Warp& w, const Instruction& i, Mask m) {
-  count_traffic(w, i, m, i.a, sizeof(T) * i.count, false);
+  count_traffic(w, m, i.space, i.a, i.offset, sizeof(T) * i.count, false);
   each_lane(m, [&](int l) {
     const uint8_t* from = place_of(w, i, l, sizeof(T) * i.count, false);
     for (int e = 0; e < i.count; ++e) {
@@ -419,7 +419,7 @@ void load(Warp& w, const Instruction& i, Mask m) {
 
 template <class T>
 void store(Warp& w, const Instruction& i, Mask m) {
-  count_traffic(w, i, m, i.a, sizeof(T) * i.count, true);
+  count_traffic(w, m, i.space, i.a, i.offset, sizeof(T) * i.count, true);
   each_lane(m, [&](int l) {
     uint8_t* to = place_of(w, i, l, sizeof(T) * i.count, true);
     for (int e = 0; e < i.count; ++e) {
@@ -441,25 +441,22 @@ inline void atomic_add(Warp& w, const Instruction& i, Mask m) {
 
 // What is copied arrives when it is waited for; until then there are NaNs.
 inline void copy_async(Warp& w, const Instruction& i, Mask m) {
-  count_traffic(w, i, m, i.to, i.option, true);  // the shared side
-  Mask existing = m;
-  if (i.b.offset)
-    each_lane(m, [&](int l) {
-      if (w.lanes<uint32_t>(i.b)[l] == 0) existing &= ~(Mask{1} << l);
-    });
-  Instruction from = i;
-  from.space = Space::kGlobal;
-  count_traffic(w, from, existing, i.a, i.option, false);
+  Mask existing = 0;
   each_lane(m, [&](int l) {
     const AsyncCopy copy{w.lanes<uint32_t>(i.to)[l], w.lanes<uint64_t>(i.a)[l], i.option,
                          i.b.offset ? static_cast<int>(w.lanes<uint32_t>(i.b)[l]) : i.option};
     if (copy.existing < 0 || copy.existing > copy.bytes) fail("a copy of %d bytes: %s", copy.existing, i.text.c_str());
-    if (copy.existing > 0) GlobalMemory::get().check(copy.from, copy.existing, copy.bytes, i);
+    if (copy.existing > 0) {
+      GlobalMemory::get().check(copy.from, copy.existing, copy.bytes, i);
+      existing |= Mask{1} << l;
+    }
     const SharedPlace place = shared_place(w, copy.to, copy.bytes, i);
     check_history(w, l, place, copy.bytes, true, i);
     std::memset(place.data(), 0xff, copy.bytes);
     w.copies[l].push_back(copy);
   });
+  count_traffic(w, existing, Space::kGlobal, i.a, 0, i.option, false);
+  count_traffic(w, m, Space::kShared, i.to, 0, i.option, true);
 }
 
 inline void wait_for_copies(Warp& w, const Instruction&, Mask m) {

@@ -6,7 +6,7 @@
 #include <random>
 #include <utility>
 
-#include "machine.h"
+#include "traffic.h"
 
 namespace emulator {
 
