@@ -43,6 +43,7 @@ test-emulator: $(VENV)/.installed
 	LATEPHASE_EMULATOR_SEED=1 $(BIN)/python tests/emulator/run.py -q tests/emulator tests/test_cuda_ensemble_batch_norm.py \
 		tests/test_cuda_ensemble_batch_norm_tiers.py tests/test_cuda_member_gain.py tests/test_cuda_rank1_linear.py \
 		tests/test_cuda_rank1_lstm.py -k "not (triton or 70000 or 4096 or beside_the_edges or depends_on_itself or do_not_fit)"
+	LATEPHASE_EMULATOR_CLUSTERS=0 $(BIN)/python tests/emulator/run.py -q tests/test_cuda_ensemble_batch_norm_tiers.py -k one_case
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

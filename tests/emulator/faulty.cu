@@ -1,14 +1,19 @@
 // A kernel without a fault, and some with one each that the emulator must find. Blocks are of 64 threads.
-#include <cooperative_groups.h>
+#include <cuda_runtime.h>
 
-namespace cg = cooperative_groups;
+__device__ float of_the_other_block(float* shared) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(blockIdx.x % 2 ^ 1));
+  float value;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
 
 extern "C" {
 
 // out[b] = the sum of block b's 64 values, by way of all that kernels do: copies, shuffles, barriers, clusters of two.
 __global__ void sound(const float* in, float* out) {
   __shared__ float values[64], sums[2];
-  auto cluster = cg::this_cluster();
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(values + threadIdx.x));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(in + blockIdx.x * 64 + threadIdx.x), "r"(4)
                : "memory");
@@ -19,13 +24,7 @@ __global__ void sound(const float* in, float* out) {
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
   if (threadIdx.x == 0) {
-    float there[2];
-    for (int i = 0; i < 2; ++i) {
-      unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(sums + i));
-      asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(blockIdx.x % 2 ^ 1));
-      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(there[i]) : "r"(address) : "memory");
-    }
-    out[blockIdx.x ^ 1] = there[0] + there[1];
+    out[blockIdx.x ^ 1] = of_the_other_block(sums) + of_the_other_block(sums + 1);
   }
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -85,14 +84,6 @@ __global__ void copy_not_awaited(const float* in, float*) {
   __shared__ float values[64];
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(values + threadIdx.x));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(in + threadIdx.x) : "memory");
-}
-
-__device__ float of_the_other_block(float* shared) {
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(blockIdx.x % 2 ^ 1));
-  float value;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-  return value;
 }
 
 __global__ void not_released(const float* in, float* out) {

@@ -12,7 +12,7 @@
 #include <iterator>
 
 #include "launch.h"
-#include "ptx.h"
+#include "program.h"
 
 namespace emulator {
 namespace {

@@ -1,40 +1,14 @@
-// Reads PTX, as nvcc writes it, into kernels. What is not understood is refused.
+// Reads one kernel of PTX, as nvcc writes it. What is not understood is refused.
 #pragma once
 
-#include <cctype>
 #include <cstdlib>
 #include <memory>
 
-#include "instructions.h"
+#include "arithmetic.h"
+#include "data_movement.h"
+#include "text.h"
 
 namespace emulator {
-
-inline bool starts_with(const std::string& s, const char* start) { return s.rfind(start, 0) == 0; }
-inline bool contains(const std::string& s, const char* part) { return s.find(part) != std::string::npos; }
-inline bool ends_with(const std::string& s, const std::string& end) {
-  return s.size() >= end.size() && s.compare(s.size() - end.size(), end.size(), end) == 0;
-}
-inline std::string trimmed(const std::string& s) {
-  const size_t begin = s.find_first_not_of(" \t\r\n");
-  return begin == std::string::npos ? "" : s.substr(begin, s.find_last_not_of(" \t\r\n") - begin + 1);
-}
-inline std::string without_brackets(const std::string& s) { return trimmed(s.substr(1, s.size() - 2)); }
-
-// The parts between separators that are not within braces or brackets.
-inline std::vector<std::string> split(const std::string& s, char separator) {
-  std::vector<std::string> parts(1);
-  int depth = 0;
-  for (const char c : s) {
-    depth += (c == '{' || c == '[') - (c == '}' || c == ']');
-    if (c == separator && depth == 0) {
-      parts.emplace_back();
-    } else {
-      parts.back() += c;
-    }
-  }
-  for (std::string& part : parts) part = trimmed(part);
-  return parts;
-}
 
 struct SharedVariable {
   uint32_t alignment, bytes;
@@ -51,8 +25,6 @@ inline void read_shared_variable(const std::string& statement, SharedVariables& 
       static_cast<uint32_t>(std::atoi(statement.c_str() + align + 6)),
       static_cast<uint32_t>(std::atoi(statement.c_str() + bracket + 1)), starts_with(statement, ".extern")};
 }
-
-// ---------------------------------------------------------------------------------------------- one kernel
 
 class KernelReader {
  public:
@@ -456,49 +428,6 @@ class KernelReader {
   std::map<std::string, int> labels_;
   std::vector<std::pair<size_t, std::string>> branches_;  // instruction, label
   std::map<std::pair<uint64_t, bool>, Operand> constants_;
-};
-
-// ---------------------------------------------------------------------------------------------- all kernels
-
-// Kernels of PTX files by name, each read when it is first asked for.
-class Program {
- public:
-  void add(const std::string& source) {
-    auto module = std::make_unique<Module>();
-    std::string& text = module->text;
-    for (size_t p = 0; p < source.size();) {  // without comments
-      const size_t comment = std::min(source.find("//", p), source.size());
-      text.append(source, p, comment - p);
-      p = std::min(source.find('\n', comment), source.size());
-    }
-    for (const char* start : {"\n.shared", "\n.extern .shared"})
-      for (size_t p = text.find(start); p != std::string::npos; p = text.find(start, p + 1))
-        read_shared_variable(trimmed(text.substr(p, text.find(';', p) - p)), module->shared);
-    for (size_t p = text.find(".entry"); p != std::string::npos; p = text.find(".entry", p + 1))
-      entries_[trimmed(text.substr(p + 6, text.find('(', p) - p - 6))] = {module.get(), p + 6};
-    modules_.push_back(std::move(module));
-  }
-
-  const Kernel& kernel(const std::string& name) {
-    std::unique_ptr<Kernel>& kernel = kernels_[name];
-    if (!kernel) {
-      const auto found = entries_.find(name);
-      if (found == entries_.end()) fail("no PTX of %s", name.c_str());
-      const auto& [module, place] = found->second;
-      const size_t end = module->text.find(".entry", place);
-      kernel = KernelReader(module->text.substr(place, end - place), module->shared).take();
-    }
-    return *kernel;
-  }
-
- private:
-  struct Module {
-    std::string text;
-    SharedVariables shared;
-  };
-  std::vector<std::unique_ptr<Module>> modules_;
-  std::map<std::string, std::pair<const Module*, size_t>> entries_;
-  std::map<std::string, std::unique_ptr<Kernel>> kernels_;
 };
 
 }  // namespace emulator
