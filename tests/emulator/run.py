@@ -7,6 +7,7 @@ barriers, deadlocks. What it cannot show: speed, the code that ptxas makes of th
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,11 +26,12 @@ def build() -> None:
     if not objects:
         print(f"run.py: no object files of CUDA kernels in {KERNELS}: install with nvcc on PATH, then run again")
         sys.exit(os.environ.get("LATEPHASE_REQUIRE_CUDA_BUILD") == "1")
-    inputs = [*objects, *HERE.iterdir()]
+    inputs = [*objects, *HERE.glob("*.*")]
     if LIBRARY.exists() and LIBRARY.stat().st_mtime > max(file.stat().st_mtime for file in inputs):
         return
     print("building the emulator …", flush=True)
-    PTX.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(PTX, ignore_errors=True)
+    PTX.mkdir(parents=True)
     packages = Path(sysconfig.get_path("purelib"))
     cuobjdump = packages / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
     for file in objects:
