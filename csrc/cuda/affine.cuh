@@ -6,6 +6,22 @@
 
 namespace latephase {
 
+// The first `live` of the values at `from`, which no kernel writes meanwhile, and 0 for the others: by vectors where
+// all are there and aligned.
+template <class T, int count>
+__device__ __forceinline__ void read_channels(float (&values)[count], const T* from, int live) {
+  if constexpr (count == kUnit) {
+    if (live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      const auto unit = Unit<T>::template load<16>(from, kUnit);
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
+      return;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < count; ++j) values[j] = j < live ? widen(from[j]) : 0;
+}
+
 // Of scalar_t or float, [K, C] or [C], or absent.
 struct Parameter {
   const void* data;
@@ -20,6 +36,21 @@ struct Parameter {
     if (data == nullptr) return otherwise;
     const int64_t i = member * member_stride + channel;
     return is_float ? static_cast<const float*>(data)[i] : widen(static_cast<const scalar_t*>(data)[i]);
+  }
+
+  // Of the channels from `first` on, of which `live` exist; 0 for the others.
+  template <class scalar_t, int count>
+  __device__ __forceinline__ void read(float (&values)[count], int64_t member, int64_t first, int live,
+                                       float otherwise) const {
+    const int64_t i = member * member_stride + first;
+    if (data == nullptr) {
+#pragma unroll
+      for (int j = 0; j < count; ++j) values[j] = otherwise;
+    } else if (is_float) {
+      read_channels(values, static_cast<const float*>(data) + i, live);
+    } else {
+      read_channels(values, static_cast<const scalar_t*>(data) + i, live);
+    }
   }
 };
 

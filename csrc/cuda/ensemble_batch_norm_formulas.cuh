@@ -90,24 +90,26 @@ struct Normalizer {
   // From the statistics in memory.
   __device__ Normalizer(const Normalization& of, const Geometry& g, const Part& part,
                         const Channels<channels_last>& channels) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const bool live = j < channels.live;
-      const int64_t group = part.member * g.C + channels.first + j;
-      set(j, live ? of.mean[group] : 0, live ? of.rstd[group] : 0, of, part, channels);
-    }
+    const int64_t group = part.member * g.C + channels.first;
+    float channel_mean[kCount], rstd[kCount];
+    read_channels(channel_mean, of.mean + group, channels.live);
+    read_channels(rstd, of.rstd + group, channels.live);
+    set(channel_mean, rstd, of, part, channels);
   }
 
   __device__ Normalizer() {}  // set() completes it
 
-  __device__ __forceinline__ void set(int j, float channel_mean, float rstd, const Normalization& of, const Part& part,
+  __device__ __forceinline__ void set(const float (&channel_mean)[kCount], const float (&rstd)[kCount],
+                                      const Normalization& of, const Part& part,
                                       const Channels<channels_last>& channels) {
-    const bool live = j < channels.live;
-    const int64_t channel = channels.first + j;
-    mean[j] = channel_mean;
-    scale[j] = live ? __fmul_rn(rstd, of.weight.template at<scalar_t>(part.member, channel, 1)) : 0;
-    bias[j] = live ? of.bias.template at<scalar_t>(part.member, channel, 0) : 0;
-    output_gain[j] = live ? of.output_gain.template at<scalar_t>(part.member, channel, 1) : 0;
+    of.weight.template read<scalar_t>(scale, part.member, channels.first, channels.live, 1);
+    of.bias.template read<scalar_t>(bias, part.member, channels.first, channels.live, 0);
+    of.output_gain.template read<scalar_t>(output_gain, part.member, channels.first, channels.live, 1);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      mean[j] = channel_mean[j];
+      scale[j] = __fmul_rn(rstd[j], scale[j]);
+    }
   }
 
   // j counts the values of a unit.
@@ -203,16 +205,14 @@ struct ThroughStatistics {
     slope[j] = sum_dz_xhat * inverse_count * rstd;
   }
 
+  // Reads the gain again, rather than have it in registers while the sums are taken.
   template <class scalar_t>
   __device__ __forceinline__ void set_factors(const Normalizer<scalar_t, channels_last>& normalizer,
                                               const Normalization& of, const Part& part,
                                               const Channels<channels_last>& channels) {
+    of.output_gain.template read<scalar_t>(factor, part.member, channels.first, channels.live, 1);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float gain =
-          j < channels.live ? of.output_gain.template at<scalar_t>(part.member, channels.first + j, 1) : 0;
-      factor[j] = __fmul_rn(normalizer.scale[j], gain);
-    }
+    for (int j = 0; j < kCount; ++j) factor[j] = __fmul_rn(normalizer.scale[j], factor[j]);
   }
 };
 

@@ -198,13 +198,16 @@ template <class scalar_t, bool channels_last>
 __device__ __forceinline__ Normalizer<scalar_t, channels_last> normalizer_from(
     const Resident<scalar_t, channels_last>& r, const ForwardArguments<scalar_t>& a, const FinishStatistics& finish,
     const Moments<Channels<channels_last>::kCount>& moments) {
-  Normalizer<scalar_t, channels_last> normalizer;
+  float mean[r.kCount], rstd[r.kCount];
 #pragma unroll
   for (int j = 0; j < r.kCount; ++j) {
     const Moments<1> m = moments.channel(j);
     if (r.writes() && j < r.channels.live) finish(r.part.member * r.g.C + r.channels.first + j, m);
-    normalizer.set(j, m.mean[0], finish.inverse_deviation(m), a.normalization, r.part, r.channels);
+    mean[j] = m.mean[0];
+    rstd[j] = finish.inverse_deviation(m);
   }
+  Normalizer<scalar_t, channels_last> normalizer;
+  normalizer.set(mean, rstd, a.normalization, r.part, r.channels);
   return normalizer;
 }
 
@@ -287,14 +290,15 @@ __device__ __forceinline__ ThroughStatistics<channels_last> through_statistics(
     const Sums<Channels<channels_last>::kCount>& sums) {
   ThroughStatistics<channels_last> through;
   through.set_factors(normalizer, a.normalization, r.part, r.channels);
+  const int64_t group = r.part.member * r.g.C + r.channels.first;
+  float rstd[through.kCount];
+  read_channels(rstd, finish.rstd + group, r.channels.live);
 #pragma unroll
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
     if (j >= r.channels.live) continue;
-    const int64_t group = r.part.member * r.g.C + r.channels.first + j;
-    if (r.writes()) finish(group, sums.channel(j));
-    const float rstd = finish.rstd[group];
-    if (!a.constant_statistics) through.set(j, sums.first[j], sums.second[j] * rstd, rstd, a.inverse_count);
+    if (r.writes()) finish(group + j, sums.channel(j));
+    if (!a.constant_statistics) through.set(j, sums.first[j], sums.second[j] * rstd[j], rstd[j], a.inverse_count);
   }
   return through;
 }

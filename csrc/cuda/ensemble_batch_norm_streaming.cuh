@@ -205,12 +205,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(Backward
   const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
   ThroughStatistics<channels_last> through;
   through.set_factors(normalizer, a.normalization, part, channels);
+  const int64_t group = part.member * g.C + channels.first;
+  float sum_dz[through.kCount], sum_dz_xhat[through.kCount], rstd[through.kCount];
+  read_channels(sum_dz, a.sum_dz + group, channels.live);
+  read_channels(sum_dz_xhat, a.sum_dz_xhat + group, channels.live);
+  read_channels(rstd, a.normalization.rstd + group, channels.live);
 #pragma unroll
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
     if (a.constant_statistics || j >= channels.live) continue;
-    const int64_t group = part.member * g.C + channels.first + j;
-    through.set(j, a.sum_dz[group], a.sum_dz_xhat[group], a.normalization.rstd[group], a.inverse_count);
+    through.set(j, sum_dz[j], sum_dz_xhat[j], rstd[j], a.inverse_count);
   }
   Cursor<channels_last> cursor(g, part, channels);
   constexpr int tile = kTile<scalar_t> / 2;
