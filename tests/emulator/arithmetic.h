@@ -346,18 +346,14 @@ inline void pack(Warp& w, const Instruction& i, Mask m) {
     uint64_t whole = 0;
     for (int e = 0; e < i.count; ++e)
       whole |= (w.lanes<uint32_t>(i.elements[e])[l] & ((uint64_t{1} << bits) - 1)) << e * bits;
-    if (i.to.wide) {
-      w.lanes<uint64_t>(i.to)[l] = whole;
-    } else {
-      w.lanes<uint32_t>(i.to)[l] = static_cast<uint32_t>(whole);
-    }
+    w.set(i.to, l, whole);
   });
 }
 
 inline void unpack(Warp& w, const Instruction& i, Mask m) {
   const int bits = i.option * 8;
   each_lane(m, [&](int l) {
-    const uint64_t whole = i.a.wide ? w.lanes<uint64_t>(i.a)[l] : w.lanes<uint32_t>(i.a)[l];
+    const uint64_t whole = w.get(i.a, l);
     for (int e = 0; e < i.count; ++e)
       w.lanes<uint32_t>(i.elements[e])[l] = static_cast<uint32_t>(whole >> e * bits & ((uint64_t{1} << bits) - 1));
   });

@@ -10,13 +10,9 @@ namespace emulator {
 
 // ---------------------------------------------------------------------------------------------- accesses
 
-inline int64_t address_of(Warp& w, const Instruction& i, int lane) {
-  return i.offset + (i.a.wide ? static_cast<int64_t>(w.lanes<uint64_t>(i.a)[lane]) : w.lanes<uint32_t>(i.a)[lane]);
-}
-
 // Where an access goes, checked.
 inline uint8_t* place_of(Warp& w, const Instruction& i, int lane, int bytes, bool writes) {
-  const int64_t address = address_of(w, i, lane);
+  const int64_t address = i.offset + static_cast<int64_t>(w.get(i.a, lane));
   if (i.space == Space::kParameter) {
     if (address + bytes > w.kernel->parameter_bytes) fail("no parameter at %ld: %s", address, i.text.c_str());
     return const_cast<uint8_t*>(w.parameters) + address;
@@ -34,8 +30,7 @@ inline uint8_t* place_of(Warp& w, const Instruction& i, int lane, int bytes, boo
 inline void count_traffic(Warp& w, Mask m, Space space, const Operand& base, int64_t offset, int bytes, bool writes) {
   if (space == Space::kParameter || !Traffic::get().counting()) return;
   uint64_t addresses[kLanes];
-  each_lane(
-      m, [&](int l) { addresses[l] = offset + (base.wide ? w.lanes<uint64_t>(base)[l] : w.lanes<uint32_t>(base)[l]); });
+  each_lane(m, [&](int l) { addresses[l] = offset + w.get(base, l); });
   if (space == Space::kGlobal) {
     Traffic::get().global(addresses, m, writes);
   } else {
@@ -52,11 +47,7 @@ void load(Warp& w, const Instruction& i, Mask m) {
       T value;
       std::memcpy(&value, from + e * sizeof(T), sizeof(T));
       using Wide = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
-      if (i.elements[e].wide) {
-        w.lanes<uint64_t>(i.elements[e])[l] = static_cast<uint64_t>(static_cast<Wide>(value));
-      } else {
-        w.lanes<uint32_t>(i.elements[e])[l] = static_cast<uint32_t>(static_cast<Wide>(value));
-      }
+      w.set(i.elements[e], l, static_cast<uint64_t>(static_cast<Wide>(value)));
     }
   });
 }
@@ -67,8 +58,7 @@ void store(Warp& w, const Instruction& i, Mask m) {
   each_lane(m, [&](int l) {
     uint8_t* to = place_of(w, i, l, sizeof(T) * i.count, true);
     for (int e = 0; e < i.count; ++e) {
-      const Operand& from = i.elements[e];
-      const T value = static_cast<T>(from.wide ? w.lanes<uint64_t>(from)[l] : w.lanes<uint32_t>(from)[l]);
+      const T value = static_cast<T>(w.get(i.elements[e], l));
       std::memcpy(to + e * sizeof(T), &value, sizeof(T));
     }
   });

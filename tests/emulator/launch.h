@@ -68,16 +68,8 @@ class Launch {
     w.registers.assign(kernel_.register_bytes, 0xcd);
     w.predicates.assign(std::max(kernel_.predicates, 1), 0);
     for (const auto& [name, place] : kernel_.special)
-      for (int lane = 0; lane < kLanes; ++lane) set_special(w, place, lane, special(name, first_thread + lane));
+      for (int lane = 0; lane < kLanes; ++lane) w.set(place, lane, special(name, first_thread + lane));
     block.warps.push_back(&w);
-  }
-
-  static void set_special(Warp& w, const Operand& place, int lane, uint64_t value) {
-    if (place.wide) {
-      w.lanes<uint64_t>(place)[lane] = value;
-    } else {
-      w.lanes<uint32_t>(place)[lane] = static_cast<uint32_t>(value);
-    }
   }
 
   void place_blocks(int first) {
@@ -97,7 +89,7 @@ class Launch {
     for (const auto& warp : warps_) {
       warp->restart();
       if (index == kernel_.special.end()) continue;
-      for (int lane = 0; lane < kLanes; ++lane) set_special(*warp, index->second, lane, warp->block->index);
+      for (int lane = 0; lane < kLanes; ++lane) warp->set(index->second, lane, warp->block->index);
     }
   }
 

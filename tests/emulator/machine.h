@@ -149,6 +149,15 @@ struct Warp {
     return reinterpret_cast<Slot*>(const_cast<uint8_t*>((o.constant ? kernel->constants : registers).data()) +
                                    o.offset);
   }
+  // A lane's value, of whichever width.
+  uint64_t get(const Operand& o, int lane) { return o.wide ? lanes<uint64_t>(o)[lane] : lanes<uint32_t>(o)[lane]; }
+  void set(const Operand& o, int lane, uint64_t value) {
+    if (o.wide) {
+      lanes<uint64_t>(o)[lane] = value;
+    } else {
+      lanes<uint32_t>(o)[lane] = static_cast<uint32_t>(value);
+    }
+  }
   uint32_t thread_in_cluster(int lane) const { return block->rank * block->threads + first_thread + lane; }
 };
 
