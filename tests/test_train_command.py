@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -116,26 +115,42 @@ def test_deterministic(finished, tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+INTERRUPTED = """
+import os, sys, threading
+from latephase_kernels.cli import main
+from latephase_kernels.train.trainer import Trainer
+
+number, step, steps = int(sys.argv.pop(1)), Trainer.step, 0
+def interrupted(trainer):
+    global steps
+    steps += 1
+    if steps == 20:
+        threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+    return step(trainer)
+Trainer.step = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on(finished, tmp_path, number):
     """Wherever the signal finds it, the resumed run ends in the same bits."""
     folder = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--checkpoint_minutes=0"] if number == signal.SIGKILL else []
-    process = subprocess.Popen(command(folder, *options), env=environment, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "epoch 1 of 4, loss" in line:
-            break
-    time.sleep(0.05)
-    process.send_signal(number)
-    _, messages = process.communicate()
+    process = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(int(number)), *command(folder, *options)[3:]],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 128 + number and f"--resume --output {folder}" in messages
+        assert process.returncode == 128 + number and f"--resume --output {folder}" in process.stderr
     assert not (folder / "model.safetensors").exists()
     if number == signal.SIGKILL:  # and the disk flipped a bit of the newest checkpoint
-        before, newest = sorted((folder / "checkpoints").glob("step-*.pt"))
+        *_, before, newest = sorted((folder / "checkpoints").glob("step-*.pt"))  # one more if killed before its removal
         content = bytearray(newest.read_bytes())
         content[len(content) // 2] ^= 1
         newest.write_bytes(content)
