@@ -17,14 +17,16 @@ TIERS = {
     "streaming": {"LATEPHASE_CUDA_SHARED_KIB": "0"},
 }
 
-# A small case of each tier, of two bytes a value and [2, batch, 5, 7, 7]: batch, shared memory of a block in KiB,
-# largest cluster.
+# A small case of each tier, of two bytes a value and [2, batch, channels, 7, 7]: batch, channels, shared memory of a
+# block in KiB, largest cluster.
 ONE_CASE = {
-    "several groups a block": (5, "64", "1"),  # in channels_last one
-    "one group a block": (41, "128", "1"),
-    "clusters": (41, "6", "16"),
-    "virtual clusters": (41, "2", "1"),
-    "streaming": (41, "0", "1"),
+    "several groups a block": (5, 5, "64", "1"),  # in channels_last one
+    "one group a block": (41, 5, "128", "1"),
+    "clusters": (41, 5, "6", "16"),
+    "packed planes": (11, 16, "64", "1"),  # in channels_last not
+    "packed planes in clusters": (41, 16, "24", "16"),
+    "virtual clusters": (41, 5, "2", "1"),
+    "streaming": (41, 5, "0", "1"),
 }
 
 

@@ -17,6 +17,7 @@ SHAPES = (
     (2, 3, 5, (3,)),
     (4, 8, 16, (8, 8)),
     (3, 4, 13, (7, 7)),
+    (3, 5, 16, (7, 7)),
     (2, 6, 72, (14, 14)),
     (2, 3, 130, (5, 5)),
     (2, 2, 3, (129, 131)),
@@ -47,9 +48,16 @@ def test_values_and_gradients(shape, layout, dtype, training):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
 def test_output_gain(layout, dtype, training):
-    for shape in SHAPES[:6]:
+    for shape in SHAPES[:7]:
         for activation in ("none", "relu"):
             check(case_of(shape, dtype, layout, gain=True), shape[0], training, activation)
+
+
+@pytest.mark.parametrize("plane", (*range(9, 32), 49, 100, 121, 196, 289))
+def test_packed_planes_of_every_size(plane):
+    """Units of one channel and of two, bytes of the mask that begin anywhere in them."""
+    for residual in (False, True):
+        check(case_of((2, 7, 16, (plane,)), torch.bfloat16, "contiguous", residual), 2, True, "relu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,7 +70,7 @@ def test_parameters_in_either_type_and_shape(dtype, shared):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ((2, 3, 13, (7, 7)), (2, 3, 20, (2, 6)), (2, 5, 11, ())), ids=str)
+@pytest.mark.parametrize("shape", ((2, 3, 13, (7, 7)), (2, 3, 16, (7, 7)), (2, 3, 20, (2, 6)), (2, 5, 11, ())), ids=str)
 def test_mask_holds_the_bits_of_the_stored_output(shape, layout, dtype):
     case = case_of(shape, dtype, layout, residual=True)
     forward = registry.op(registry.NATIVE, "ensemble_batch_norm")

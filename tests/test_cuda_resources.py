@@ -25,8 +25,8 @@ STREAMING_KERNELS = ("statistics_kernel", "apply_kernel", "backward_reduce_kerne
 RESIDENT_KERNELS = ("resident_forward_kernel", "resident_backward_kernel")
 VIRTUAL_KERNELS = ("virtual_forward_kernel", "virtual_backward_kernel")
 ON_CHIP_KERNELS = (*RESIDENT_KERNELS, *VIRTUAL_KERNELS)
-# Of each kernel, by its template's last flag: for norms, for gains.
-VARIANTS = {False: ("contiguous", "channels_last"), True: ("short runs", "long runs")}
+# Of each kernel, by its template's last flag or layout: for norms (packed planes: resident kernels alone), for gains.
+VARIANTS = {False: ("contiguous", "channels_last", "packed"), True: ("short runs", "long runs")}
 WEIGHTS = ("float weight", "own weight")  # of folds: the flag says whether the weight has the data's type
 # Threads that a multiprocessor must have registers for: blocks of them together (see ensemble_batch_norm_plan.cuh).
 THREADS = 512
@@ -66,7 +66,8 @@ def _library_is_built():
 
 def _short_name(mangled: str) -> str:
     """backward_apply_kernel<bfloat16, channels_last> from its mangled name; on-chip ones end in wide or narrow."""
-    kernel = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)Lb([01])E(?:LNS_5WidthE([12])E)?)?", mangled)
+    arguments = r"(?:I(.*?)(?:Lb|LNS\d_6LayoutE)([012])E(?:LNS_5WidthE([12])E)?)?"
+    kernel = re.search(r"\d([a-z][a-z_]*_kernel)" + arguments, mangled)
     if kernel is None:
         return mangled
     name, code, flag, width = kernel.groups()
@@ -90,8 +91,9 @@ def _expected_kernels() -> set[str]:
         names |= {f"{k}<{dtype}, {w}>" for k in FOLD_KERNELS for w in WEIGHTS if dtype != "float" or w == WEIGHTS[1]}
         names |= {f"{kernel}<{dtype}, {runs}>" for kernel in GAIN_KERNELS for runs in VARIANTS[True]}
         for layout in VARIANTS[False]:
-            names |= {f"{kernel}<{dtype}, {layout}>" for kernel in STREAMING_KERNELS}
-            names |= {f"{k}<{dtype}, {layout}, {width}>" for k in ON_CHIP_KERNELS for width in ("wide", "narrow")}
+            on_chip = RESIDENT_KERNELS if layout == "packed" else ON_CHIP_KERNELS
+            names |= {f"{k}<{dtype}, {layout}, {width}>" for k in on_chip for width in ("wide", "narrow")}
+            names |= {f"{kernel}<{dtype}, {layout}>" for kernel in STREAMING_KERNELS if layout != "packed"}
     return names
 
 
@@ -155,15 +157,15 @@ def test_vector_paths_use_128_bit_accesses(architecture):
             assert (count(kernel, "LDGSTS", ".64") == 0) == wide, kernel
 
 
-PLAN = ("blocks", "threads", "shared", "cluster", "cooperative", "splits", "lanes", "part_threads", "iterations")
+PLANNED = "blocks threads shared cluster cooperative splits lanes part_threads iterations packed".split()
 
 
 def _plan(sizes: tuple, element_size: int, operands: int, device: tuple) -> dict[str, int] | None:
     """The plan of sizes (K, B, C, S, channels_last) on a device; None: it streams."""
-    planned = (ctypes.c_int64 * len(PLAN))()
+    planned = (ctypes.c_int64 * len(PLANNED))()
     arrays = [(ctypes.c_int64 * 5)(*numbers) for numbers in (sizes, device)]
     function = ctypes.CDLL(str(LIBRARY)).latephase_ensemble_batch_norm_plan
-    return dict(zip(PLAN, planned)) if function(arrays[0], element_size, operands, arrays[1], planned) else None
+    return dict(zip(PLANNED, planned)) if function(arrays[0], element_size, operands, arrays[1], planned) else None
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,8 @@ def test_plans_fit_the_device(registers, architecture, operands, channels_last):
     per_multiprocessor, per_block, reserved, max_cluster, multiprocessors = device
     layout, code = ("contiguous", "channels_last")[channels_last], RUNS_ON.get(architecture, architecture)
     tiers = set()
-    for B, C, S, dtype in itertools.product((1, 5, 32, 128, 256), (1, 7, 64, 640), (1, 49, 784, 3136, 50176), DTYPES):
+    sizes = (1, 5, 32, 128, 256), (1, 7, 64, 640), (1, 49, 196, 289, 784, 3136, 50176)
+    for B, C, S, dtype in itertools.product(*sizes, DTYPES):
         element_size = 4 if dtype == "float" else 2
         plan, alone = (_plan((K, B, C, S, channels_last), element_size, operands, device) for K in (10, 1))
         group_bytes = B * S * element_size * operands * (min(C, 32 // element_size * UNIT) if channels_last else 1)
@@ -191,43 +194,48 @@ def test_plans_fit_the_device(registers, architecture, operands, channels_last):
             assert alone is None and group_bytes > per_block, "what fits one block need not stream"
             tiers.add("streaming")
             continue
-        shape = ("threads", "shared", "cluster", "cooperative", "splits", "lanes", "part_threads", "iterations")
-        assert [plan[name] for name in shape] == [alone[name] for name in shape], "K has no say"
+        assert {**plan, "blocks": 0} == {**alone, "blocks": 0}, "K has no say"
         assert plan["shared"] <= per_block and plan["cluster"] <= max_cluster
         assert plan["blocks"] % plan["splits"] == 0 and plan["blocks"] < 2**31
         slots = plan["threads"] * plan["iterations"]
-        assert plan["shared"] >= slots * (UNIT * element_size * operands + (operands == 2))
-        positions = B * S if channels_last else B * math.ceil(S / UNIT)
-        assert plan["splits"] * plan["part_threads"] // plan["lanes"] * plan["iterations"] >= positions
+        packed = plan["packed"] > 0
+        assert plan["shared"] >= slots * (UNIT * element_size * operands + (operands == 2 or packed))
+        positions = B * S if channels_last else B if packed else B * math.ceil(S / UNIT)
+        assert plan["splits"] * (plan["part_threads"] // plan["lanes"]) * plan["iterations"] >= positions
+        assert not packed or (S % UNIT and C * S % UNIT == 0 and plan["lanes"] * UNIT % S == 0)
         if plan["cooperative"]:
             assert plan["blocks"] <= multiprocessors and plan["cluster"] == 1
             together, kernel = 1, "virtual"
         else:
-            together = next(n for n in (4, 2, 1) if plan["shared"] <= per_multiprocessor // n - reserved)
+            blocks = [n for n in (3, 2, 1) if n * plan["threads"] <= THREADS] if packed else (4, 2, 1)
+            together = next(n for n in blocks if plan["shared"] <= per_multiprocessor // n - reserved)
             assert plan["cluster"] == plan["splits"]
             kernel = "resident"
-        tiers.add((kernel, plan["cluster"] > 1, plan["threads"] > plan["part_threads"]))
+        tiers.add((kernel, plan["cluster"] > 1, plan["threads"] > plan["part_threads"], packed))
         assert together * plan["threads"] <= most_threads
         for width in ("wide", "narrow"):
-            used = registers[code, f"{kernel}_{KERNELS[operands]}<{dtype}, {layout}, {width}>"]
+            used = registers[code, f"{kernel}_{KERNELS[operands]}<{dtype}, {'packed' if packed else layout}, {width}>"]
             warps = together * plan["threads"] // 32
             assert warps * math.ceil(used / 8) * 8 * 32 <= 65536, "registers are given out by eight"
-    assert "streaming" in tiers and ("virtual", False, False) in tiers and ("resident", False, False) in tiers
-    assert (("resident", True, False) in tiers) == (max_cluster > 1)
-    assert (("resident", False, True) in tiers) == (not channels_last)
+    assert {"streaming", ("virtual", False, False, False), ("resident", False, False, False)} <= tiers
+    assert (("resident", True, False, False) in tiers) == (max_cluster > 1)
+    assert (("resident", False, True, False) in tiers) == (not channels_last)
+    assert (("resident", False, False, True) in tiers) == (not channels_last)
+    assert (("resident", True, False, True) in tiers) == (not channels_last and max_cluster > 1)
 
 
 @pytest.mark.parametrize("tier", ONE_CASE)
 def test_the_small_cases_go_to_their_tiers(registers, tier, monkeypatch):
-    batch, shared_kib, cluster = ONE_CASE[tier]
+    batch, channels, shared_kib, cluster = ONE_CASE[tier]
     monkeypatch.setenv("LATEPHASE_CUDA_SHARED_KIB", shared_kib)
     monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", cluster)
     for channels_last, operands in itertools.product((False, True), KERNELS):
-        plan = _plan((2, batch, 5, 49, channels_last), 2, operands, LIMITS["sm_90"][0])
+        plan = _plan((2, batch, channels, 49, channels_last), 2, operands, LIMITS["sm_90"][0])
         assert (plan is None) == (tier == "streaming")
         if plan is not None:
             assert plan["cooperative"] == (tier == "virtual clusters")
-            assert (plan["cluster"] > 1) == (tier == "clusters")
+            assert (plan["packed"] > 0) == (tier.startswith("packed planes") and not channels_last)
+            assert (plan["cluster"] > 1) == (tier in ("clusters", "packed planes in clusters"))
             assert (plan["threads"] > plan["part_threads"]) == (tier == "several groups a block" and not channels_last)
 
 

@@ -6,20 +6,26 @@
 
 namespace latephase {
 
-// The first `live` of the values at `from`, which no kernel writes meanwhile, and 0 for the others: by vectors where
-// all are there and aligned.
-template <class T, int count>
-__device__ __forceinline__ void read_channels(float (&values)[count], const T* from, int live) {
-  if constexpr (count == kUnit) {
-    if (live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      const auto unit = Unit<T>::template load<16>(from, kUnit);
+// What each column of a thread has of the values at `from`, one for each of the thread's channels, which no kernel
+// writes meanwhile; 0 for columns that are not live. By vectors where all are there and aligned.
+template <class T, int count, class Channels>
+__device__ __forceinline__ void read_channels(float (&values)[count], const T* from, const Channels& channels) {
+  if constexpr (Channels::kPacked) {
+    const float first = widen(from[0]), second = channels.turn < kUnit ? widen(from[1]) : 0;
 #pragma unroll
-      for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
-      return;
+    for (int j = 0; j < count; ++j) values[j] = j < channels.turn ? first : second;
+  } else {
+    if constexpr (count == kUnit) {
+      if (channels.live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        const auto unit = Unit<T>::template load<16>(from, kUnit);
+#pragma unroll
+        for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
+        return;
+      }
     }
-  }
 #pragma unroll
-  for (int j = 0; j < count; ++j) values[j] = j < live ? widen(from[j]) : 0;
+    for (int j = 0; j < count; ++j) values[j] = j < channels.live ? widen(from[j]) : 0;
+  }
 }
 
 // Of scalar_t or float, [K, C] or [C], or absent.
@@ -38,18 +44,18 @@ struct Parameter {
     return is_float ? static_cast<const float*>(data)[i] : widen(static_cast<const scalar_t*>(data)[i]);
   }
 
-  // Of the channels from `first` on, of which `live` exist; 0 for the others.
-  template <class scalar_t, int count>
-  __device__ __forceinline__ void read(float (&values)[count], int64_t member, int64_t first, int live,
+  // Of each column of a thread's channels; 0 for those that are not live.
+  template <class scalar_t, int count, class Channels>
+  __device__ __forceinline__ void read(float (&values)[count], int64_t member, const Channels& channels,
                                        float otherwise) const {
-    const int64_t i = member * member_stride + first;
+    const int64_t i = member * member_stride + channels.first;
     if (data == nullptr) {
 #pragma unroll
       for (int j = 0; j < count; ++j) values[j] = otherwise;
     } else if (is_float) {
-      read_channels(values, static_cast<const float*>(data) + i, live);
+      read_channels(values, static_cast<const float*>(data) + i, channels);
     } else {
-      read_channels(values, static_cast<const scalar_t*>(data) + i, live);
+      read_channels(values, static_cast<const scalar_t*>(data) + i, channels);
     }
   }
 };

@@ -19,9 +19,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 std::optional<Plan> plan_on(const Launcher& launch, const Sizes& s, int element_size, int operands) {
-  return plan_of(
-      s, element_size, operands,
-      device_of(launch.device_index(), resident_backward_kernel<float, true, Width::kWide>, resident_threads(true)));
+  return plan_of(s, element_size, operands,
+                 device_of(launch.device_index(), resident_backward_kernel<float, Layout::kChannelsLast, Width::kWide>,
+                           resident_threads(Layout::kChannelsLast)));
 }
 
 // Calls run with the width, as a constant, that accesses of so many bytes have.
@@ -31,22 +31,28 @@ void with_width(int access_bytes, const Run& run) {
                      : run(std::integral_constant<Width, Width::kNarrow>{});
 }
 
+template <class Arguments, class Finish, class Kernel>
+void run_resident(const Launcher& launch, const Plan& plan, const Arguments& a, const Finish& finish,
+                  const Kernel& kernel) {
+  launch(kernel, plan.grid, a, plan.geometry, plan.iterations, finish);
+}
+
 // Launches a plan: the kernel of the resident tier, or that of virtual clusters with memory for their exchange.
-template <bool channels_last, class Arguments, class Finish, class Resident, class Virtual>
+template <class Arguments, class Finish, class Resident, class Virtual>
 void run_on_chip(const Launcher& launch, const Plan& plan, const Arguments& a, const Finish& finish, const Tensor& like,
                  const Resident& resident, const Virtual& over_device) {
   if (!plan.grid.cooperative) {
-    launch(resident, plan.grid, a, plan.geometry, plan.iterations, finish);
+    run_resident(launch, plan, a, finish, resident);
     return;
   }
-  const int channels = plan.geometry.lanes * Channels<channels_last>::kCount;
+  const int channels = plan.geometry.part_channels;
   const Tensor memory =
       empty(like, {Exchange::floats(plan.clusters, plan.geometry.splits, channels)}, ScalarType::Float);
   const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, plan.geometry.splits, channels);
   launch(over_device, plan.grid, a, plan.geometry, plan.iterations, finish, exchange);
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 void run_forward(const Forward& f) {
   const Sizes& s = f.sizes;
   const Launcher launch(*f.like);
@@ -61,21 +67,26 @@ void run_forward(const Forward& f) {
   if (f.compute_statistics) {
     const FinishStatistics finish(f);
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 1)) {
-      plan->geometry.access_bytes = access_bytes(s, sizeof(scalar_t), {a.x, a.residual, a.y});
+      plan->geometry.access_bytes = access_bytes(plan->geometry.row_values(), sizeof(scalar_t), {a.x, a.residual, a.y});
       with_width(plan->geometry.access_bytes, [&](auto width) {
         constexpr Width kWidth = decltype(width)::value;
-        run_on_chip<channels_last>(launch, *plan, a, finish, *f.like,
-                                   resident_forward_kernel<scalar_t, channels_last, kWidth>,
-                                   virtual_forward_kernel<scalar_t, channels_last, kWidth>);
+        if constexpr (layout == Layout::kContiguous) {
+          if (plan->geometry.layout == Layout::kPacked) {
+            run_resident(launch, *plan, a, finish, resident_forward_kernel<scalar_t, Layout::kPacked, kWidth>);
+            return;
+          }
+        }
+        run_on_chip(launch, *plan, a, finish, *f.like, resident_forward_kernel<scalar_t, layout, kWidth>,
+                    virtual_forward_kernel<scalar_t, layout, kWidth>);
       });
       return;
     }
-    stream_statistics<scalar_t, channels_last>(launch, s, a.x, finish, *f.like);
+    stream_statistics<scalar_t, layout>(launch, s, a.x, finish, *f.like);
   }
-  if (a.y != nullptr && s.numel() > 0) stream_apply<scalar_t, channels_last>(launch, s, a);
+  if (a.y != nullptr && s.numel() > 0) stream_apply<scalar_t, layout>(launch, s, a);
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 void run_backward(const Backward& b) {
   const Sizes& s = b.sizes;
   const Launcher launch(*b.like);
@@ -99,18 +110,24 @@ void run_backward(const Backward& b) {
   if (b.compute_sums) {
     const FinishSums finish{sum_dz, sum_dz_xhat, rstd};
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 2)) {
-      plan->geometry.access_bytes = access_bytes(s, sizeof(scalar_t), {a.dy, a.x, a.dx, a.dresidual});
+      plan->geometry.access_bytes =
+          access_bytes(plan->geometry.row_values(), sizeof(scalar_t), {a.dy, a.x, a.dx, a.dresidual});
       with_width(plan->geometry.access_bytes, [&](auto width) {
         constexpr Width kWidth = decltype(width)::value;
-        run_on_chip<channels_last>(launch, *plan, a, finish, *b.like,
-                                   resident_backward_kernel<scalar_t, channels_last, kWidth>,
-                                   virtual_backward_kernel<scalar_t, channels_last, kWidth>);
+        if constexpr (layout == Layout::kContiguous) {
+          if (plan->geometry.layout == Layout::kPacked) {
+            run_resident(launch, *plan, a, finish, resident_backward_kernel<scalar_t, Layout::kPacked, kWidth>);
+            return;
+          }
+        }
+        run_on_chip(launch, *plan, a, finish, *b.like, resident_backward_kernel<scalar_t, layout, kWidth>,
+                    virtual_backward_kernel<scalar_t, layout, kWidth>);
       });
       return;
     }
-    stream_backward_reduce<scalar_t, channels_last>(launch, s, a, finish, *b.like);
+    stream_backward_reduce<scalar_t, layout>(launch, s, a, finish, *b.like);
   }
-  if (a.dx != nullptr && s.numel() > 0) stream_backward_apply<scalar_t, channels_last>(launch, s, a);
+  if (a.dx != nullptr && s.numel() > 0) stream_backward_apply<scalar_t, layout>(launch, s, a);
 }
 
 // Calls run(scalar_t{}) for the type of `dtype`.
@@ -132,14 +149,16 @@ struct Cuda {
   static void forward(const Forward& f) {
     if (f.sizes.K * f.sizes.C == 0) return;
     with_type(f.dtype, [&](auto type) {
-      f.sizes.channels_last ? run_forward<decltype(type), true>(f) : run_forward<decltype(type), false>(f);
+      f.sizes.channels_last ? run_forward<decltype(type), Layout::kChannelsLast>(f)
+                            : run_forward<decltype(type), Layout::kContiguous>(f);
     });
   }
 
   static void backward(const Backward& b) {
     if (b.sizes.K * b.sizes.C == 0) return;
     with_type(b.dtype, [&](auto type) {
-      b.sizes.channels_last ? run_backward<decltype(type), true>(b) : run_backward<decltype(type), false>(b);
+      b.sizes.channels_last ? run_backward<decltype(type), Layout::kChannelsLast>(b)
+                            : run_backward<decltype(type), Layout::kContiguous>(b);
     });
   }
 
@@ -163,7 +182,7 @@ STABLE_TORCH_LIBRARY_IMPL(latephase_kernels, CUDA, m) {
 
 // The plan of a call as numbers, for whoever wants to know it without a GPU: 0 where it streams, else 1.
 // sizes: K, B, C, S, channels_last. device: as Device. plan: blocks, threads, shared bytes, cluster, cooperative,
-// splits, lanes, threads of a part, units of a thread.
+// splits, lanes, threads of a part, units of a thread, whether planes are packed.
 extern "C" __attribute__((visibility("default"))) int latephase_ensemble_batch_norm_plan(const int64_t* sizes,
                                                                                          int element_size, int operands,
                                                                                          const int64_t* device,
@@ -175,8 +194,11 @@ extern "C" __attribute__((visibility("default"))) int latephase_ensemble_batch_n
   if (!found) return 0;
   const Grid& grid = found->grid;
   const ensemble_batch_norm::Geometry& g = found->geometry;
-  const int64_t numbers[] = {grid.blocks,       grid.threads, grid.shared_bytes, grid.cluster,     grid.cooperative,
-                             int64_t{g.splits}, g.lanes,      g.threads,         found->iterations};
+  const int64_t numbers[] = {grid.blocks,       grid.threads,
+                             grid.shared_bytes, grid.cluster,
+                             grid.cooperative,  int64_t{g.splits},
+                             g.lanes,           g.threads,
+                             found->iterations, g.layout == ensemble_batch_norm::Layout::kPacked};
   std::copy(std::begin(numbers), std::end(numbers), plan);
   return 1;
 }

@@ -81,30 +81,29 @@ struct ForwardArguments {
   bool relu;
 };
 
-// mean, scale, bias and output gain of each channel of a thread.
-template <class scalar_t, bool channels_last>
+// mean, scale, bias and output gain of each column of a thread.
+template <class scalar_t, Layout layout>
 struct Normalizer {
-  static constexpr int kCount = Channels<channels_last>::kCount;
+  static constexpr int kCount = Channels<layout>::kCount;
   float mean[kCount], scale[kCount], bias[kCount], output_gain[kCount];
 
   // From the statistics in memory.
   __device__ Normalizer(const Normalization& of, const Geometry& g, const Part& part,
-                        const Channels<channels_last>& channels) {
+                        const Channels<layout>& channels) {
     const int64_t group = part.member * g.C + channels.first;
     float channel_mean[kCount], rstd[kCount];
-    read_channels(channel_mean, of.mean + group, channels.live);
-    read_channels(rstd, of.rstd + group, channels.live);
+    read_channels(channel_mean, of.mean + group, channels);
+    read_channels(rstd, of.rstd + group, channels);
     set(channel_mean, rstd, of, part, channels);
   }
 
   __device__ Normalizer() {}  // set() completes it
 
   __device__ __forceinline__ void set(const float (&channel_mean)[kCount], const float (&rstd)[kCount],
-                                      const Normalization& of, const Part& part,
-                                      const Channels<channels_last>& channels) {
-    of.weight.template read<scalar_t>(scale, part.member, channels.first, channels.live, 1);
-    of.bias.template read<scalar_t>(bias, part.member, channels.first, channels.live, 0);
-    of.output_gain.template read<scalar_t>(output_gain, part.member, channels.first, channels.live, 1);
+                                      const Normalization& of, const Part& part, const Channels<layout>& channels) {
+    of.weight.template read<scalar_t>(scale, part.member, channels, 1);
+    of.bias.template read<scalar_t>(bias, part.member, channels, 0);
+    of.output_gain.template read<scalar_t>(output_gain, part.member, channels, 1);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       mean[j] = channel_mean[j];
@@ -113,15 +112,17 @@ struct Normalizer {
   }
 
   // j counts the values of a unit.
-  __device__ __forceinline__ float centred(float x, int j) const { return __fsub_rn(x, mean[channels_last ? j : 0]); }
+  __device__ __forceinline__ float centred(float x, int j) const {
+    return __fsub_rn(x, mean[by_column(layout) ? j : 0]);
+  }
   __device__ __forceinline__ float normalized(float x, int j) const {
-    return __fmaf_rn(centred(x, j), scale[channels_last ? j : 0], bias[channels_last ? j : 0]);
+    return __fmaf_rn(centred(x, j), scale[by_column(layout) ? j : 0], bias[by_column(layout) ? j : 0]);
   }
 };
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t>& a,
-                                                 const Normalizer<scalar_t, channels_last>& normalizer,
+                                                 const Normalizer<scalar_t, layout>& normalizer,
                                                  const Unit<scalar_t>& x, const Unit<scalar_t>& residual) {
   float z[kUnit];
 #pragma unroll
@@ -133,7 +134,7 @@ __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {
     if (a.relu && !relu_passes(z[j], Packing<scalar_t>::kRoundsToZero)) z[j] = 0;
-    z[j] = __fmul_rn(z[j], normalizer.output_gain[channels_last ? j : 0]);
+    z[j] = __fmul_rn(z[j], normalizer.output_gain[by_column(layout) ? j : 0]);
   }
   return Unit<scalar_t>::of(z);
 }
@@ -170,8 +171,8 @@ struct FinishSums {
 };
 
 // Which values of a unit the activation let through, found again from x.
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ uint32_t recomputed_gate(const Normalizer<scalar_t, channels_last>& normalizer,
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ uint32_t recomputed_gate(const Normalizer<scalar_t, layout>& normalizer,
                                                     const Unit<scalar_t>& x) {
   uint32_t passed = 0;
 #pragma unroll
@@ -181,13 +182,13 @@ __device__ __forceinline__ uint32_t recomputed_gate(const Normalizer<scalar_t, c
 }
 
 // Adds dz and dz · (x − mean) of a unit; both are 0 where no value is.
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ void add_to(Sums<Channels<channels_last>::kCount>& sums,
-                                       const Normalizer<scalar_t, channels_last>& normalizer, const Unit<scalar_t>& dz,
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ void add_to(Sums<Channels<layout>::kCount>& sums,
+                                       const Normalizer<scalar_t, layout>& normalizer, const Unit<scalar_t>& dz,
                                        const Unit<scalar_t>& x) {
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {
-    const int c = channels_last ? j : 0;
+    const int c = by_column(layout) ? j : 0;
     sums.first[c] += dz.get(j);
     sums.second[c] = fmaf(dz.get(j), normalizer.centred(x.get(j), j), sums.second[c]);
   }
@@ -195,9 +196,9 @@ __device__ __forceinline__ void add_to(Sums<Channels<channels_last>::kCount>& su
 
 // How the statistics carry gradients back to x: the mean of dz, and the slope over x − mean. Zeros if they are
 // constants. And what gradients are multiplied by on the way.
-template <bool channels_last>
+template <Layout layout>
 struct ThroughStatistics {
-  static constexpr int kCount = Channels<channels_last>::kCount;
+  static constexpr int kCount = Channels<layout>::kCount;
   float mean_dz[kCount], slope[kCount], factor[kCount];
 
   __device__ __forceinline__ void set(int j, float sum_dz, float sum_dz_xhat, float rstd, float inverse_count) {
@@ -207,24 +208,23 @@ struct ThroughStatistics {
 
   // Reads the gain again, rather than have it in registers while the sums are taken.
   template <class scalar_t>
-  __device__ __forceinline__ void set_factors(const Normalizer<scalar_t, channels_last>& normalizer,
-                                              const Normalization& of, const Part& part,
-                                              const Channels<channels_last>& channels) {
-    of.output_gain.template read<scalar_t>(factor, part.member, channels.first, channels.live, 1);
+  __device__ __forceinline__ void set_factors(const Normalizer<scalar_t, layout>& normalizer, const Normalization& of,
+                                              const Part& part, const Channels<layout>& channels) {
+    of.output_gain.template read<scalar_t>(factor, part.member, channels, 1);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) factor[j] = __fmul_rn(normalizer.scale[j], factor[j]);
   }
 };
 
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ Unit<scalar_t> input_gradient(const Normalizer<scalar_t, channels_last>& normalizer,
-                                                         const ThroughStatistics<channels_last>& through,
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ Unit<scalar_t> input_gradient(const Normalizer<scalar_t, layout>& normalizer,
+                                                         const ThroughStatistics<layout>& through,
                                                          bool constant_statistics, const Unit<scalar_t>& dz,
                                                          const Unit<scalar_t>& x) {
   float dx[kUnit];
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {
-    const int c = channels_last ? j : 0;
+    const int c = by_column(layout) ? j : 0;
     // Not computed for constants: a NaN in x − mean, times zero, would not be zero.
     const float share =
         constant_statistics ? 0 : fmaf(normalizer.centred(x.get(j), j), through.slope[c], through.mean_dz[c]);

@@ -1,7 +1,8 @@
 // The dispatch: which tier a call takes, and how its groups are cut into blocks.
 //
-// A group is the values of one member and channel; in channels_last, of a slab of 128 bytes of channels, or of 64 where
-// that makes the slab fit. The first of these tiers that fits is taken:
+// A group is the values of one member and channel; of packed planes, of the channels that are packed together, where
+// such a group fits a block or a cluster; in channels_last, of a slab of 128 bytes of channels, or of 64 where that
+// makes the slab fit. The first of these tiers that fits is taken:
 //
 //   several groups a block   a group is less than four warps of work (contiguous data only)
 //   one group a block        the group fits the shared memory of a block
@@ -10,8 +11,9 @@
 //                            the groups share them (ensemble_batch_norm_virtual.cuh)
 //   streaming                any size (ensemble_batch_norm_streaming.cuh)
 //
-// the first three with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then
-// one; in channels_last all but the last with rows of 128 bytes, then of 64. Of a virtual cluster only the number of
+// the first three with four blocks on a multiprocessor (while one waits for its data, another computes; three of packed
+// planes, whose rows seldom fill four), then two, then one; in channels_last all but the last with rows of 128 bytes,
+// then of 64. Of a virtual cluster only the number of
 // blocks is planned, from the device alone; how many clusters there are depends on the number of groups as well.
 // All of it depends on one member's sizes, the type, the layout, the direction and the device, never on the number of
 // members: member k of an ensemble is computed as it would be alone.
@@ -28,7 +30,7 @@
 namespace latephase::ensemble_batch_norm {
 
 // On a multiprocessor: as many as the registers are enough for, more of them with one channel a thread than with eight.
-constexpr int resident_threads(bool channels_last) { return channels_last ? 512 : 1024; }
+constexpr int resident_threads(Layout layout) { return by_column(layout) ? 512 : 1024; }
 constexpr int kVirtualThreads = 512;   // of a block, which has a multiprocessor to itself
 constexpr int kUnitsPerThread = 4;     // wished for, at least
 constexpr int kMinBlockThreads = 128;  // where groups are small enough to share a block
@@ -40,27 +42,50 @@ struct Plan {
   int clusters = 0;  // virtual ones
 };
 
-// Shared memory of a block: slots of each operand; backward, a byte of gate a slot; sums (see Resident::add_up), or in
-// their place the results of other blocks (VirtualCluster::merge).
-inline int64_t resident_bytes(const Sizes& s, const Plan& plan, int element_size, int operands) {
-  const int64_t slots = int64_t{plan.iterations} * plan.grid.threads;
-  const int64_t parts = plan.grid.threads / plan.geometry.threads, warps = plan.grid.threads / kWarp;
-  const int channels = plan.geometry.lanes * (s.channels_last ? kUnit : 1);
-  const int64_t sums = (warps + 2 + parts) * channels * int64_t{sizeof(float)} * 2;
-  const int64_t merging = (helpers_of(plan.grid.threads, channels) + 1) * channels * int64_t{sizeof(Moments<1>)};
-  return slots * kUnit * element_size * operands + (operands == 2 ? slots : 0) + std::max(sums, merging);
+// Whether a block has gates in shared memory, a byte a slot: backward, and forward where packed planes share bytes.
+LATEPHASE_HOST_DEVICE bool has_gates(Layout layout, int operands) { return operands == 2 || layout == Layout::kPacked; }
+
+// Floats that the sums of a block's threads need, two a channel: those of warps, or of packed planes two of each
+// thread.
+LATEPHASE_HOST_DEVICE int threads_sums(Layout layout, int threads, int part_channels) {
+  return layout == Layout::kPacked ? threads * 4 : threads / kWarp * part_channels * 2;
+}
+
+// Shared memory of a block: slots of each operand; gates; sums (see Resident::add_up), or in their place the results of
+// other blocks (VirtualCluster::merge).
+inline int64_t resident_bytes(const Plan& plan, int element_size, int operands) {
+  const Geometry& g = plan.geometry;
+  const int threads = plan.grid.threads, channels = g.part_channels;
+  const int64_t slots = int64_t{plan.iterations} * threads, parts = threads / g.threads;
+  const int64_t sums = (threads_sums(g.layout, threads, channels) + (2 + parts) * channels * 2) * sizeof(float);
+  const int64_t merging = (helpers_of(threads, channels) + 1) * channels * int64_t{sizeof(Moments<1>)};
+  return slots * kUnit * element_size * operands + (has_gates(g.layout, operands) ? slots : 0) +
+         std::max(sums, merging);
 }
 
 // A part cut over a cluster, with at most this many threads a block.
 inline Plan resident_plan(const Sizes& s, int lanes, int cluster, int max_threads, int element_size, int operands) {
-  Plan plan{Geometry(s, lanes), 0, {}};
+  Plan plan{Geometry(s, unpacked(s), lanes), 0, {}};
   Geometry& g = plan.geometry;
   const int64_t units = divide_up(g.positions, cluster) * lanes;
   g.cut(cluster, round_up_to_power_of_two(divide_up(units, kUnitsPerThread), kWarp, max_threads));
   const int parts = s.channels_last || cluster > 1 ? 1 : std::max(1, kMinBlockThreads / g.threads);
   plan.iterations = static_cast<int>(divide_up(g.positions_per_split, g.workers));
   plan.grid = {divide_up(g.parts, parts), g.threads * parts, 0, cluster};
-  plan.grid.shared_bytes = resident_bytes(s, plan, element_size, operands);
+  plan.grid.shared_bytes = resident_bytes(plan, element_size, operands);
+  return plan;
+}
+
+// The same of packed planes.
+inline Plan packed_plan(const Sizes& s, int lanes, int cluster, int max_threads, int element_size, int operands) {
+  Plan plan{Geometry(s, Layout::kPacked, lanes), 0, {}};
+  Geometry& g = plan.geometry;
+  const int64_t rows = divide_up(g.positions, cluster);
+  const int64_t workers = std::min<int64_t>(max_threads / lanes, divide_up(rows, kUnitsPerThread));
+  g.cut(cluster, static_cast<int>(divide_up(workers * lanes, kWarp) * kWarp));
+  plan.iterations = static_cast<int>(divide_up(g.positions_per_split, g.workers));
+  plan.grid = {g.parts, g.threads, 0, cluster};
+  plan.grid.shared_bytes = resident_bytes(plan, element_size, operands);
   return plan;
 }
 
@@ -103,6 +128,16 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
   const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
   const int64_t blocks_of_device = device.cooperative_blocks - (margin != nullptr ? std::atoll(margin) : 0);
+  for (const int blocks : {3, 2, 1}) {
+    const int64_t lanes = packed_channels(s) * s.S / kUnit, budget = std::min(most, device.shared_bytes(blocks));
+    const int threads = resident_threads(Layout::kPacked) / blocks / kWarp * kWarp;
+    if (lanes == 0 || lanes > threads) continue;
+    for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
+      if (divide_up(s.B, cluster) * lanes * kUnit * element_size * operands > budget) continue;
+      const Plan plan = packed_plan(s, static_cast<int>(lanes), cluster, threads, element_size, operands);
+      if (plan.grid.shared_bytes <= budget) return plan;
+    }
+  }
   for (const int row_bytes : {128, 64}) {
     const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));
     for (const int blocks : {4, 2, 1}) {  // on a multiprocessor
@@ -111,7 +146,7 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
         const int64_t values = divide_up(s.n(), cluster) * (s.channels_last ? lanes * kUnit : 1);
         if (values * element_size * operands > budget) continue;
         const Plan plan =
-            resident_plan(s, lanes, cluster, resident_threads(s.channels_last) / blocks, element_size, operands);
+            resident_plan(s, lanes, cluster, resident_threads(unpacked(s)) / blocks, element_size, operands);
         if (plan.grid.shared_bytes <= budget) return plan;
       }
     }

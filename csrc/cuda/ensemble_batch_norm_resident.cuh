@@ -19,14 +19,14 @@ __device__ __forceinline__ Part part_of_block(const Geometry& g) {
 }
 
 // A part, a thread's place in it, and the block's shared memory: slots of each operand, bits of the gate, sums.
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 struct Resident {
-  static constexpr int kCount = Channels<channels_last>::kCount;
+  static constexpr int kCount = Channels<layout>::kCount;
   const Geometry& g;
   int iterations;  // of the block
   int cluster;     // blocks of the thread-block cluster that shares a group
   Part part;
-  Channels<channels_last> channels;
+  Channels<layout> channels;
   int units;  // of this thread
 
   __device__ Resident(const Geometry& g, int iterations, int cluster, const Part& part)
@@ -37,33 +37,71 @@ struct Resident {
         channels(g, part),
         units((max(cursor().left, 0) + g.workers - 1) / g.workers) {}
 
-  __device__ Cursor<channels_last> cursor() const { return Cursor<channels_last>(g, part, channels); }
+  __device__ Cursor<layout> cursor() const { return Cursor<layout>(g, part, channels); }
 
   __device__ char* memory() const { return reinterpret_cast<char*>(on_chip); }
   __device__ int operand_bytes() const { return iterations * static_cast<int>(blockDim.x) * Slots<scalar_t>::kBytes; }
   __device__ Slots<scalar_t> operand(int i) const { return Slots<scalar_t>(memory() + i * operand_bytes()); }
-  // The gate's bits of this thread's unit of iteration i; behind two operands.
+  // The gate's bits of this thread's unit of iteration i, behind the operands where there are gates.
+  template <int operands>
   __device__ uint8_t& gate(int i) const {
-    return reinterpret_cast<uint8_t*>(memory() + 2 * operand_bytes())[i * blockDim.x + threadIdx.x];
+    return reinterpret_cast<uint8_t*>(memory() + operands * operand_bytes())[i * blockDim.x + threadIdx.x];
   }
   template <int operands>
   __device__ float* sums() const {
-    const int gates = operands == 2 ? iterations * static_cast<int>(blockDim.x) : 0;
+    const int gates = has_gates(layout, operands) ? iterations * static_cast<int>(blockDim.x) : 0;
     return reinterpret_cast<float*>(memory() + operands * operand_bytes() + gates);
   }
 
   // Whether this thread writes the results of its channels.
   __device__ bool writes() const { return part.split == 0 && part.thread < g.lanes; }
 
-  // The sums of each thread's values over the threads of the same part (and cluster) and channels, for all of them.
-  // `round` counts the calls of a kernel.
+  // The sums of each thread's values over the threads of the same part (and cluster) and channels, for all of them: one
+  // or two values a column, side by side. `round` counts the calls of a kernel.
   template <int N>
   __device__ void add_up(float (&values)[N], float* sums, int round) const {
+    constexpr int each = N / kCount;
+    const int warps_of_part = g.threads / kWarp;
+    const int width = g.part_channels * each, widest = g.part_channels * 2;
+    float* behind = sums + threads_sums(layout, blockDim.x, g.part_channels);
+    float* of_this_block = behind + round * widest;  // rounds apart: other blocks may still read the last
+    float* totals = behind + 2 * widest;
+    float* of_parts = cluster > 1 ? of_this_block : totals;
+    if constexpr (layout == Layout::kPacked) {
+      add_up_packed(values, sums, of_parts);
+    } else {
+      add_up_lanes(values, sums, of_parts);
+    }
+    if (cluster > 1) {
+      cluster_arrive<true>();
+      cluster_wait();
+      for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float sum = 0;
+        for (int rank = 0; rank < cluster; ++rank) sum += of_block(rank, of_this_block + i);
+        totals[i] = sum;
+      }
+    }
+    __syncthreads();
+    const int64_t first = channels.first - part.channel_block * g.part_channels;
+    const float* mine = totals + threadIdx.x / kWarp / warps_of_part * width + first * each;
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] = mine[channels.channel_of(j / each) * each + j % each];
+  }
+
+  // No block of a cluster may end while another reads its sums: after the last add_up, and at the end.
+  __device__ void arrive_at_end() const {
+    if (cluster > 1) cluster_arrive<false>();
+  }
+  __device__ void wait_at_end() const {
+    if (cluster > 1) cluster_wait();
+  }
+
+ private:
+  // The sums over a block's threads of the same part and lane, [parts, lanes, N], by way of those of warps.
+  template <int N>
+  __device__ void add_up_lanes(float (&values)[N], float* of_warps, float* of_parts) const {
     const int warps = blockDim.x / kWarp, warps_of_part = g.threads / kWarp, parts = warps / warps_of_part;
-    const int width = g.lanes * N, widest = g.lanes * 2 * kCount;
-    float* of_warps = sums;
-    float* of_this_block = of_warps + (warps + round) * widest;  // rounds apart: other blocks may still read the last
-    float* totals = of_warps + (warps + 2) * widest;
+    const int width = g.lanes * N;
 #pragma unroll
     for (int j = 0; j < N; ++j)
       for (int offset = kWarp / 2; offset >= g.lanes; offset /= 2)
@@ -77,38 +115,48 @@ struct Resident {
       const float* first = of_warps + i / width * warps_of_part * width + i % width;
       float sum = 0;
       for (int other = 0; other < warps_of_part; ++other) sum += first[other * width];
-      (cluster > 1 ? of_this_block : totals)[i] = sum;
+      of_parts[i] = sum;
     }
-    if (cluster > 1) {
-      cluster_arrive<true>();
-      cluster_wait();
-      for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float sum = 0;
-        for (int rank = 0; rank < cluster; ++rank) sum += of_block(rank, of_this_block + i);
-        totals[i] = sum;
-      }
-    }
-    __syncthreads();
-    const float* mine = totals + warp / warps_of_part * width + part.thread % g.lanes * N;
-#pragma unroll
-    for (int j = 0; j < N; ++j) values[j] = mine[j];
   }
 
-  // No block of a cluster may end while another reads its sums: after the last add_up, and at the end.
-  __device__ void arrive_at_end() const {
-    if (cluster > 1) cluster_arrive<false>();
-  }
-  __device__ void wait_at_end() const {
-    if (cluster > 1) cluster_wait();
+  // Of packed planes: the sums over a block's columns of the same channel, [part_channels, N / 8], by way of the two of
+  // each thread: over the columns before the turn and behind it.
+  template <int N>
+  __device__ void add_up_packed(const float (&values)[N], float* of_threads, float* of_channels) const {
+    constexpr int each = N / kUnit;
+    const int threads = static_cast<int>(blockDim.x);
+#pragma unroll
+    for (int k = 0; k < each; ++k) {
+      float before = 0, behind = 0;
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) {
+        before += j < channels.turn ? values[j * each + k] : 0;
+        behind += j < channels.turn ? 0 : values[j * each + k];
+      }
+      of_threads[2 * k * threads + threadIdx.x] = before;
+      of_threads[(2 * k + 1) * threads + threadIdx.x] = behind;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x / kWarp; i < g.part_channels * each; i += threads / kWarp) {  // a warp each
+      const int begin = i / each * g.plane, first_lane = begin / kUnit;
+      const int lanes = (begin + g.plane - 1) / kUnit - first_lane + 1;
+      float sum = 0;
+      for (int k = threadIdx.x % kWarp; k < lanes * g.workers; k += kWarp) {
+        const int lane = first_lane + k % lanes;
+        const int of_lane = 2 * (i % each) + (lane * kUnit < begin);  // a channel that begins in a unit is behind there
+        sum += of_threads[of_lane * threads + k / lanes * g.lanes + lane];
+      }
+      for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
+      if (threadIdx.x % kWarp == 0) of_channels[i] = sum;
+    }
   }
 };
 
 // Starts to fetch the part's operands.
-template <Width width, class scalar_t, bool channels_last, int operands>
-__device__ __forceinline__ void fetch(const Resident<scalar_t, channels_last>& r,
-                                      const scalar_t* const (&data)[operands]) {
+template <Width width, class scalar_t, Layout layout, int operands>
+__device__ __forceinline__ void fetch(const Resident<scalar_t, layout>& r, const scalar_t* const (&data)[operands]) {
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
-    Cursor<channels_last> cursor = r.cursor();
+    Cursor<layout> cursor = r.cursor();
     for (int i = 0; i < r.iterations; ++i) {
       const int valid = cursor.valid(r.g);
 #pragma unroll
@@ -119,9 +167,9 @@ __device__ __forceinline__ void fetch(const Resident<scalar_t, channels_last>& r
   });
 }
 
-template <Width width, class scalar_t, bool channels_last>
-__device__ __forceinline__ void store(const Resident<scalar_t, channels_last>& r, int operand, int i,
-                                      const Unit<scalar_t>& unit, scalar_t* data, const Cursor<channels_last>& cursor) {
+template <Width width, class scalar_t, Layout layout>
+__device__ __forceinline__ void store(const Resident<scalar_t, layout>& r, int operand, int i,
+                                      const Unit<scalar_t>& unit, scalar_t* data, const Cursor<layout>& cursor) {
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
     r.operand(operand).template store<decltype(access)::value>(i, unit, data, cursor.offset, cursor.valid(r.g));
   });
@@ -132,13 +180,19 @@ template <class scalar_t, Width width>
 constexpr int kBatch = width == Width::kWide && sizeof(scalar_t) == 2 ? 4 : 2;
 constexpr int kGateBatch = 8;  // the same, of bits of the gate
 
+// Of the mask of packed planes, in which each plane begins with a byte of its own: from a unit's first to the next
+// plane.
+__device__ __forceinline__ int bytes_to_next_plane(const Geometry& g, const Channels<Layout::kPacked>& channels) {
+  return g.plane / kUnit + 1 - channels.within / kUnit;
+}
+
 // ---------------------------------------------------------------------------------------------- forward
 
 // The moments of the thread's channels, over the `values` that the block or the cluster has of each.
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
-    const Resident<scalar_t, channels_last>& r, int64_t values) {
-  constexpr int count = Channels<channels_last>::kCount;
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ Moments<Channels<layout>::kCount> moments_of(const Resident<scalar_t, layout>& r,
+                                                                        int64_t values) {
+  constexpr int count = Channels<layout>::kCount;
   const Slots<scalar_t> x = r.operand(0);
   float* shared_sums = r.template sums<1>();
   const float n = static_cast<float>(values);
@@ -147,7 +201,7 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
 #pragma unroll 4
   for (int i = 0; i < r.units; ++i) {
     const Unit<scalar_t> unit = x.get(i);
-    if constexpr (channels_last) {
+    if constexpr (by_column(layout)) {
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) mean[j] += unit.get(j);
     } else {
@@ -161,14 +215,14 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
 
   float sums[2 * count] = {};  // of differences from the mean, and of their squares
   const auto add_differences = [&](auto ragged) {
-    Cursor<channels_last> cursor = r.cursor();
+    Cursor<layout> cursor = r.cursor();
 #pragma unroll 4
     for (int i = 0; i < r.units; ++i) {
       const Unit<scalar_t> unit = x.get(i);
       const int valid = cursor.valid(r.g);
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
-        const int c = channels_last ? j : 0;
+        const int c = by_column(layout) ? j : 0;
         const float difference = !decltype(ragged)::value || j < valid ? unit.get(j) - mean[c] : 0;
         sums[2 * c] += difference;
         sums[2 * c + 1] = fmaf(difference, difference, sums[2 * c + 1]);
@@ -176,7 +230,7 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
       cursor.advance(r.g);
     }
   };
-  if (!channels_last && r.g.last_unit != kUnit) {
+  if (!by_column(layout) && r.g.last_unit != kUnit) {
     add_differences(std::true_type{});
   } else {
     add_differences(std::false_type{});
@@ -194,33 +248,55 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(
 }
 
 // Stores the moments of a thread's channels where it is its place to, and returns what they normalize by.
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ Normalizer<scalar_t, channels_last> normalizer_from(
-    const Resident<scalar_t, channels_last>& r, const ForwardArguments<scalar_t>& a, const FinishStatistics& finish,
-    const Moments<Channels<channels_last>::kCount>& moments) {
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ Normalizer<scalar_t, layout> normalizer_from(
+    const Resident<scalar_t, layout>& r, const ForwardArguments<scalar_t>& a, const FinishStatistics& finish,
+    const Moments<Channels<layout>::kCount>& moments) {
   float mean[r.kCount], rstd[r.kCount];
 #pragma unroll
   for (int j = 0; j < r.kCount; ++j) {
     const Moments<1> m = moments.channel(j);
-    if (r.writes() && j < r.channels.live) finish(r.part.member * r.g.C + r.channels.first + j, m);
+    if (r.writes() && r.channels.stands_for_channel(j))
+      finish(r.part.member * r.g.C + r.channels.first + r.channels.channel_of(j), m);
     mean[j] = m.mean[0];
     rstd[j] = finish.inverse_deviation(m);
   }
-  Normalizer<scalar_t, channels_last> normalizer;
+  Normalizer<scalar_t, layout> normalizer;
   normalizer.set(mean, rstd, a.normalization, r.part, r.channels);
   return normalizer;
 }
 
-template <class scalar_t, bool channels_last, Width width>
-__global__ void __launch_bounds__(resident_threads(channels_last), 1)
+// Of packed planes: writes the mask from the bits of the units, which are all in shared memory.
+template <class scalar_t>
+__device__ __forceinline__ void store_packed_mask(const Resident<scalar_t, Layout::kPacked>& r, uint8_t* mask) {
+  const Channels<Layout::kPacked>& channels = r.channels;
+  const int byte = (channels.within + kUnit - 1) / kUnit;   // the first of the plane's that begins in the unit
+  const int begin = byte * kUnit - channels.within;         // at this column, if before the turn
+  const int values = min(r.g.plane - byte * kUnit, kUnit);  // of it that exist
+  const int next_plane = bytes_to_next_plane(r.g, channels);
+  const bool last = (r.part.thread + 1) % r.g.lanes == 0;  // of a row
+  __syncthreads();
+  Cursor<Layout::kPacked> cursor = r.cursor();
+  for (int i = 0; i < r.units; ++i) {
+    const uint8_t* own = &r.template gate<1>(i);
+    const uint32_t bits = own[0] | (last ? 0 : own[1] << kUnit);
+    uint8_t* to = mask + cursor.mask_offset;
+    if (begin < channels.turn) to[begin > 0] = bits >> begin & ((1 << values) - 1);
+    if (channels.turn < kUnit) to[next_plane] = bits >> channels.turn;
+    cursor.advance(r.g);
+  }
+}
+
+template <class scalar_t, Layout layout, Width width>
+__global__ void __launch_bounds__(resident_threads(layout), 1)
     resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish) {
-  const Resident<scalar_t, channels_last> r(g, iterations, g.splits, part_of_block(g));
+  const Resident<scalar_t, layout> r(g, iterations, g.splits, part_of_block(g));
   fetch<width>(r, {a.x});
   wait_for_copies();
   const auto moments = moments_of(r, g.n);
   r.arrive_at_end();
   const auto normalizer = normalizer_from(r, a, finish, moments);
-  Cursor<channels_last> cursor = r.cursor();
+  Cursor<layout> cursor = r.cursor();
   for (int first = 0; a.y != nullptr && first < iterations; first += kBatch<scalar_t, width>) {
     Unit<scalar_t> residual[kBatch<scalar_t, width>];
     if (a.residual != nullptr) load_tile<width>(residual, a.residual, g, cursor);
@@ -230,37 +306,61 @@ __global__ void __launch_bounds__(resident_threads(channels_last), 1)
       if (i >= iterations) break;
       const Unit<scalar_t> y = output(a, normalizer, r.operand(0).get(i), residual[k]);
       store<width>(r, 0, i, y, a.y, cursor);
-      if (a.mask != nullptr && cursor.more()) a.mask[cursor.mask_offset] = y.nonzero(cursor.valid(g));
+      if (a.mask != nullptr && cursor.more()) {
+        const uint32_t passed = y.nonzero(cursor.valid(g));
+        if constexpr (layout == Layout::kPacked) {
+          r.template gate<1>(i) = passed;
+        } else {
+          a.mask[cursor.mask_offset] = passed;
+        }
+      }
       cursor.advance(g);
     }
   }
+  if constexpr (layout == Layout::kPacked)
+    if (a.mask != nullptr) store_packed_mask(r, a.mask);
   r.wait_at_end();
 }
 
 // ---------------------------------------------------------------------------------------------- backward
 
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ void fetch_gate(const Resident<scalar_t, channels_last>& r, const uint8_t* mask) {
-  Cursor<channels_last> cursor = r.cursor();
-  for (int first = 0; first < r.iterations; first += kGateBatch) {
-    uint32_t passed[kGateBatch];
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ void fetch_gate(const Resident<scalar_t, layout>& r, const uint8_t* mask) {
+  Cursor<layout> cursor = r.cursor();
+  const auto fetch_with = [&](const auto& read) {
+    for (int first = 0; first < r.iterations; first += kGateBatch) {
+      uint32_t passed[kGateBatch];
 #pragma unroll
-    for (int k = 0; k < kGateBatch; ++k) {
-      passed[k] = cursor.more() ? __ldg(mask + cursor.mask_offset) : 0;
-      cursor.advance(r.g);
+      for (int k = 0; k < kGateBatch; ++k) {
+        passed[k] = cursor.more() ? read(mask + cursor.mask_offset) : 0;
+        cursor.advance(r.g);
+      }
+#pragma unroll
+      for (int k = 0; k < kGateBatch; ++k)
+        if (first + k < r.iterations) r.template gate<2>(first + k) = passed[k];
     }
-#pragma unroll
-    for (int k = 0; k < kGateBatch; ++k)
-      if (first + k < r.iterations) r.gate(first + k) = passed[k];
+  };
+  if constexpr (layout == Layout::kPacked) {  // bits of two bytes of a plane, and of the first of the next
+    const int turn = r.channels.turn, shift = r.channels.within % kUnit;
+    const int next_plane = bytes_to_next_plane(r.g, r.channels);
+    fetch_with([&](const uint8_t* from) {
+      uint32_t bits = __ldg(from);
+      if (shift + turn > kUnit) bits |= __ldg(from + 1) << kUnit;
+      bits >>= shift;
+      if (turn < kUnit) bits |= __ldg(from + next_plane) << turn;
+      return bits & 0xff;
+    });
+  } else {
+    fetch_with([](const uint8_t* from) { return uint32_t{__ldg(from)}; });
   }
 }
 
 // Gates dy where it lies, and adds up dz and dz · (x − mean) of the thread's channels over the block or the cluster.
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ Sums<Channels<channels_last>::kCount> sums_of(
-    const Resident<scalar_t, channels_last>& r, const BackwardArguments<scalar_t>& a,
-    const Normalizer<scalar_t, channels_last>& normalizer) {
-  constexpr int count = Channels<channels_last>::kCount;
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ Sums<Channels<layout>::kCount> sums_of(const Resident<scalar_t, layout>& r,
+                                                                  const BackwardArguments<scalar_t>& a,
+                                                                  const Normalizer<scalar_t, layout>& normalizer) {
+  constexpr int count = Channels<layout>::kCount;
   const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
   auto sums = Sums<count>::zero();
 #pragma unroll 2
@@ -268,7 +368,7 @@ __device__ __forceinline__ Sums<Channels<channels_last>::kCount> sums_of(
     const Unit<scalar_t> x_unit = x.get(i);
     Unit<scalar_t> dz_unit = dz.get(i);
     if (a.gate != Gate::kOpen) {
-      dz_unit = dz_unit.keep(a.gate == Gate::kMask ? r.gate(i) : recomputed_gate(normalizer, x_unit));
+      dz_unit = dz_unit.keep(a.gate == Gate::kMask ? r.template gate<2>(i) : recomputed_gate(normalizer, x_unit));
       dz.put(i, dz_unit);
     }
     add_to(sums, normalizer, dz_unit, x_unit);
@@ -283,33 +383,34 @@ __device__ __forceinline__ Sums<Channels<channels_last>::kCount> sums_of(
 }
 
 // Stores the sums of a thread's channels where it is its place to, and returns how they carry gradients to x.
-template <class scalar_t, bool channels_last>
-__device__ __forceinline__ ThroughStatistics<channels_last> through_statistics(
-    const Resident<scalar_t, channels_last>& r, const BackwardArguments<scalar_t>& a,
-    const Normalizer<scalar_t, channels_last>& normalizer, const FinishSums& finish,
-    const Sums<Channels<channels_last>::kCount>& sums) {
-  ThroughStatistics<channels_last> through;
+template <class scalar_t, Layout layout>
+__device__ __forceinline__ ThroughStatistics<layout> through_statistics(const Resident<scalar_t, layout>& r,
+                                                                        const BackwardArguments<scalar_t>& a,
+                                                                        const Normalizer<scalar_t, layout>& normalizer,
+                                                                        const FinishSums& finish,
+                                                                        const Sums<Channels<layout>::kCount>& sums) {
+  ThroughStatistics<layout> through;
   through.set_factors(normalizer, a.normalization, r.part, r.channels);
   const int64_t group = r.part.member * r.g.C + r.channels.first;
   float rstd[through.kCount];
-  read_channels(rstd, finish.rstd + group, r.channels.live);
+  read_channels(rstd, finish.rstd + group, r.channels);
 #pragma unroll
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
     if (j >= r.channels.live) continue;
-    if (r.writes()) finish(group + j, sums.channel(j));
+    if (r.writes() && r.channels.stands_for_channel(j)) finish(group + r.channels.channel_of(j), sums.channel(j));
     if (!a.constant_statistics) through.set(j, sums.first[j], sums.second[j] * rstd[j], rstd[j], a.inverse_count);
   }
   return through;
 }
 
-template <class scalar_t, bool channels_last, Width width>
-__global__ void __launch_bounds__(resident_threads(channels_last), 1)
+template <class scalar_t, Layout layout, Width width>
+__global__ void __launch_bounds__(resident_threads(layout), 1)
     resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish) {
-  const Resident<scalar_t, channels_last> r(g, iterations, g.splits, part_of_block(g));
+  const Resident<scalar_t, layout> r(g, iterations, g.splits, part_of_block(g));
   fetch<width>(r, {a.x, a.dy});
   if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
-  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
+  const Normalizer<scalar_t, layout> normalizer(a.normalization, g, r.part, r.channels);
   wait_for_copies();
 
   const auto sums = sums_of(r, a, normalizer);
@@ -317,7 +418,7 @@ __global__ void __launch_bounds__(resident_threads(channels_last), 1)
 
   const auto through = through_statistics(r, a, normalizer, finish, sums);
   const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
-  Cursor<channels_last> cursor = r.cursor();
+  Cursor<layout> cursor = r.cursor();
   for (int i = 0; a.dx != nullptr && i < iterations; ++i) {
     const Unit<scalar_t> x_unit = x.get(i), dz_unit = dz.get(i);
     store<width>(r, 0, i, input_gradient(normalizer, through, a.constant_statistics, dz_unit, x_unit), a.dx, cursor);

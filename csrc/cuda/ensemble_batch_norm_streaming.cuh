@@ -20,7 +20,7 @@ constexpr int kTile = kTileBytes / (kUnit * sizeof(scalar_t));  // units
 
 inline Geometry streaming_geometry(const Sizes& s, int element_size, int access_bytes) {
   const int tile = kTileBytes / (kUnit * element_size);
-  Geometry g(s, lanes_of(s, kMaxLanes));
+  Geometry g(s, unpacked(s), lanes_of(s, kMaxLanes));
   const int64_t smallest_split = int64_t{kMaxThreads} / g.lanes * tile * kMinTilesPerSplit;
   const int splits = static_cast<int>(std::min<int64_t>(divide_up(kTargetBlocks, g.channel_blocks),
                                                         std::max<int64_t>(1, divide_up(g.positions, smallest_split))));
@@ -33,11 +33,11 @@ inline Geometry streaming_geometry(const Sizes& s, int element_size, int access_
 // ---------------------------------------------------------------------------------------------- reductions
 
 // The end of a reducing kernel: merges the block's threads and finishes, or leaves a partial result [K·C, splits].
-template <bool channels_last, template <int> class Partial, class Finish>
-__device__ void conclude(const Partial<Channels<channels_last>::kCount>& mine, const Geometry& g, const Part& part,
-                         const Channels<channels_last>& channels, Partial<1>* partials, const Finish& finish) {
-  constexpr int count = Channels<channels_last>::kCount;
-  const auto merged = block_reduce<Partial<count>, channels_last ? kMaxLanes : 1>(mine, g.lanes);
+template <Layout layout, template <int> class Partial, class Finish>
+__device__ void conclude(const Partial<Channels<layout>::kCount>& mine, const Geometry& g, const Part& part,
+                         const Channels<layout>& channels, Partial<1>* partials, const Finish& finish) {
+  constexpr int count = Channels<layout>::kCount;
+  const auto merged = block_reduce<Partial<count>, by_column(layout) ? kMaxLanes : 1>(mine, g.lanes);
   if (threadIdx.x >= g.lanes) return;
 #pragma unroll
   for (int j = 0; j < count; ++j) {
@@ -64,19 +64,19 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 }
 
 // The moments of a tile: the mean, then squares around it, corrected for the mean's rounding.
-template <bool full, bool channels_last, class scalar_t, int tile>
-__device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(const Unit<scalar_t> (&units)[tile],
-                                                                               const int (&valid)[tile]) {
-  constexpr int count = Channels<channels_last>::kCount;
+template <bool full, Layout layout, class scalar_t, int tile>
+__device__ __forceinline__ Moments<Channels<layout>::kCount> moments_of(const Unit<scalar_t> (&units)[tile],
+                                                                        const int (&valid)[tile]) {
+  constexpr int count = Channels<layout>::kCount;
   Moments<count> moments;
   int values = 0;  // of each channel
 #pragma unroll
-  for (int i = 0; i < tile; ++i) values += channels_last ? valid[i] > 0 : valid[i];
+  for (int i = 0; i < tile; ++i) values += by_column(layout) ? valid[i] > 0 : valid[i];
   moments.count = values;
   const float inverse = 1.0f / moments.count;
 #pragma unroll
   for (int c = 0; c < count; ++c) {
-    const int first = channels_last ? c : 0, last = channels_last ? c + 1 : kUnit;
+    const int first = by_column(layout) ? c : 0, last = by_column(layout) ? c + 1 : kUnit;
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(c
     for (int i = 0; i < tile; ++i) {
 #pragma unroll
       for (int j = first; j < last; ++j) {
-        const bool exists = full || (channels_last ? valid[i] > 0 : j < valid[i]);
+        const bool exists = full || (by_column(layout) ? valid[i] > 0 : j < valid[i]);
         const float difference = exists ? units[i].get(j) - mean : 0;
         differences += difference;
         squares = fmaf(difference, difference, squares);
@@ -104,14 +104,14 @@ __device__ __forceinline__ Moments<Channels<channels_last>::kCount> moments_of(c
   return moments;
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     statistics_kernel(const scalar_t* x, Geometry g, Moments<1>* partials, FinishStatistics finish) {
   const Part part(g, blockIdx.x, threadIdx.x);
-  const Channels<channels_last> channels(g, part);
-  Cursor<channels_last> cursor(g, part, channels);
+  const Channels<layout> channels(g, part);
+  Cursor<layout> cursor(g, part, channels);
   constexpr int tile = kTile<scalar_t>;
-  auto moments = Moments<Channels<channels_last>::kCount>::zero();
+  auto moments = Moments<Channels<layout>::kCount>::zero();
   while (cursor.more()) {
     Unit<scalar_t> units[tile];
     load_tile<Width::kAny, kFirstRead>(units, x, g, cursor);
@@ -120,23 +120,22 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
       valid[i] = cursor.valid(g);
-      full &= channels_last ? valid[i] > 0 : valid[i] == kUnit;
+      full &= by_column(layout) ? valid[i] > 0 : valid[i] == kUnit;
       cursor.advance(g);
     }
-    moments.merge(full ? moments_of<true, channels_last>(units, valid)
-                       : moments_of<false, channels_last>(units, valid));
+    moments.merge(full ? moments_of<true, layout>(units, valid) : moments_of<false, layout>(units, valid));
   }
-  conclude<channels_last>(moments, g, part, channels, partials, finish);
+  conclude<layout>(moments, g, part, channels, partials, finish);
 }
 
 // ---------------------------------------------------------------------------------------------- forward
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 __global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ForwardArguments<scalar_t> a, Geometry g) {
   const Part part(g, gridDim.x - 1 - blockIdx.x, threadIdx.x);  // what was read last may still be in the cache
-  const Channels<channels_last> channels(g, part);
-  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
-  Cursor<channels_last> cursor(g, part, channels);
+  const Channels<layout> channels(g, part);
+  const Normalizer<scalar_t, layout> normalizer(a.normalization, g, part, channels);
+  Cursor<layout> cursor(g, part, channels);
   constexpr int tile = kTile<scalar_t> / 2;
   while (cursor.more()) {
     Unit<scalar_t> x[tile], residual[tile];
@@ -155,11 +154,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ForwardArguments<
 // ---------------------------------------------------------------------------------------------- backward
 
 // Loads a tile of x and dz.
-template <Keep keep, class scalar_t, bool channels_last, int tile>
+template <Keep keep, class scalar_t, Layout layout, int tile>
 __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scalar_t> (&x)[tile],
                                            const BackwardArguments<scalar_t>& a,
-                                           const Normalizer<scalar_t, channels_last>& normalizer, const Geometry& g,
-                                           Cursor<channels_last> cursor) {
+                                           const Normalizer<scalar_t, layout>& normalizer, const Geometry& g,
+                                           Cursor<layout> cursor) {
   load_tile<Width::kAny, keep>(dz, a.dy, g, cursor);
   load_tile<Width::kAny, keep>(x, a.x, g, cursor);
   if (a.gate == Gate::kMask) {
@@ -177,15 +176,15 @@ __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scal
   }
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     backward_reduce_kernel(BackwardArguments<scalar_t> a, Geometry g, Sums<1>* partials, FinishSums finish) {
   const Part part(g, blockIdx.x, threadIdx.x);
-  const Channels<channels_last> channels(g, part);
-  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
-  Cursor<channels_last> cursor(g, part, channels);
+  const Channels<layout> channels(g, part);
+  const Normalizer<scalar_t, layout> normalizer(a.normalization, g, part, channels);
+  Cursor<layout> cursor(g, part, channels);
   constexpr int tile = kTile<scalar_t> / 2;
-  auto sums = Sums<Channels<channels_last>::kCount>::zero();
+  auto sums = Sums<Channels<layout>::kCount>::zero();
   while (cursor.more()) {
     Unit<scalar_t> dz[tile], x[tile];
     load_gated<kFirstRead>(dz, x, a, normalizer, g, cursor);
@@ -195,28 +194,28 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       cursor.advance(g);
     }
   }
-  conclude<channels_last>(sums, g, part, channels, partials, finish);
+  conclude<layout>(sums, g, part, channels, partials, finish);
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(BackwardArguments<scalar_t> a, Geometry g) {
   const Part part(g, gridDim.x - 1 - blockIdx.x, threadIdx.x);
-  const Channels<channels_last> channels(g, part);
-  const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, part, channels);
-  ThroughStatistics<channels_last> through;
+  const Channels<layout> channels(g, part);
+  const Normalizer<scalar_t, layout> normalizer(a.normalization, g, part, channels);
+  ThroughStatistics<layout> through;
   through.set_factors(normalizer, a.normalization, part, channels);
   const int64_t group = part.member * g.C + channels.first;
   float sum_dz[through.kCount], sum_dz_xhat[through.kCount], rstd[through.kCount];
-  read_channels(sum_dz, a.sum_dz + group, channels.live);
-  read_channels(sum_dz_xhat, a.sum_dz_xhat + group, channels.live);
-  read_channels(rstd, a.normalization.rstd + group, channels.live);
+  read_channels(sum_dz, a.sum_dz + group, channels);
+  read_channels(sum_dz_xhat, a.sum_dz_xhat + group, channels);
+  read_channels(rstd, a.normalization.rstd + group, channels);
 #pragma unroll
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
     if (a.constant_statistics || j >= channels.live) continue;
     through.set(j, sum_dz[j], sum_dz_xhat[j], rstd[j], a.inverse_count);
   }
-  Cursor<channels_last> cursor(g, part, channels);
+  Cursor<layout> cursor(g, part, channels);
   constexpr int tile = kTile<scalar_t> / 2;
   while (cursor.more()) {
     Unit<scalar_t> dz[tile], x[tile];
@@ -252,36 +251,36 @@ void reduce(const Launcher& launch, const Sizes& s, const Geometry& g, const Ten
   if (g.splits > 1) launch(finalize_kernel<Partial, Finish>, finalize_grid, partials, groups, g.splits, finish);
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 void stream_statistics(const Launcher& launch, const Sizes& s, const scalar_t* x, const FinishStatistics& finish,
                        const Tensor& like) {
-  const Geometry g = streaming_geometry(s, sizeof(scalar_t), access_bytes(s, sizeof(scalar_t), {x}));
+  const Geometry g = streaming_geometry(s, sizeof(scalar_t), access_bytes(s.columns(), sizeof(scalar_t), {x}));
   reduce<Moments<1>>(launch, s, g, like, finish, [&](Moments<1>* partials) {
-    launch(statistics_kernel<scalar_t, channels_last>, grid_of(g), x, g, partials, finish);
+    launch(statistics_kernel<scalar_t, layout>, grid_of(g), x, g, partials, finish);
   });
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 void stream_apply(const Launcher& launch, const Sizes& s, const ForwardArguments<scalar_t>& a) {
-  const int bytes = access_bytes(s, sizeof(scalar_t), {a.x, a.residual, a.y});
+  const int bytes = access_bytes(s.columns(), sizeof(scalar_t), {a.x, a.residual, a.y});
   const Geometry g = streaming_geometry(s, sizeof(scalar_t), bytes);
-  launch(apply_kernel<scalar_t, channels_last>, grid_of(g), a, g);
+  launch(apply_kernel<scalar_t, layout>, grid_of(g), a, g);
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 void stream_backward_reduce(const Launcher& launch, const Sizes& s, const BackwardArguments<scalar_t>& a,
                             const FinishSums& finish, const Tensor& like) {
-  const Geometry g = streaming_geometry(s, sizeof(scalar_t), access_bytes(s, sizeof(scalar_t), {a.dy, a.x}));
+  const Geometry g = streaming_geometry(s, sizeof(scalar_t), access_bytes(s.columns(), sizeof(scalar_t), {a.dy, a.x}));
   reduce<Sums<1>>(launch, s, g, like, finish, [&](Sums<1>* partials) {
-    launch(backward_reduce_kernel<scalar_t, channels_last>, grid_of(g), a, g, partials, finish);
+    launch(backward_reduce_kernel<scalar_t, layout>, grid_of(g), a, g, partials, finish);
   });
 }
 
-template <class scalar_t, bool channels_last>
+template <class scalar_t, Layout layout>
 void stream_backward_apply(const Launcher& launch, const Sizes& s, const BackwardArguments<scalar_t>& a) {
-  const int bytes = access_bytes(s, sizeof(scalar_t), {a.dy, a.x, a.dx, a.dresidual});
+  const int bytes = access_bytes(s.columns(), sizeof(scalar_t), {a.dy, a.x, a.dx, a.dresidual});
   const Geometry g = streaming_geometry(s, sizeof(scalar_t), bytes);
-  launch(backward_apply_kernel<scalar_t, channels_last>, grid_of(g), a, g);
+  launch(backward_apply_kernel<scalar_t, layout>, grid_of(g), a, g);
 }
 
 }  // namespace latephase::ensemble_batch_norm

@@ -9,24 +9,24 @@
 namespace latephase::ensemble_batch_norm {
 
 // The positions before one, in values of a channel.
-template <bool channels_last>
+template <Layout layout>
 __device__ __forceinline__ int values_before(const Geometry& g, int64_t position) {
   const int at = static_cast<int>(min(position, g.positions));
-  if constexpr (channels_last) return at;
+  if constexpr (by_column(layout)) return at;
   return at / g.units_per_row * static_cast<int>(g.columns) + at % g.units_per_row * kUnit;
 }
 
 // Values of a channel in a split.
-template <bool channels_last>
+template <Layout layout>
 __device__ __forceinline__ int values_of(const Geometry& g, int64_t split) {
-  return values_before<channels_last>(g, (split + 1) * g.positions_per_split) -
-         values_before<channels_last>(g, split * g.positions_per_split);
+  return values_before<layout>(g, (split + 1) * g.positions_per_split) -
+         values_before<layout>(g, split * g.positions_per_split);
 }
 
 // A cluster at work: the current group's part of this block, and the next's.
-template <class scalar_t, bool channels_last, int operands>
+template <class scalar_t, Layout layout, int operands>
 struct Traversal {
-  static constexpr int kCount = Channels<channels_last>::kCount;
+  static constexpr int kCount = Channels<layout>::kCount;
   const Geometry& g;
   int iterations;
   VirtualCluster cluster;
@@ -44,18 +44,17 @@ struct Traversal {
   // What this block has of the current group, or of the next one; of none behind the last.
   __device__ Part part() const { return Part(g, group * g.splits + cluster.rank, threadIdx.x); }
   __device__ Part next_part() const { return Part(g, (group + cluster.count) * g.splits + cluster.rank, threadIdx.x); }
-  __device__ Resident<scalar_t, channels_last> resident(const Part& part) const { return {g, iterations, 1, part}; }
+  __device__ Resident<scalar_t, layout> resident(const Part& part) const { return {g, iterations, 1, part}; }
 
   // The results of all blocks of the cluster for the channels of this thread, from those of this block.
   template <class Partial, template <int> class Result>
-  __device__ __forceinline__ Result<kCount> merged(const Resident<scalar_t, channels_last>& r,
-                                                   const Result<kCount>& mine) {
+  __device__ __forceinline__ Result<kCount> merged(const Resident<scalar_t, layout>& r, const Result<kCount>& mine) {
     const int first = threadIdx.x % g.lanes * kCount;
     if (threadIdx.x < g.lanes)
 #pragma unroll
       for (int j = 0; j < kCount; ++j) cluster.publish(first + j, mine.channel(j));
     auto* totals = reinterpret_cast<Partial*>(r.template sums<operands>());
-    cluster.merge(totals, [&](int split) { return static_cast<float>(values_of<channels_last>(g, split)); });
+    cluster.merge(totals, [&](int split) { return static_cast<float>(values_of<layout>(g, split)); });
     Result<kCount> all = mine;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) all.set(j, totals[first + j]);
@@ -65,30 +64,30 @@ struct Traversal {
 };
 
 // Starts to fetch the next group's unit of an iteration. The whole warp calls, behind its last use of the slot.
-template <Width width, class scalar_t, bool channels_last>
-__device__ __forceinline__ void refill(const Resident<scalar_t, channels_last>& r, int operand, int i,
-                                       const scalar_t* data, const Cursor<channels_last>& next) {
+template <Width width, class scalar_t, Layout layout>
+__device__ __forceinline__ void refill(const Resident<scalar_t, layout>& r, int operand, int i, const scalar_t* data,
+                                       const Cursor<layout>& next) {
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
     r.operand(operand).template fetch<decltype(access)::value>(i, data, next.offset, next.valid(r.g));
   });
 }
 
-template <class scalar_t, bool channels_last, Width width>
+template <class scalar_t, Layout layout, Width width>
 __global__ void __launch_bounds__(kVirtualThreads, 1)
     virtual_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish,
                            Exchange exchange) {
-  Traversal<scalar_t, channels_last, 1> traversal(g, iterations, exchange);
+  Traversal<scalar_t, layout, 1> traversal(g, iterations, exchange);
   fetch<width>(traversal.resident(traversal.part()), {a.x});
   traversal.cluster.begin();
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());
     wait_for_copies();
-    const auto own = moments_of(r, values_of<channels_last>(g, r.part.split));
+    const auto own = moments_of(r, values_of<layout>(g, r.part.split));
     const auto moments = traversal.template merged<Moments<1>>(r, own);
     const auto normalizer = normalizer_from(r, a, finish, moments);
     const Part next_part = traversal.next_part();
-    const Channels<channels_last> next_channels(g, next_part);
-    Cursor<channels_last> cursor = r.cursor(), next(g, next_part, next_channels);
+    const Channels<layout> next_channels(g, next_part);
+    Cursor<layout> cursor = r.cursor(), next(g, next_part, next_channels);
     constexpr int batch = kBatch<scalar_t, width>;
     for (int first = 0; first < iterations; first += batch) {
       Unit<scalar_t> residual[batch];
@@ -111,23 +110,23 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
   }
 }
 
-template <class scalar_t, bool channels_last, Width width>
+template <class scalar_t, Layout layout, Width width>
 __global__ void __launch_bounds__(kVirtualThreads, 1)
     virtual_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish,
                             Exchange exchange) {
-  Traversal<scalar_t, channels_last, 2> traversal(g, iterations, exchange);
+  Traversal<scalar_t, layout, 2> traversal(g, iterations, exchange);
   fetch<width>(traversal.resident(traversal.part()), {a.x, a.dy});
   traversal.cluster.begin();
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());
     if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
-    const Normalizer<scalar_t, channels_last> normalizer(a.normalization, g, r.part, r.channels);
+    const Normalizer<scalar_t, layout> normalizer(a.normalization, g, r.part, r.channels);
     wait_for_copies();
     const auto sums = traversal.template merged<Sums<1>>(r, sums_of(r, a, normalizer));
     const auto through = through_statistics(r, a, normalizer, finish, sums);
     const Part next_part = traversal.next_part();
-    const Channels<channels_last> next_channels(g, next_part);
-    Cursor<channels_last> cursor = r.cursor(), next(g, next_part, next_channels);
+    const Channels<layout> next_channels(g, next_part);
+    Cursor<layout> cursor = r.cursor(), next(g, next_part, next_channels);
     for (int i = 0; i < iterations; ++i) {
       if (a.dx != nullptr) {
         const Unit<scalar_t> x_unit = r.operand(0).get(i), dz_unit = r.operand(1).get(i);

@@ -2,14 +2,26 @@
 //
 // A part is (member, channels, split). A thread owns one channel (contiguous data) or the eight of a unit
 // (channels_last) and walks over units of its part. Where parts begin and end depends on one member's sizes only.
+//
+// Planes that are no whole number of units (7 × 7, 14 × 14) may be packed: so many channels side by side that together
+// they are make a row, aligned as their whole. A thread then owns the eight columns of a unit, which belong to one
+// channel or two, and walks from batch row to batch row as in channels_last.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "../ensemble_batch_norm_arguments.h"
 #include "unit.cuh"
 
 namespace latephase::ensemble_batch_norm {
+
+enum class Layout { kContiguous, kChannelsLast, kPacked };
+
+// Whether a thread owns the eight columns of a unit; else it owns a channel.
+LATEPHASE_HOST_DEVICE constexpr bool by_column(Layout layout) { return layout != Layout::kContiguous; }
+
+inline Layout unpacked(const Sizes& s) { return s.channels_last ? Layout::kChannelsLast : Layout::kContiguous; }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -19,21 +31,31 @@ inline int round_up_to_power_of_two(int64_t value, int low, int high) {
   return power;
 }
 
-// The widest access, at most 16 bytes, that every row of every operand is aligned to.
-inline int access_bytes(const Sizes& s, int element_size, std::initializer_list<const void*> operands) {
-  uint64_t bits = 16 | static_cast<uint64_t>(s.columns() * element_size);
+// The widest access, at most 16 bytes, that every row, of so many values, of every operand is aligned to.
+inline int access_bytes(int64_t row_values, int element_size, std::initializer_list<const void*> operands) {
+  uint64_t bits = 16 | static_cast<uint64_t>(row_values * element_size);
   for (const void* operand : operands) bits |= reinterpret_cast<uint64_t>(operand);
   return static_cast<int>(bits & -bits);
 }
 
-// A row of units has units_per_row units in contiguous data; in channels_last it is a single unit: positions are then
-// rows, and threads side by side (lanes) take the units of a row.
+// The channels that packed planes are packed by; 0 if they are whole units, too small, or the channels do not divide.
+inline int packed_channels(const Sizes& s) {
+  if (s.channels_last || s.S < kUnit || s.S % kUnit == 0) return 0;
+  const int channels = kUnit / static_cast<int>(std::gcd(s.S, int64_t{kUnit}));
+  return s.C % channels == 0 ? channels : 0;
+}
+
+// A row of units has units_per_row units in contiguous data; in channels_last and of packed planes it is a single unit:
+// positions are then rows, and threads side by side (lanes) take the units of a row.
 struct Geometry {
   int64_t C, columns, n;
   int64_t row_stride, mask_row_stride;        // elements and mask bytes between rows of one channel
   int64_t member_stride, mask_member_stride;  // ... and between members
   int64_t positions, parts;
   int splits, channel_blocks, lanes, workers;
+  int part_channels;  // of a part
+  int plane;          // values of a plane
+  Layout layout;
   int threads;                             // of a part
   int positions_per_split, units_per_row;  // data for which these are too large fits no device
   int last_unit;                           // values of a row's last unit
@@ -42,19 +64,24 @@ struct Geometry {
   int64_t step, mask_step, wrap, mask_wrap;
   int access_bytes = 0;
 
-  // Of `lanes` units of channels a part; cut() completes it.
-  Geometry(const Sizes& s, int lanes) : C(s.C), columns(s.columns()), n(s.n()), lanes(lanes) {
+  // Of `lanes` units side by side a part; cut() completes it.
+  Geometry(const Sizes& s, Layout layout, int lanes)
+      : C(s.C), columns(s.columns()), n(s.n()), lanes(lanes), plane(static_cast<int>(s.S)), layout(layout) {
     const int64_t units = s.mask_row_bytes(), rows = s.channels_last ? s.n() : s.B;
+    part_channels = !by_column(layout) ? 1 : s.channels_last ? lanes * kUnit : packed_channels(s);
     row_stride = s.channels_last ? s.C : s.C * s.S;
     mask_row_stride = s.channels_last ? units : s.C * units;
     member_stride = rows * row_stride;
     mask_member_stride = rows * mask_row_stride;
-    units_per_row = s.channels_last ? 1 : static_cast<int>(std::max<int64_t>(1, units));
+    units_per_row = by_column(layout) ? 1 : static_cast<int>(std::max<int64_t>(1, units));
     last_unit = static_cast<int>(columns - (units - 1) * kUnit);
     positions = rows * units_per_row;
-    channel_blocks = static_cast<int>(s.channels_last ? divide_up(units, lanes) : s.C);
+    channel_blocks = static_cast<int>(divide_up(s.C, part_channels));
     parts = s.K * channel_blocks;
   }
+
+  // Values after which another row begins that must be aligned.
+  int64_t row_values() const { return layout == Layout::kPacked ? row_stride : columns; }
 
   void cut(int into_splits, int threads_per_part) {
     splits = into_splits;
@@ -89,41 +116,62 @@ struct Part {
   }
 };
 
-// The channels of a thread: one, or those of a unit, of which `live` exist.
-template <bool channels_last>
+// The channels of a thread: one, or those of the eight columns of a unit, of which `live` exist. In channels_last each
+// column is a channel. Of packed planes the first `turn` columns belong to channel `first`, the others to the next.
+template <Layout layout>
 struct Channels {
-  static constexpr int kCount = channels_last ? kUnit : 1;
+  static constexpr int kCount = by_column(layout) ? kUnit : 1;  // columns
+  static constexpr bool kPacked = layout == Layout::kPacked;
   int64_t first;
   int live;
+  int turn = 0, within = 0;  // of packed planes; `within` is the first column's place in its plane
 
   __device__ Channels(const Geometry& g, const Part& part) {
-    if constexpr (channels_last) {
-      first = (part.channel_block * g.lanes + part.thread % g.lanes) * kUnit;
+    first = part.channel_block * g.part_channels;
+    if constexpr (kPacked) {
+      const int column = part.thread % g.lanes * kUnit;
+      first += column / g.plane;
+      within = column % g.plane;
+      turn = min(g.plane - within, kUnit);
+      live = part.thread < g.workers * g.lanes ? kUnit : 0;
+    } else if constexpr (by_column(layout)) {
+      first += part.thread % g.lanes * kUnit;
       live = static_cast<int>(min(max(g.C - first, int64_t{0}), int64_t{kUnit}));
     } else {
-      first = part.channel_block;
       live = 1;
     }
     if (!part.exists) live = 0;
   }
+
+  // The channel of a column that is live, counted from `first`.
+  __device__ __forceinline__ int channel_of(int column) const { return kPacked ? column >= turn : column; }
+  // Whether a column is the one to write its channel's results: of packed planes the first of those whose channel
+  // begins with the unit, or the last of those whose channel begins within it.
+  __device__ __forceinline__ bool stands_for_channel(int column) const {
+    if constexpr (kPacked) return column == 0 ? within == 0 : column == kUnit - 1 && turn < kUnit;
+    return column < live;
+  }
 };
 
 // A thread's walk over the units of its part.
-template <bool channels_last>
+template <Layout layout>
 struct Cursor {
   int64_t offset, mask_offset;  // of the unit in the data and in the mask
   int left;                     // positions from here to the end of the part
   int unit;                     // of the row
   int live_channels;
 
-  __device__ Cursor(const Geometry& g, const Part& part, const Channels<channels_last>& channels) {
+  __device__ Cursor(const Geometry& g, const Part& part, const Channels<layout>& channels) {
     const int64_t position = part.split * g.positions_per_split + part.thread / g.lanes;
     const int64_t end = min((part.split + 1) * g.positions_per_split, g.positions);
-    const int64_t row = channels_last ? position : position / g.units_per_row;
+    const int64_t row = by_column(layout) ? position : position / g.units_per_row;
     unit = static_cast<int>(position - row * g.units_per_row);
     offset = part.member * g.member_stride + row * g.row_stride;
     mask_offset = part.member * g.mask_member_stride + row * g.mask_row_stride;
-    if constexpr (channels_last) {
+    if constexpr (layout == Layout::kPacked) {
+      offset += channels.first * g.plane + channels.within;
+      mask_offset += channels.first * (g.plane / kUnit + 1) + channels.within / kUnit;
+    } else if constexpr (by_column(layout)) {
       offset += channels.first;
       mask_offset += channels.first / kUnit;
     } else {
@@ -139,7 +187,7 @@ struct Cursor {
   // Values of the unit that exist.
   __device__ __forceinline__ int valid(const Geometry& g) const {
     if (left <= 0) return 0;
-    if constexpr (channels_last) return live_channels;
+    if constexpr (by_column(layout)) return live_channels;
     return unit + 1 == g.units_per_row ? g.last_unit : kUnit;
   }
 
@@ -147,7 +195,7 @@ struct Cursor {
     left -= g.workers;
     offset += g.step;
     mask_offset += g.mask_step;
-    if constexpr (!channels_last) {
+    if constexpr (!by_column(layout)) {
       unit += g.step_units;
       if (unit >= g.units_per_row) {
         unit -= g.units_per_row;
@@ -158,9 +206,9 @@ struct Cursor {
   }
 };
 
-template <Width width = Width::kAny, Keep keep = Keep::kNormal, class scalar_t, bool channels_last, int tile>
+template <Width width = Width::kAny, Keep keep = Keep::kNormal, class scalar_t, Layout layout, int tile>
 __device__ __forceinline__ void load_tile(Unit<scalar_t> (&units)[tile], const scalar_t* data, const Geometry& g,
-                                          Cursor<channels_last> cursor) {
+                                          Cursor<layout> cursor) {
   with_access<scalar_t, width>(g.access_bytes, [&](auto access) {
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
@@ -170,9 +218,9 @@ __device__ __forceinline__ void load_tile(Unit<scalar_t> (&units)[tile], const s
   });
 }
 
-template <Keep keep = Keep::kNormal, class scalar_t, bool channels_last>
+template <Keep keep = Keep::kNormal, class scalar_t, Layout layout>
 __device__ __forceinline__ void store_unit(const Unit<scalar_t>& unit, scalar_t* data, const Geometry& g,
-                                           const Cursor<channels_last>& cursor) {
+                                           const Cursor<layout>& cursor) {
   with_access<scalar_t>(g.access_bytes, [&](auto access) {
     unit.template store<decltype(access)::value, keep>(data + cursor.offset, cursor.valid(g));
   });
