@@ -10,22 +10,15 @@ namespace latephase {
 // writes meanwhile; 0 for columns that are not live. By vectors where all are there and aligned.
 template <class T, int count, class Channels>
 __device__ __forceinline__ void read_channels(float (&values)[count], const T* from, const Channels& channels) {
-  if constexpr (Channels::kPacked) {
-    const float first = widen(from[0]), second = channels.turn < kUnit ? widen(from[1]) : 0;
+  if constexpr (count == kUnit && !Channels::kPacked) {
+    if (channels.live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+      const auto unit = Unit<T>::template load<16>(from, kUnit);
 #pragma unroll
-    for (int j = 0; j < count; ++j) values[j] = j < channels.turn ? first : second;
-  } else {
-    if constexpr (count == kUnit) {
-      if (channels.live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-        const auto unit = Unit<T>::template load<16>(from, kUnit);
-#pragma unroll
-        for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
-        return;
-      }
+      for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
+      return;
     }
-#pragma unroll
-    for (int j = 0; j < count; ++j) values[j] = j < channels.live ? widen(from[j]) : 0;
   }
+  channels.fill(values, [&](int j) { return j < channels.live ? widen(from[channels.channel_of(j)]) : 0; });
 }
 
 // Of scalar_t or float, [K, C] or [C], or absent.

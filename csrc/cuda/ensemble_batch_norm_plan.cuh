@@ -1,8 +1,8 @@
 // The dispatch: which tier a call takes, and how its groups are cut into blocks.
 //
-// A group is the values of one member and channel; of packed planes, of the channels that are packed together, where
-// such a group fits a block or a cluster; in channels_last, of a slab of 128 bytes of channels, or of 64 where that
-// makes the slab fit. The first of these tiers that fits is taken:
+// A group is the values of one member and channel; of packed planes, of the channels that are packed together; in
+// channels_last, of a slab of 128 bytes of channels, or of 64 where that makes the slab fit. The first of these tiers
+// that fits is taken:
 //
 //   several groups a block   a group is less than four warps of work (contiguous data only)
 //   one group a block        the group fits the shared memory of a block
@@ -11,12 +11,13 @@
 //                            the groups share them (ensemble_batch_norm_virtual.cuh)
 //   streaming                any size (ensemble_batch_norm_streaming.cuh)
 //
-// the first three with four blocks on a multiprocessor (while one waits for its data, another computes; three of packed
-// planes, whose rows seldom fill four), then two, then one; in channels_last all but the last with rows of 128 bytes,
-// then of 64. Of a virtual cluster only the number of
-// blocks is planned, from the device alone; how many clusters there are depends on the number of groups as well.
-// All of it depends on one member's sizes, the type, the layout, the direction and the device, never on the number of
-// members: member k of an ensemble is computed as it would be alone.
+// the first three with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then
+// one; in channels_last all but the last with rows of 128 bytes, then of 64. Planes that can be packed are, if that
+// fits a block or a cluster: with three blocks on a multiprocessor (of its threads a quarter is often too few for a
+// row), then two, then one, and of as many channels as fit. Of a virtual cluster only the number of blocks is planned,
+// from the device alone; how many clusters there are depends on the number of groups as well. All of it depends on one
+// member's sizes, the type, the layout, the direction and the device, never on the number of members: member k of an
+// ensemble is computed as it would be alone.
 #pragma once
 
 #include <cstdlib>
@@ -32,7 +33,7 @@ namespace latephase::ensemble_batch_norm {
 // On a multiprocessor: as many as the registers are enough for, more of them with one channel a thread than with eight.
 constexpr int resident_threads(Layout layout) { return by_column(layout) ? 512 : 1024; }
 constexpr int kVirtualThreads = 512;   // of a block, which has a multiprocessor to itself
-constexpr int kUnitsPerThread = 4;     // wished for, at least
+constexpr int kUnitsPerThread = 8;     // wished for, at least: what a thread does once costs as much as three or four
 constexpr int kMinBlockThreads = 128;  // where groups are small enough to share a block
 
 struct Plan {
@@ -129,13 +130,15 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
   const int64_t blocks_of_device = device.cooperative_blocks - (margin != nullptr ? std::atoll(margin) : 0);
   for (const int blocks : {3, 2, 1}) {
-    const int64_t lanes = packed_channels(s) * s.S / kUnit, budget = std::min(most, device.shared_bytes(blocks));
+    const int64_t budget = std::min(most, device.shared_bytes(blocks));
     const int threads = resident_threads(Layout::kPacked) / blocks / kWarp * kWarp;
-    if (lanes == 0 || lanes > threads) continue;
     for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-      if (divide_up(s.B, cluster) * lanes * kUnit * element_size * operands > budget) continue;
-      const Plan plan = packed_plan(s, static_cast<int>(lanes), cluster, threads, element_size, operands);
-      if (plan.grid.shared_bytes <= budget) return plan;
+      for (int channels = most_packed(s); channels >= std::max(1, least_packed(s)); channels /= 2) {
+        const int64_t lanes = channels * s.S / kUnit;
+        if (lanes > threads || divide_up(s.B, cluster) * lanes * kUnit * element_size * operands > budget) continue;
+        const Plan plan = packed_plan(s, static_cast<int>(lanes), cluster, threads, element_size, operands);
+        if (plan.grid.shared_bytes <= budget) return plan;
+      }
     }
   }
   for (const int row_bytes : {128, 64}) {

@@ -82,10 +82,19 @@ struct Resident {
       }
     }
     __syncthreads();
-    const int64_t first = channels.first - part.channel_block * g.part_channels;
-    const float* mine = totals + threadIdx.x / kWarp / warps_of_part * width + first * each;
+    const float* of_part = totals + threadIdx.x / kWarp / warps_of_part * width;
+    const int first_channel = static_cast<int>(channels.first - part.channel_block * g.part_channels);
+    const int lane = part.thread % g.lanes;
 #pragma unroll
-    for (int j = 0; j < N; ++j) values[j] = mine[channels.channel_of(j / each) * each + j % each];
+    for (int k = 0; k < each; ++k) {
+      float of_columns[kCount];
+      channels.fill(of_columns, [&](int j) {
+        if constexpr (layout == Layout::kPacked) return of_part[(first_channel + channels.channel_of(j)) * each + k];
+        return of_part[(j * each + k) * g.lanes + lane];
+      });
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) values[j * each + k] = of_columns[j];
+    }
   }
 
   // No block of a cluster may end while another reads its sums: after the last add_up, and at the end.
@@ -97,7 +106,7 @@ struct Resident {
   }
 
  private:
-  // The sums over a block's threads of the same part and lane, [parts, lanes, N], by way of those of warps.
+  // The sums over a block's threads of the same part and lane, [parts, N, lanes], by way of those of warps.
   template <int N>
   __device__ void add_up_lanes(float (&values)[N], float* of_warps, float* of_parts) const {
     const int warps = blockDim.x / kWarp, warps_of_part = g.threads / kWarp, parts = warps / warps_of_part;
@@ -109,7 +118,7 @@ struct Resident {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     if (lane < g.lanes)
 #pragma unroll
-      for (int j = 0; j < N; ++j) of_warps[warp * width + lane * N + j] = values[j];
+      for (int j = 0; j < N; ++j) of_warps[warp * width + j * g.lanes + lane] = values[j];
     __syncthreads();
     for (int i = threadIdx.x; i < parts * width; i += blockDim.x) {
       const float* first = of_warps + i / width * warps_of_part * width + i % width;
@@ -137,17 +146,20 @@ struct Resident {
       of_threads[(2 * k + 1) * threads + threadIdx.x] = behind;
     }
     __syncthreads();
-    for (int i = threadIdx.x / kWarp; i < g.part_channels * each; i += threads / kWarp) {  // a warp each
-      const int begin = i / each * g.plane, first_lane = begin / kUnit;
-      const int lanes = (begin + g.plane - 1) / kUnit - first_lane + 1;
+    constexpr int team = 8;  // threads that add up a sum together
+    const int rank = threadIdx.x % team, items = g.part_channels * each;
+    for (int first = 0; first < items; first += threads / team) {
+      const int i = first + threadIdx.x / team;
+      const int begin = i / each * g.plane, end = begin + g.plane;
       float sum = 0;
-      for (int k = threadIdx.x % kWarp; k < lanes * g.workers; k += kWarp) {
-        const int lane = first_lane + k % lanes;
-        const int of_lane = 2 * (i % each) + (lane * kUnit < begin);  // a channel that begins in a unit is behind there
-        sum += of_threads[of_lane * threads + k / lanes * g.lanes + lane];
+      for (int lane = begin / kUnit + rank; i < items && lane * kUnit < end; lane += team) {
+        const int place = 2 * (i % each) + (lane * kUnit < begin);  // behind the turn if the channel begins in the unit
+        const float* of_lane = of_threads + place * threads + lane;
+        for (int worker = 0; worker < g.workers; ++worker) sum += of_lane[worker * g.lanes];
       }
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
-      if (threadIdx.x % kWarp == 0) of_channels[i] = sum;
+#pragma unroll
+      for (int offset = team / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
+      if (rank == 0 && i < items) of_channels[i] = sum;
     }
   }
 };
@@ -183,7 +195,7 @@ constexpr int kGateBatch = 8;  // the same, of bits of the gate
 // Of the mask of packed planes, in which each plane begins with a byte of its own: from a unit's first to the next
 // plane.
 __device__ __forceinline__ int bytes_to_next_plane(const Geometry& g, const Channels<Layout::kPacked>& channels) {
-  return g.plane / kUnit + 1 - channels.within / kUnit;
+  return (g.plane + kUnit - 1) / kUnit - channels.within / kUnit;
 }
 
 // ---------------------------------------------------------------------------------------------- forward
@@ -238,12 +250,11 @@ __device__ __forceinline__ Moments<Channels<layout>::kCount> moments_of(const Re
   r.add_up(sums, shared_sums, 1);
   Moments<count> moments;
   moments.count = n;
+  Moments<1> of_columns[count];
+  r.channels.fill(of_columns,
+                  [&](int c) { return corrected_moments(n, inverse_n, mean[c], sums[2 * c], sums[2 * c + 1]); });
 #pragma unroll
-  for (int c = 0; c < count; ++c) {
-    const Moments<1> m = corrected_moments(n, inverse_n, mean[c], sums[2 * c], sums[2 * c + 1]);
-    moments.mean[c] = m.mean[0];
-    moments.m2[c] = m.m2[0];
-  }
+  for (int c = 0; c < count; ++c) moments.set(c, of_columns[c]);
   return moments;
 }
 
@@ -259,8 +270,8 @@ __device__ __forceinline__ Normalizer<scalar_t, layout> normalizer_from(
     if (r.writes() && r.channels.stands_for_channel(j))
       finish(r.part.member * r.g.C + r.channels.first + r.channels.channel_of(j), m);
     mean[j] = m.mean[0];
-    rstd[j] = finish.inverse_deviation(m);
   }
+  r.channels.fill(rstd, [&](int j) { return finish.inverse_deviation(moments.channel(j)); });
   Normalizer<scalar_t, layout> normalizer;
   normalizer.set(mean, rstd, a.normalization, r.part, r.channels);
   return normalizer;
@@ -274,16 +285,14 @@ __device__ __forceinline__ void store_packed_mask(const Resident<scalar_t, Layou
   const int begin = byte * kUnit - channels.within;         // at this column, if before the turn
   const int values = min(r.g.plane - byte * kUnit, kUnit);  // of it that exist
   const int next_plane = bytes_to_next_plane(r.g, channels);
-  const bool last = (r.part.thread + 1) % r.g.lanes == 0;  // of a row
+  const int next = (r.part.thread + 1) % r.g.lanes != 0;  // unit; no byte goes on behind a row
   __syncthreads();
-  Cursor<Layout::kPacked> cursor = r.cursor();
-  for (int i = 0; i < r.units; ++i) {
-    const uint8_t* own = &r.template gate<1>(i);
-    const uint32_t bits = own[0] | (last ? 0 : own[1] << kUnit);
-    uint8_t* to = mask + cursor.mask_offset;
+  const uint8_t* gate = &r.template gate<1>(0);
+  uint8_t* to = mask + r.cursor().mask_offset;
+  for (int i = 0; i < r.units; ++i, gate += blockDim.x, to += r.g.mask_step) {
+    const uint32_t bits = gate[0] | gate[next] << kUnit;
     if (begin < channels.turn) to[begin > 0] = bits >> begin & ((1 << values) - 1);
     if (channels.turn < kUnit) to[next_plane] = bits >> channels.turn;
-    cursor.advance(r.g);
   }
 }
 
@@ -308,7 +317,7 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
       store<width>(r, 0, i, y, a.y, cursor);
       if (a.mask != nullptr && cursor.more()) {
         const uint32_t passed = y.nonzero(cursor.valid(g));
-        if constexpr (layout == Layout::kPacked) {
+        if (layout == Layout::kPacked && g.plane % kUnit != 0) {
           r.template gate<1>(i) = passed;
         } else {
           a.mask[cursor.mask_offset] = passed;
@@ -318,7 +327,7 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
     }
   }
   if constexpr (layout == Layout::kPacked)
-    if (a.mask != nullptr) store_packed_mask(r, a.mask);
+    if (a.mask != nullptr && g.plane % kUnit != 0) store_packed_mask(r, a.mask);
   r.wait_at_end();
 }
 

@@ -3,9 +3,9 @@
 // A part is (member, channels, split). A thread owns one channel (contiguous data) or the eight of a unit
 // (channels_last) and walks over units of its part. Where parts begin and end depends on one member's sizes only.
 //
-// Planes that are no whole number of units (7 × 7, 14 × 14) may be packed: so many channels side by side that together
-// they are make a row, aligned as their whole. A thread then owns the eight columns of a unit, which belong to one
-// channel or two, and walks from batch row to batch row as in channels_last.
+// Small planes (8 × 8), and those that are no whole number of units (7 × 7, 14 × 14), may be packed: so many channels
+// side by side make a row that it is of whole units, and aligned as the batch rows are. A thread then owns the eight
+// columns of a unit, which belong to one channel or two, and walks from batch row to batch row as in channels_last.
 #pragma once
 
 #include <algorithm>
@@ -38,11 +38,21 @@ inline int access_bytes(int64_t row_values, int element_size, std::initializer_l
   return static_cast<int>(bits & -bits);
 }
 
-// The channels that packed planes are packed by; 0 if they are whole units, too small, or the channels do not divide.
-inline int packed_channels(const Sizes& s) {
-  if (s.channels_last || s.S < kUnit || s.S % kUnit == 0) return 0;
+constexpr int kPackedLanes = 128;  // units of a row, unless the least that is possible has more
+
+// The least channels that planes can be packed by, or 0: the planes are too small, or large and of whole units already,
+// or the channels do not divide.
+inline int least_packed(const Sizes& s) {
+  if (s.channels_last || s.S < kUnit || (s.S % kUnit == 0 && s.S > kPackedLanes * kUnit)) return 0;
   const int channels = kUnit / static_cast<int>(std::gcd(s.S, int64_t{kUnit}));
   return s.C % channels == 0 ? channels : 0;
+}
+
+// The most: a power of two times the least.
+inline int most_packed(const Sizes& s) {
+  int channels = least_packed(s);
+  while (channels > 0 && s.C % (2 * channels) == 0 && 2 * channels * s.S <= kPackedLanes * kUnit) channels *= 2;
+  return channels;
 }
 
 // A row of units has units_per_row units in contiguous data; in channels_last and of packed planes it is a single unit:
@@ -68,7 +78,7 @@ struct Geometry {
   Geometry(const Sizes& s, Layout layout, int lanes)
       : C(s.C), columns(s.columns()), n(s.n()), lanes(lanes), plane(static_cast<int>(s.S)), layout(layout) {
     const int64_t units = s.mask_row_bytes(), rows = s.channels_last ? s.n() : s.B;
-    part_channels = !by_column(layout) ? 1 : s.channels_last ? lanes * kUnit : packed_channels(s);
+    part_channels = !by_column(layout) ? 1 : lanes * kUnit / (s.channels_last ? 1 : plane);
     row_stride = s.channels_last ? s.C : s.C * s.S;
     mask_row_stride = s.channels_last ? units : s.C * units;
     member_stride = rows * row_stride;
@@ -145,6 +155,18 @@ struct Channels {
 
   // The channel of a column that is live, counted from `first`.
   __device__ __forceinline__ int channel_of(int column) const { return kPacked ? column >= turn : column; }
+  // results[j] = of(j) for each column j; of packed planes computed once a channel, in its first or last column.
+  template <class T, class Of>
+  __device__ __forceinline__ void fill(T (&results)[kCount], const Of& of) const {
+    if constexpr (kPacked) {
+      const T before = of(0), behind = of(kUnit - 1);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) results[j] = j < turn ? before : behind;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) results[j] = of(j);
+    }
+  }
   // Whether a column is the one to write its channel's results: of packed planes the first of those whose channel
   // begins with the unit, or the last of those whose channel begins within it.
   __device__ __forceinline__ bool stands_for_channel(int column) const {
@@ -170,7 +192,7 @@ struct Cursor {
     mask_offset = part.member * g.mask_member_stride + row * g.mask_row_stride;
     if constexpr (layout == Layout::kPacked) {
       offset += channels.first * g.plane + channels.within;
-      mask_offset += channels.first * (g.plane / kUnit + 1) + channels.within / kUnit;
+      mask_offset += channels.first * ((g.plane + kUnit - 1) / kUnit) + channels.within / kUnit;
     } else if constexpr (by_column(layout)) {
       offset += channels.first;
       mask_offset += channels.first / kUnit;
