@@ -6,19 +6,31 @@
 
 namespace latephase {
 
+// Channels side by side, one a column of a unit, of which `live` exist.
+struct Adjacent {
+  static constexpr bool kPacked = false;
+  int64_t first;
+  int live;
+};
+
 // What each column of a thread has of the values at `from`, one for each of the thread's channels, which no kernel
 // writes meanwhile; 0 for columns that are not live. By vectors where all are there and aligned.
 template <class T, int count, class Channels>
 __device__ __forceinline__ void read_channels(float (&values)[count], const T* from, const Channels& channels) {
-  if constexpr (count == kUnit && !Channels::kPacked) {
-    if (channels.live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-      const auto unit = Unit<T>::template load<16>(from, kUnit);
+  if constexpr (Channels::kPacked) {
+    channels.fill(values, [&](int j) { return j < channels.live ? widen(from[channels.channel_of(j)]) : 0; });
+  } else {
+    if constexpr (count == kUnit) {
+      if (channels.live == kUnit && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        const auto unit = Unit<T>::template load<16>(from, kUnit);
 #pragma unroll
-      for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
-      return;
+        for (int j = 0; j < kUnit; ++j) values[j] = unit.get(j);
+        return;
+      }
     }
+#pragma unroll
+    for (int j = 0; j < count; ++j) values[j] = j < channels.live ? widen(from[j]) : 0;
   }
-  channels.fill(values, [&](int j) { return j < channels.live ? widen(from[channels.channel_of(j)]) : 0; });
 }
 
 // Of scalar_t or float, [K, C] or [C], or absent.

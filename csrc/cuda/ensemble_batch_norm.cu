@@ -31,25 +31,19 @@ void with_width(int access_bytes, const Run& run) {
                      : run(std::integral_constant<Width, Width::kNarrow>{});
 }
 
-template <class Arguments, class Finish, class Kernel>
-void run_resident(const Launcher& launch, const Plan& plan, const Arguments& a, const Finish& finish,
-                  const Kernel& kernel) {
-  launch(kernel, plan.grid, a, plan.geometry, plan.iterations, finish);
-}
-
-// Launches a plan: the kernel of the resident tier, or that of virtual clusters with memory for their exchange.
+// Launches a plan: the kernel of the resident tier, that of packed planes, or that of virtual clusters with memory for
+// their exchange.
 template <class Arguments, class Finish, class Resident, class Virtual>
 void run_on_chip(const Launcher& launch, const Plan& plan, const Arguments& a, const Finish& finish, const Tensor& like,
-                 const Resident& resident, const Virtual& over_device) {
+                 const Resident& resident, const Resident& packed, const Virtual& over_device) {
+  const Geometry& g = plan.geometry;
   if (!plan.grid.cooperative) {
-    run_resident(launch, plan, a, finish, resident);
+    launch(g.layout == Layout::kPacked ? packed : resident, plan.grid, a, g, plan.iterations, finish);
     return;
   }
-  const int channels = plan.geometry.part_channels;
-  const Tensor memory =
-      empty(like, {Exchange::floats(plan.clusters, plan.geometry.splits, channels)}, ScalarType::Float);
-  const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, plan.geometry.splits, channels);
-  launch(over_device, plan.grid, a, plan.geometry, plan.iterations, finish, exchange);
+  const Tensor memory = empty(like, {Exchange::floats(plan.clusters, g.splits, g.part_channels)}, ScalarType::Float);
+  const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, g.splits, g.part_channels);
+  launch(over_device, plan.grid, a, g, plan.iterations, finish, exchange);
 }
 
 template <class scalar_t, Layout layout>
@@ -70,13 +64,8 @@ void run_forward(const Forward& f) {
       plan->geometry.access_bytes = access_bytes(plan->geometry.row_values(), sizeof(scalar_t), {a.x, a.residual, a.y});
       with_width(plan->geometry.access_bytes, [&](auto width) {
         constexpr Width kWidth = decltype(width)::value;
-        if constexpr (layout == Layout::kContiguous) {
-          if (plan->geometry.layout == Layout::kPacked) {
-            run_resident(launch, *plan, a, finish, resident_forward_kernel<scalar_t, Layout::kPacked, kWidth>);
-            return;
-          }
-        }
         run_on_chip(launch, *plan, a, finish, *f.like, resident_forward_kernel<scalar_t, layout, kWidth>,
+                    resident_forward_kernel<scalar_t, Layout::kPacked, kWidth>,
                     virtual_forward_kernel<scalar_t, layout, kWidth>);
       });
       return;
@@ -114,13 +103,8 @@ void run_backward(const Backward& b) {
           access_bytes(plan->geometry.row_values(), sizeof(scalar_t), {a.dy, a.x, a.dx, a.dresidual});
       with_width(plan->geometry.access_bytes, [&](auto width) {
         constexpr Width kWidth = decltype(width)::value;
-        if constexpr (layout == Layout::kContiguous) {
-          if (plan->geometry.layout == Layout::kPacked) {
-            run_resident(launch, *plan, a, finish, resident_backward_kernel<scalar_t, Layout::kPacked, kWidth>);
-            return;
-          }
-        }
         run_on_chip(launch, *plan, a, finish, *b.like, resident_backward_kernel<scalar_t, layout, kWidth>,
+                    resident_backward_kernel<scalar_t, Layout::kPacked, kWidth>,
                     virtual_backward_kernel<scalar_t, layout, kWidth>);
       });
       return;

@@ -13,11 +13,11 @@
 //
 // the first three with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then
 // one; in channels_last all but the last with rows of 128 bytes, then of 64. Planes that can be packed are, if that
-// fits a block or a cluster: with three blocks on a multiprocessor (of its threads a quarter is often too few for a
-// row), then two, then one, and of as many channels as fit. Of a virtual cluster only the number of blocks is planned,
-// from the device alone; how many clusters there are depends on the number of groups as well. All of it depends on one
-// member's sizes, the type, the layout, the direction and the device, never on the number of members: member k of an
-// ensemble is computed as it would be alone.
+// fits a block or a cluster, with as many channels as fit; with three blocks on a multiprocessor, not four: of 128
+// threads a row of 98 units leaves a quarter idle, and their memory. Of a virtual cluster only the number of blocks is
+// planned, from the device alone; how many clusters there are depends on the number of groups as well. All of it
+// depends on one member's sizes, the type, the layout, the direction and the device, never on the number of members:
+// member k of an ensemble is computed as it would be alone.
 #pragma once
 
 #include <cstdlib>
@@ -43,11 +43,11 @@ struct Plan {
   int clusters = 0;  // virtual ones
 };
 
-// Whether a block has gates in shared memory, a byte a slot: backward, and forward where packed planes share bytes.
-LATEPHASE_HOST_DEVICE bool has_gates(Layout layout, int operands) { return operands == 2 || layout == Layout::kPacked; }
+// Whether a block has gates in shared memory, a byte a slot.
+LATEPHASE_HOST_DEVICE bool has_gates(const Geometry& g, int operands) { return operands == 2 || g.mask_crosses_units; }
 
-// Floats that the sums of a block's threads need, two a channel: those of warps, or of packed planes two of each
-// thread.
+// Floats that the sums of a block's threads need: two a channel of each warp, or of packed planes four of each thread,
+// on either side of the turn.
 LATEPHASE_HOST_DEVICE int threads_sums(Layout layout, int threads, int part_channels) {
   return layout == Layout::kPacked ? threads * 4 : threads / kWarp * part_channels * 2;
 }
@@ -60,32 +60,25 @@ inline int64_t resident_bytes(const Plan& plan, int element_size, int operands) 
   const int64_t slots = int64_t{plan.iterations} * threads, parts = threads / g.threads;
   const int64_t sums = (threads_sums(g.layout, threads, channels) + (2 + parts) * channels * 2) * sizeof(float);
   const int64_t merging = (helpers_of(threads, channels) + 1) * channels * int64_t{sizeof(Moments<1>)};
-  return slots * kUnit * element_size * operands + (has_gates(g.layout, operands) ? slots : 0) +
-         std::max(sums, merging);
+  return slots * kUnit * element_size * operands + (has_gates(g, operands) ? slots : 0) + std::max(sums, merging);
 }
 
 // A part cut over a cluster, with at most this many threads a block.
-inline Plan resident_plan(const Sizes& s, int lanes, int cluster, int max_threads, int element_size, int operands) {
-  Plan plan{Geometry(s, unpacked(s), lanes), 0, {}};
+inline Plan resident_plan(const Sizes& s, Layout layout, int lanes, int cluster, int max_threads, int element_size,
+                          int operands) {
+  Plan plan{Geometry(s, layout, lanes), 0, {}};
   Geometry& g = plan.geometry;
-  const int64_t units = divide_up(g.positions, cluster) * lanes;
-  g.cut(cluster, round_up_to_power_of_two(divide_up(units, kUnitsPerThread), kWarp, max_threads));
-  const int parts = s.channels_last || cluster > 1 ? 1 : std::max(1, kMinBlockThreads / g.threads);
+  const int64_t positions = divide_up(g.positions, cluster);
+  int parts = 1;
+  if (layout == Layout::kPacked) {  // as many whole rows as there are threads for
+    const int64_t rows = std::min<int64_t>(max_threads / lanes, divide_up(positions, kUnitsPerThread));
+    g.cut(cluster, static_cast<int>(divide_up(rows * lanes, kWarp) * kWarp));
+  } else {
+    g.cut(cluster, round_up_to_power_of_two(divide_up(positions * lanes, kUnitsPerThread), kWarp, max_threads));
+    if (layout == Layout::kContiguous && cluster == 1) parts = std::max(1, kMinBlockThreads / g.threads);
+  }
   plan.iterations = static_cast<int>(divide_up(g.positions_per_split, g.workers));
   plan.grid = {divide_up(g.parts, parts), g.threads * parts, 0, cluster};
-  plan.grid.shared_bytes = resident_bytes(plan, element_size, operands);
-  return plan;
-}
-
-// The same of packed planes.
-inline Plan packed_plan(const Sizes& s, int lanes, int cluster, int max_threads, int element_size, int operands) {
-  Plan plan{Geometry(s, Layout::kPacked, lanes), 0, {}};
-  Geometry& g = plan.geometry;
-  const int64_t rows = divide_up(g.positions, cluster);
-  const int64_t workers = std::min<int64_t>(max_threads / lanes, divide_up(rows, kUnitsPerThread));
-  g.cut(cluster, static_cast<int>(divide_up(workers * lanes, kWarp) * kWarp));
-  plan.iterations = static_cast<int>(divide_up(g.positions_per_split, g.workers));
-  plan.grid = {g.parts, g.threads, 0, cluster};
   plan.grid.shared_bytes = resident_bytes(plan, element_size, operands);
   return plan;
 }
@@ -96,7 +89,7 @@ inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int64_t budge
   const int64_t values = s.n() * (s.channels_last ? lanes * kUnit : 1);
   if (budget == 0 || values * element_size * operands > budget * blocks) return std::nullopt;
   const auto cut = [&](int64_t splits) {
-    return resident_plan(s, lanes, static_cast<int>(splits), kVirtualThreads, element_size, operands);
+    return resident_plan(s, unpacked(s), lanes, static_cast<int>(splits), kVirtualThreads, element_size, operands);
   };
   for (int64_t splits = std::max<int64_t>(2, divide_up(values * element_size * operands, budget)); splits <= blocks;
        ++splits) {
@@ -129,30 +122,29 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
   const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
   const int64_t blocks_of_device = device.cooperative_blocks - (margin != nullptr ? std::atoll(margin) : 0);
-  for (const int blocks : {3, 2, 1}) {
-    const int64_t budget = std::min(most, device.shared_bytes(blocks));
-    const int threads = resident_threads(Layout::kPacked) / blocks / kWarp * kWarp;
-    for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-      for (int channels = most_packed(s); channels >= std::max(1, least_packed(s)); channels /= 2) {
-        const int64_t lanes = channels * s.S / kUnit;
-        if (lanes > threads || divide_up(s.B, cluster) * lanes * kUnit * element_size * operands > budget) continue;
-        const Plan plan = packed_plan(s, static_cast<int>(lanes), cluster, threads, element_size, operands);
-        if (plan.grid.shared_bytes <= budget) return plan;
+  const auto resident = [&](Layout layout, int most_lanes, int least_lanes) -> std::optional<Plan> {
+    const int64_t rows = layout == Layout::kPacked ? s.B : s.n();
+    for (const int blocks : {layout == Layout::kPacked ? 3 : 4, 2, 1}) {  // on a multiprocessor
+      const int64_t budget = std::min(most, device.shared_bytes(blocks));
+      const int threads = resident_threads(layout) / blocks / kWarp * kWarp;
+      for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
+        for (int lanes = most_lanes; lanes >= least_lanes; lanes /= 2) {
+          const int64_t values = divide_up(rows, cluster) * (by_column(layout) ? lanes * kUnit : 1);
+          if (lanes > threads || values * element_size * operands > budget) continue;
+          const Plan plan = resident_plan(s, layout, lanes, cluster, threads, element_size, operands);
+          if (plan.grid.shared_bytes <= budget) return plan;
+        }
       }
     }
+    return std::nullopt;
+  };
+  if (const int least = least_packed(s)) {
+    const int lanes = static_cast<int>(least * s.S / kUnit);
+    if (auto plan = resident(Layout::kPacked, lanes * (most_packed(s) / least), lanes)) return plan;
   }
   for (const int row_bytes : {128, 64}) {
     const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));
-    for (const int blocks : {4, 2, 1}) {  // on a multiprocessor
-      const int64_t budget = std::min(most, device.shared_bytes(blocks));
-      for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-        const int64_t values = divide_up(s.n(), cluster) * (s.channels_last ? lanes * kUnit : 1);
-        if (values * element_size * operands > budget) continue;
-        const Plan plan =
-            resident_plan(s, lanes, cluster, resident_threads(unpacked(s)) / blocks, element_size, operands);
-        if (plan.grid.shared_bytes <= budget) return plan;
-      }
-    }
+    if (auto plan = resident(unpacked(s), lanes, lanes)) return plan;
     if (auto plan = virtual_plan(s, lanes, most, element_size, operands, blocks_of_device)) return plan;
     if (!s.channels_last) break;
   }

@@ -49,7 +49,7 @@ struct Resident {
   }
   template <int operands>
   __device__ float* sums() const {
-    const int gates = has_gates(layout, operands) ? iterations * static_cast<int>(blockDim.x) : 0;
+    const int gates = has_gates(g, operands) ? iterations * static_cast<int>(blockDim.x) : 0;
     return reinterpret_cast<float*>(memory() + operands * operand_bytes() + gates);
   }
 
@@ -146,20 +146,28 @@ struct Resident {
       of_threads[(2 * k + 1) * threads + threadIdx.x] = behind;
     }
     __syncthreads();
-    constexpr int team = 8;  // threads that add up a sum together
-    const int rank = threadIdx.x % team, items = g.part_channels * each;
-    for (int first = 0; first < items; first += threads / team) {
-      const int i = first + threadIdx.x / team;
-      const int begin = i / each * g.plane, end = begin + g.plane;
-      float sum = 0;
-      for (int lane = begin / kUnit + rank; i < items && lane * kUnit < end; lane += team) {
-        const int place = 2 * (i % each) + (lane * kUnit < begin);  // behind the turn if the channel begins in the unit
-        const float* of_lane = of_threads + place * threads + lane;
-        for (int worker = 0; worker < g.workers; ++worker) sum += of_lane[worker * g.lanes];
-      }
+    const int sums = g.part_channels * each;
+    const auto add_up_in_teams = [&](auto size) {
+      constexpr int team = decltype(size)::value;  // threads that add up a sum together
+      const int rank = threadIdx.x % team;
+      for (int first = 0; first < sums; first += threads / team) {
+        const int i = first + threadIdx.x / team;
+        const int begin = i / each * g.plane, end = begin + g.plane;
+        float sum = 0;
+        for (int lane = begin / kUnit + rank; i < sums && lane * kUnit < end; lane += team) {
+          const int place = 2 * (i % each) + (lane * kUnit < begin);  // behind the turn if it begins in the unit
+          const float* of_lane = of_threads + place * threads + lane;
+          for (int worker = 0; worker < g.workers; ++worker) sum += of_lane[worker * g.lanes];
+        }
 #pragma unroll
-      for (int offset = team / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
-      if (rank == 0 && i < items) of_channels[i] = sum;
+        for (int offset = team / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(~0u, sum, offset);
+        if (rank == 0 && i < sums) of_channels[i] = sum;
+      }
+    };
+    if (sums * kWarp <= threads) {
+      add_up_in_teams(std::integral_constant<int, kWarp>{});
+    } else {
+      add_up_in_teams(std::integral_constant<int, 8>{});
     }
   }
 };
@@ -195,7 +203,7 @@ constexpr int kGateBatch = 8;  // the same, of bits of the gate
 // Of the mask of packed planes, in which each plane begins with a byte of its own: from a unit's first to the next
 // plane.
 __device__ __forceinline__ int bytes_to_next_plane(const Geometry& g, const Channels<Layout::kPacked>& channels) {
-  return (g.plane + kUnit - 1) / kUnit - channels.within / kUnit;
+  return g.mask_plane - channels.within / kUnit;
 }
 
 // ---------------------------------------------------------------------------------------------- forward
@@ -317,7 +325,7 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
       store<width>(r, 0, i, y, a.y, cursor);
       if (a.mask != nullptr && cursor.more()) {
         const uint32_t passed = y.nonzero(cursor.valid(g));
-        if (layout == Layout::kPacked && g.plane % kUnit != 0) {
+        if (layout == Layout::kPacked && g.mask_crosses_units) {
           r.template gate<1>(i) = passed;
         } else {
           a.mask[cursor.mask_offset] = passed;
@@ -327,7 +335,7 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
     }
   }
   if constexpr (layout == Layout::kPacked)
-    if (a.mask != nullptr && g.plane % kUnit != 0) store_packed_mask(r, a.mask);
+    if (a.mask != nullptr && g.mask_crosses_units) store_packed_mask(r, a.mask);
   r.wait_at_end();
 }
 
@@ -355,7 +363,7 @@ __device__ __forceinline__ void fetch_gate(const Resident<scalar_t, layout>& r, 
     fetch_with([&](const uint8_t* from) {
       uint32_t bits = __ldg(from);
       if (shift + turn > kUnit) bits |= __ldg(from + 1) << kUnit;
-      bits >>= shift;
+      bits = bits >> shift & ((1 << turn) - 1);
       if (turn < kUnit) bits |= __ldg(from + next_plane) << turn;
       return bits & 0xff;
     });

@@ -35,7 +35,7 @@ struct Traversal {
   __device__ Traversal(const Geometry& g, int iterations, const Exchange& exchange)
       : g(g),
         iterations(iterations),
-        cluster(exchange, g.splits, g.lanes * kCount),
+        cluster(exchange, g.splits, g.part_channels),
         group(cluster.index),
         groups(g.parts / g.splits) {}
 

@@ -38,14 +38,18 @@ inline int access_bytes(int64_t row_values, int element_size, std::initializer_l
   return static_cast<int>(bits & -bits);
 }
 
-constexpr int kPackedLanes = 128;  // units of a row, unless the least that is possible has more
+constexpr int kPackedLanes = 128;      // units of a row, unless the least that is possible has more
+constexpr int kMostPackedLanes = 512;  // threads of a block
+constexpr int kPackedRows = 12;        // of a larger plane of whole units, at least: with fewer a thread has too little
 
-// The least channels that planes can be packed by, or 0: the planes are too small, or large and of whole units already,
-// or the channels do not divide.
+// The least channels that planes can be packed by, or 0: a plane is smaller than a unit, or a row too long, or the
+// channels do not divide; or the planes are whole units and no smaller than a warp of them, and are better left so.
 inline int least_packed(const Sizes& s) {
-  if (s.channels_last || s.S < kUnit || (s.S % kUnit == 0 && s.S > kPackedLanes * kUnit)) return 0;
   const int channels = kUnit / static_cast<int>(std::gcd(s.S, int64_t{kUnit}));
-  return s.C % channels == 0 ? channels : 0;
+  if (s.channels_last || s.S < kUnit || s.S > kMostPackedLanes * kUnit / channels || s.C % channels != 0) return 0;
+  constexpr int warp = 32 * kUnit;
+  if (channels == 1 && s.S >= warp && (s.S % warp != 0 || s.S > kPackedLanes * kUnit || s.B < kPackedRows)) return 0;
+  return channels;
 }
 
 // The most: a power of two times the least.
@@ -63,9 +67,10 @@ struct Geometry {
   int64_t member_stride, mask_member_stride;  // ... and between members
   int64_t positions, parts;
   int splits, channel_blocks, lanes, workers;
-  int part_channels;  // of a part
-  int plane;          // values of a plane
+  int part_channels;  // of a part that has all it can have
   Layout layout;
+  int plane, mask_plane;                   // values of a packed plane, bytes of its mask
+  bool mask_crosses_units;                 // a byte of the mask has bits of two units
   int threads;                             // of a part
   int positions_per_split, units_per_row;  // data for which these are too large fits no device
   int last_unit;                           // values of a row's last unit
@@ -76,8 +81,10 @@ struct Geometry {
 
   // Of `lanes` units side by side a part; cut() completes it.
   Geometry(const Sizes& s, Layout layout, int lanes)
-      : C(s.C), columns(s.columns()), n(s.n()), lanes(lanes), plane(static_cast<int>(s.S)), layout(layout) {
+      : C(s.C), columns(s.columns()), n(s.n()), lanes(lanes), layout(layout) {
     const int64_t units = s.mask_row_bytes(), rows = s.channels_last ? s.n() : s.B;
+    plane = static_cast<int>(s.S), mask_plane = static_cast<int>(units);
+    mask_crosses_units = layout == Layout::kPacked && plane % kUnit != 0;
     part_channels = !by_column(layout) ? 1 : lanes * kUnit / (s.channels_last ? 1 : plane);
     row_stride = s.channels_last ? s.C : s.C * s.S;
     mask_row_stride = s.channels_last ? units : s.C * units;
@@ -192,7 +199,7 @@ struct Cursor {
     mask_offset = part.member * g.mask_member_stride + row * g.mask_row_stride;
     if constexpr (layout == Layout::kPacked) {
       offset += channels.first * g.plane + channels.within;
-      mask_offset += channels.first * ((g.plane + kUnit - 1) / kUnit) + channels.within / kUnit;
+      mask_offset += channels.first * g.mask_plane + channels.within / kUnit;
     } else if constexpr (by_column(layout)) {
       offset += channels.first;
       mask_offset += channels.first / kUnit;

@@ -30,6 +30,14 @@ struct Formula {
   __device__ Formula(const Arguments<scalar_t>& a, const Walk& w, const Part& part, const Cursor<long_runs>& cursor)
       : relu(a.relu) {
     const int64_t column = long_runs ? part.part * w.S : Cursor<long_runs>::first_column(w, part);
+    if constexpr (!long_runs) {
+      if (w.S == 1) {
+        const Adjacent channels{column, cursor.live_columns};
+        a.gain.template read<scalar_t>(gain, part.member, channels, 1);
+        a.bias.template read<scalar_t>(bias, part.member, channels, -0.0f);
+        return;
+      }
+    }
     int64_t channel = column / w.S, next_run = (channel + 1) * w.S - column;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -111,13 +119,14 @@ __device__ void conclude(const Sums<1>& mine, const Walk& w, const Part& part, c
 // The end of a backward block that has columns side by side: sums of columns become sums of channels. A channel may
 // lie in several such blocks; its `run_blocks` places are counted from the first of them.
 __device__ void conclude(const Sums<kUnit>& mine, const Walk& w, const Part& part, const Destination& to) {
-  __shared__ float first[kWarp * kUnit], second[kWarp * kUnit];
-  const Sums<kUnit> merged = block_reduce<Sums<kUnit>, kWarp>(mine, w.lanes);
+  constexpr int apart = kWarp + kUnit / 2;  // the columns of a unit, so that 32 side by side are in banks of their own
+  __shared__ float first[kUnit * apart], second[kUnit * apart];
+  const Sums<kUnit> merged = block_reduce<Sums<kUnit>, kWarp, kShortRunThreads>(mine, w.lanes);
   if (threadIdx.x < w.lanes) {
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
-      first[threadIdx.x * kUnit + j] = merged.first[j];
-      second[threadIdx.x * kUnit + j] = merged.second[j];
+      first[j * apart + threadIdx.x] = merged.first[j];
+      second[j * apart + threadIdx.x] = merged.second[j];
     }
   }
   __syncthreads();
@@ -131,7 +140,8 @@ __device__ void conclude(const Sums<kUnit>& mine, const Walk& w, const Part& par
     if (channel <= last_channel) {
       const int64_t run_end = min((channel + 1) * w.S, end);
       for (int64_t column = max(channel * w.S, begin) + threadIdx.x % group; column < run_end; column += group) {
-        sums.merge({{first[column - begin]}, {second[column - begin]}});
+        const int64_t place = (column - begin) % kUnit * apart + (column - begin) / kUnit;
+        sums.merge({{first[place]}, {second[place]}});
       }
     }
     for (int offset = group / 2; offset > 0; offset /= 2) sums.merge(sums.shuffled_down(offset));

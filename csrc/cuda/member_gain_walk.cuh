@@ -17,7 +17,9 @@ namespace latephase::member_gain {
 
 constexpr int64_t kTargetBlocks = 512;  // that a member is split into, if it is large enough
 constexpr int kTileBytes = 32;          // of x, and of dy, that a thread has in flight
-constexpr int kMinTilesPerSplit = 4;
+constexpr int kMinTilesPerSplit = 8;
+constexpr int kUnitsPerThread = 8;     // wished for, at least
+constexpr int kShortRunThreads = 128;  // of a block, at most: the memory that sums of columns meet in grows with it
 constexpr int64_t kLongRun = 128;      // values
 constexpr int64_t kLongestRun = 1024;  // beyond it a run is long even where it is badly aligned
 
@@ -47,17 +49,17 @@ struct Walk {
   Walk(const Sizes& s, bool long_runs, int element_size, std::initializer_list<const void*> operands) {
     C = s.C, S = s.S;
     row_stride = s.C * s.S, member_stride = s.B * row_stride;
-    const int tile = kTileBytes / (kUnit * element_size);
+    const int tile = kTileBytes / (kUnit * element_size), max_threads = long_runs ? kMaxThreads : kShortRunThreads;
     const int64_t row_units = divide_up(row_stride, kUnit);
     units_per_run = long_runs ? divide_up(s.S, kUnit) : 1;
     positions = s.B * units_per_run;
     lanes = long_runs ? 1 : round_up_to_power_of_two(row_units, 1, kWarp);
     parts = long_runs ? s.C : divide_up(row_units, lanes);
-    const int64_t smallest_split = int64_t{kMaxThreads} / lanes * tile * kMinTilesPerSplit;
+    const int64_t smallest_split = int64_t{max_threads} / lanes * tile * kMinTilesPerSplit;
     splits = static_cast<int>(
         std::min(divide_up(kTargetBlocks, parts), std::max(int64_t{1}, divide_up(positions, smallest_split))));
     positions_per_split = divide_up(positions, splits);
-    threads = round_up_to_power_of_two(lanes * divide_up(positions_per_split, tile), kWarp, kMaxThreads);
+    threads = round_up_to_power_of_two(lanes * divide_up(positions_per_split, kUnitsPerThread), kWarp, max_threads);
     workers = threads / lanes;
     step_rows = workers / units_per_run;
     step_units = workers % units_per_run;

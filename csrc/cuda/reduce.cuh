@@ -96,17 +96,27 @@ __device__ T warp_reduce(T value, int lanes) {
 }
 
 // Merges the values of the threads that are equal modulo `lanes`; valid in threads 0 … lanes − 1. The block is made of
-// whole warps. Once a kernel: the shared memory is not reusable.
-template <class T, int max_lanes>
+// whole warps. Once a kernel: the shared memory is not reusable. The floats of a value lie apart there, those of lanes
+// side by side: no two lanes meet in a bank.
+template <class T, int max_lanes, int max_threads = kMaxThreads>
 __device__ T block_reduce(T value, int lanes) {
-  __shared__ T warps[kMaxThreads / kWarp * max_lanes];
+  constexpr int floats = sizeof(T) / sizeof(float);
+  __shared__ float shared[floats * (max_threads / kWarp) * max_lanes];
   value = warp_reduce(value, lanes);
   if (blockDim.x == kWarp) return value;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (lane < lanes) warps[warp * lanes + lane] = value;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, apart = blockDim.x / kWarp * lanes;
+  if (lane < lanes)
+#pragma unroll
+    for (int i = 0; i < floats; ++i)
+      shared[i * apart + warp * lanes + lane] = reinterpret_cast<const float*>(&value)[i];
   __syncthreads();
   if (threadIdx.x < lanes) {
-    for (int other = 1; other < blockDim.x / kWarp; ++other) value.merge(warps[other * lanes + lane]);
+    for (int other = 1; other < blockDim.x / kWarp; ++other) {
+      T found;
+#pragma unroll
+      for (int i = 0; i < floats; ++i) reinterpret_cast<float*>(&found)[i] = shared[i * apart + other * lanes + lane];
+      value.merge(found);
+    }
   }
   return value;
 }
