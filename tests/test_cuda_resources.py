@@ -34,7 +34,7 @@ RESIDENT_CONTIGUOUS_THREADS = 1024
 # Bytes of static shared memory: what block_reduce needs, and none where a plan counts the bytes of a block.
 STREAMING_SHARED_BYTES = 8 * 8 * 17 * 4
 GAIN_BACKWARD_SHARED_BYTES = 8 * 1024 + 2 * 8 * 36 * 4
-FOLD_BACKWARD_SHARED_BYTES = 16 * 1024
+FOLD_BACKWARD_SHARED_BYTES = 2 * 8 * 8 * 36 * 4
 RESERVED_SHARED_BYTES = 1024  # of every block, by the system
 # Of a device: shared memory of a multiprocessor and of a block at most, the system's share of a block, the largest
 # cluster, multiprocessors; and the threads of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).

@@ -11,6 +11,7 @@ namespace latephase::rank1_linear {
 namespace {
 
 constexpr int kMembersOfThread = 4;  // whose weights a thread folds from one read of W
+constexpr int kRowsOfThread = 2;     // for one read of a member's input gains
 constexpr int kRowsOfWarp = 2, kRowsOfBlock = kRowsOfWarp * kMaxThreads / kWarp;
 constexpr int kColumnsOfBlock = kWarp * kUnit;
 
@@ -36,24 +37,33 @@ struct Arguments {
 template <class scalar_t, bool own_type>
 using weight_of = std::conditional_t<own_type, scalar_t, float>;
 
-// A thread has eight columns of one row of W, for some members.
+// A thread has eight columns of some rows of W, for some members.
 template <class scalar_t, bool own_type>
 __global__ void __launch_bounds__(kMaxThreads)
     fold_kernel(Arguments<weight_of<scalar_t, own_type>> a, Rows<scalar_t> folded) {
-  const int64_t units = units_of(a.in), blocks = divide_up(a.out * units, kMaxThreads);
+  const int64_t units = units_of(a.in), threads = divide_up(a.out, kRowsOfThread) * units;
+  const int64_t blocks = divide_up(threads, kMaxThreads);
   const int64_t index = blockIdx.x % blocks * kMaxThreads + threadIdx.x;
-  if (index >= a.out * units) return;
-  const int64_t row = index / units, column = index % units * kUnit;
+  if (index >= threads) return;
+  const int64_t first_row = index / units * kRowsOfThread, column = index % units * kUnit;
   const int valid = static_cast<int>(min(a.in - column, int64_t{kUnit}));
-  const auto weight = a.weight.load(row * a.in + column, valid);
+  Unit<weight_of<scalar_t, own_type>> weight[kRowsOfThread];
+#pragma unroll
+  for (int i = 0; i < kRowsOfThread; ++i)
+    weight[i] = a.weight.load((first_row + i) * a.in + column, first_row + i < a.out ? valid : 0);
   const int64_t first = blockIdx.x / blocks * kMembersOfThread, last = min(first + kMembersOfThread, a.K);
   for (int64_t k = first; k < last; ++k) {
     const auto s = a.input_gain.load(k * a.in + column, valid);
-    const float r = a.output_gain[k * a.out + row];
-    float values[kUnit];
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) values[j] = weight.get(j) * s.get(j) * r;
-    folded.store((k * a.out + row) * a.in + column, valid, values);
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const int64_t row = first_row + i;
+      if (row >= a.out) break;
+      const float r = a.output_gain[k * a.out + row];
+      float values[kUnit];
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) values[j] = weight[i].get(j) * s.get(j) * r;
+      folded.store((k * a.out + row) * a.in + column, valid, values);
+    }
   }
 }
 
@@ -70,7 +80,8 @@ template <class scalar_t, bool own_type>
 __global__ void __launch_bounds__(kMaxThreads)
     fold_backward_kernel(Arguments<weight_of<scalar_t, own_type>> a, Rows<scalar_t> products, Rows<float> dweight,
                          Partials to) {
-  __shared__ float warps[2][kMaxThreads / kWarp][kColumnsOfBlock];
+  constexpr int apart = kWarp + kUnit / 2;  // the columns of a unit, so that 32 side by side are in banks of their own
+  __shared__ float warps[2][kMaxThreads / kWarp][kUnit * apart];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t column_blocks = divide_up(a.in, kColumnsOfBlock);
   const int64_t row_block = blockIdx.x / column_blocks, column_block = blockIdx.x % column_blocks;
@@ -116,13 +127,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (lane == 0 && row < a.out) to.dr[(column_block * a.K + k) * a.out + row] = row_sum;
     }
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) warps[k % 2][warp][lane * kUnit + j] = column_sums[j];
+    for (int j = 0; j < kUnit; ++j) warps[k % 2][warp][j * apart + lane] = column_sums[j];
     __syncthreads();  // one a member: the other half of `warps` is written next
     const int64_t mine = first_column + threadIdx.x;
     if (mine < a.in) {
       float sum = 0;
 #pragma unroll
-      for (int other = 0; other < kMaxThreads / kWarp; ++other) sum += warps[k % 2][other][threadIdx.x];
+      for (int other = 0; other < kMaxThreads / kWarp; ++other)
+        sum += warps[k % 2][other][threadIdx.x % kUnit * apart + threadIdx.x / kUnit];
       to.ds[(row_block * a.K + k) * a.in + mine] = sum;
     }
   }
@@ -176,12 +188,12 @@ void with_types(const Weights& w, const Run& run) {
 
 struct Cuda {
   static void fold(const Fold& call) {
-    const int64_t units = call.out * units_of(call.in);
-    if (call.K * units == 0) return;
+    const int64_t threads = divide_up(call.out, kRowsOfThread) * units_of(call.in);
+    if (call.K * threads == 0) return;
     with_types(call, [&](auto type, auto own) {
       using scalar_t = decltype(type);
       const Arguments<weight_of<scalar_t, own>> arguments(call);
-      const Grid grid{divide_up(units, kMaxThreads) * divide_up(call.K, kMembersOfThread), kMaxThreads};
+      const Grid grid{divide_up(threads, kMaxThreads) * divide_up(call.K, kMembersOfThread), kMaxThreads};
       Launcher{*call.like}(fold_kernel<scalar_t, own>, grid, arguments, Rows<scalar_t>(call.folded, call.in));
     });
   }

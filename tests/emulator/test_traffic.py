@@ -131,3 +131,21 @@ def test_gains_move_each_byte_once(shape, layout, dtype):
     assert back.different_stored <= 1.04 * sectors(x)
     assert back.wavefronts <= 1.3 * back.least_wavefronts
     assert max(there.instructions / 22, back.instructions / 42) * 32 <= x.numel()  # of PTX for a value
+
+
+def test_folded_weights_are_written_once_and_their_products_read_once():
+    K, out, inputs = 4, 96, 512
+    weight, s, r = (
+        normal((out, inputs), torch.bfloat16),
+        normal((K, inputs), torch.float32),
+        normal((K, out), torch.float32),
+    )
+    folded = torch.empty(K, out, inputs, dtype=torch.bfloat16, device="cuda")
+    _, there = counted(lambda: registry.op(registry.NATIVE, "rank1_fold")(weight, s, r, folded))
+    assert there.different_stored == sectors(folded) and there.different_loaded <= 1.02 * sectors(weight, s, r)
+    assert there.loaded <= 2.5 * sectors(folded)  # a member's gains for every second row, from L1
+    backward = registry.op(registry.NATIVE, "rank1_fold_backward")
+    dweight = torch.zeros(out, inputs, device="cuda")
+    _, back = counted(lambda: backward(folded, weight, s, r, dweight))
+    assert back.different_loaded <= 1.1 * sectors(folded, weight, s, r, dweight)  # partial sums beside
+    assert back.wavefronts <= 1.1 * back.least_wavefronts
