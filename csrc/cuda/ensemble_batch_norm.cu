@@ -3,7 +3,8 @@
 //
 //   _plan.cuh       which tier, and how the groups are cut       _walk.cuh       how threads walk over the data
 //   _resident.cuh   on chip: one read, one launch                _virtual.cuh    the same, over the whole device
-//   _streaming.cuh  groups of any size                           _formulas.cuh   the mathematics, once for all tiers
+//   _streaming.cuh  groups of any size                           _block.cuh      what a block keeps on chip
+//   _formulas.cuh   the mathematics, once for all tiers
 #include "../ensemble_batch_norm.h"
 #include "ensemble_batch_norm_resident.cuh"
 #include "ensemble_batch_norm_streaming.cuh"

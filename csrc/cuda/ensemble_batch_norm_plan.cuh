@@ -122,6 +122,7 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
   const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
   const int64_t blocks_of_device = device.cooperative_blocks - (margin != nullptr ? std::atoll(margin) : 0);
+  // With as many blocks on a multiprocessor as possible, then as few to a cluster, then as many lanes.
   const auto resident = [&](Layout layout, int most_lanes, int least_lanes) -> std::optional<Plan> {
     const int64_t rows = layout == Layout::kPacked ? s.B : s.n();
     for (const int blocks : {layout == Layout::kPacked ? 3 : 4, 2, 1}) {  // on a multiprocessor
@@ -139,8 +140,8 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
     return std::nullopt;
   };
   if (const int least = least_packed(s)) {
-    const int lanes = static_cast<int>(least * s.S / kUnit);
-    if (auto plan = resident(Layout::kPacked, lanes * (most_packed(s) / least), lanes)) return plan;
+    const auto lanes_of_row = [&](int channels) { return static_cast<int>(channels * s.S / kUnit); };
+    if (auto plan = resident(Layout::kPacked, lanes_of_row(most_packed(s, least)), lanes_of_row(least))) return plan;
   }
   for (const int row_bytes : {128, 64}) {
     const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));

@@ -12,6 +12,7 @@
 #include <numeric>
 
 #include "../ensemble_batch_norm_arguments.h"
+#include "../host_device.h"
 #include "unit.cuh"
 
 namespace latephase::ensemble_batch_norm {
@@ -22,14 +23,6 @@ enum class Layout { kContiguous, kChannelsLast, kPacked };
 LATEPHASE_HOST_DEVICE constexpr bool by_column(Layout layout) { return layout != Layout::kContiguous; }
 
 inline Layout unpacked(const Sizes& s) { return s.channels_last ? Layout::kChannelsLast : Layout::kContiguous; }
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int round_up_to_power_of_two(int64_t value, int low, int high) {
-  int power = low;
-  while (power < high && power < value) power *= 2;
-  return power;
-}
 
 // The widest access, at most 16 bytes, that every row, of so many values, of every operand is aligned to.
 inline int access_bytes(int64_t row_values, int element_size, std::initializer_list<const void*> operands) {
@@ -52,10 +45,10 @@ inline int least_packed(const Sizes& s) {
   return channels;
 }
 
-// The most: a power of two times the least.
-inline int most_packed(const Sizes& s) {
-  int channels = least_packed(s);
-  while (channels > 0 && s.C % (2 * channels) == 0 && 2 * channels * s.S <= kPackedLanes * kUnit) channels *= 2;
+// The most: the least, doubled while the channels divide and a row is not too long.
+inline int most_packed(const Sizes& s, int least) {
+  int channels = least;
+  while (s.C % (2 * channels) == 0 && 2 * channels * s.S <= kPackedLanes * kUnit) channels *= 2;
   return channels;
 }
 

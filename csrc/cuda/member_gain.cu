@@ -119,14 +119,13 @@ __device__ void conclude(const Sums<1>& mine, const Walk& w, const Part& part, c
 // The end of a backward block that has columns side by side: sums of columns become sums of channels. A channel may
 // lie in several such blocks; its `run_blocks` places are counted from the first of them.
 __device__ void conclude(const Sums<kUnit>& mine, const Walk& w, const Part& part, const Destination& to) {
-  constexpr int apart = kWarp + kUnit / 2;  // the columns of a unit, so that 32 side by side are in banks of their own
-  __shared__ float first[kUnit * apart], second[kUnit * apart];
+  __shared__ float first[kColumnPlaces], second[kColumnPlaces];
   const Sums<kUnit> merged = block_reduce<Sums<kUnit>, kWarp, kShortRunThreads>(mine, w.lanes);
   if (threadIdx.x < w.lanes) {
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
-      first[j * apart + threadIdx.x] = merged.first[j];
-      second[j * apart + threadIdx.x] = merged.second[j];
+      first[place_of_column(threadIdx.x, j)] = merged.first[j];
+      second[place_of_column(threadIdx.x, j)] = merged.second[j];
     }
   }
   __syncthreads();
@@ -140,7 +139,8 @@ __device__ void conclude(const Sums<kUnit>& mine, const Walk& w, const Part& par
     if (channel <= last_channel) {
       const int64_t run_end = min((channel + 1) * w.S, end);
       for (int64_t column = max(channel * w.S, begin) + threadIdx.x % group; column < run_end; column += group) {
-        const int64_t place = (column - begin) % kUnit * apart + (column - begin) / kUnit;
+        const int in_block = static_cast<int>(column - begin);
+        const int place = place_of_column(in_block / kUnit, in_block % kUnit);
         sums.merge({{first[place]}, {second[place]}});
       }
     }

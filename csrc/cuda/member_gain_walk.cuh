@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "../host_device.h"
 #include "../member_gain_arguments.h"
 #include "reduce.cuh"
 #include "unit.cuh"
@@ -25,14 +26,6 @@ constexpr int64_t kLongestRun = 1024;  // beyond it a run is long even where it 
 
 template <class scalar_t>
 constexpr int kTile = kTileBytes / (kUnit * sizeof(scalar_t));  // units
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int round_up_to_power_of_two(int64_t value, int low, int high) {
-  int power = low;
-  while (power < high && power < value) power *= 2;
-  return power;
-}
 
 inline bool has_long_runs(const Sizes& s, int element_size) {
   return s.S >= kLongestRun || (s.S >= kLongRun && s.S * element_size % 8 == 0);

@@ -15,8 +15,6 @@ constexpr int kRowsOfThread = 2;     // for one read of a member's input gains
 constexpr int kRowsOfWarp = 2, kRowsOfBlock = kRowsOfWarp * kMaxThreads / kWarp;
 constexpr int kColumnsOfBlock = kWarp * kUnit;
 
-LATEPHASE_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class weight_t>
 struct Arguments {
   int64_t K, out, in;
@@ -80,8 +78,7 @@ template <class scalar_t, bool own_type>
 __global__ void __launch_bounds__(kMaxThreads)
     fold_backward_kernel(Arguments<weight_of<scalar_t, own_type>> a, Rows<scalar_t> products, Rows<float> dweight,
                          Partials to) {
-  constexpr int apart = kWarp + kUnit / 2;  // the columns of a unit, so that 32 side by side are in banks of their own
-  __shared__ float warps[2][kMaxThreads / kWarp][kUnit * apart];
+  __shared__ float warps[2][kMaxThreads / kWarp][kColumnPlaces];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t column_blocks = divide_up(a.in, kColumnsOfBlock);
   const int64_t row_block = blockIdx.x / column_blocks, column_block = blockIdx.x % column_blocks;
@@ -127,14 +124,14 @@ __global__ void __launch_bounds__(kMaxThreads)
       if (lane == 0 && row < a.out) to.dr[(column_block * a.K + k) * a.out + row] = row_sum;
     }
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) warps[k % 2][warp][j * apart + lane] = column_sums[j];
+    for (int j = 0; j < kUnit; ++j) warps[k % 2][warp][place_of_column(lane, j)] = column_sums[j];
     __syncthreads();  // one a member: the other half of `warps` is written next
     const int64_t mine = first_column + threadIdx.x;
     if (mine < a.in) {
       float sum = 0;
 #pragma unroll
       for (int other = 0; other < kMaxThreads / kWarp; ++other)
-        sum += warps[k % 2][other][threadIdx.x % kUnit * apart + threadIdx.x / kUnit];
+        sum += warps[k % 2][other][place_of_column(threadIdx.x / kUnit, threadIdx.x % kUnit)];
       to.ds[(row_block * a.K + k) * a.in + mine] = sum;
     }
   }

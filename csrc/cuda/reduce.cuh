@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "unit.cuh"
+
 namespace latephase {
 
 constexpr int kWarp = 32;
@@ -120,5 +122,10 @@ __device__ T block_reduce(T value, int lanes) {
   }
   return value;
 }
+
+// Where a block has a float of each column of a warp's units in shared memory. Neither lanes that write column j of
+// their units meet in a bank, nor threads that read columns side by side.
+constexpr int kColumnsApart = kWarp + kUnit / 2, kColumnPlaces = kUnit * kColumnsApart;
+__device__ __forceinline__ int place_of_column(int unit, int j) { return j * kColumnsApart + unit; }
 
 }  // namespace latephase
