@@ -1,12 +1,25 @@
-"""Where LATEPHASE_REQUIRE_BACKENDS lists backends ("native triton"), a missing one fails the run."""
+"""Where LATEPHASE_REQUIRE_BACKENDS lists backends ("native triton"), a missing one fails the run.
+
+Every test draws from generators seeded anew, alone or among others; LATEPHASE_TEST_SEED (0) chooses other numbers.
+"""
 
 import importlib.util
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
 import latephase_kernels as lp
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    seed = int(os.environ.get("LATEPHASE_TEST_SEED", "0"))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def pytest_sessionstart(session):

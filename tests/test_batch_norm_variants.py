@@ -158,6 +158,23 @@ def test_gradients_of_the_average(missing):
         close(one, other)
 
 
+@pytest.mark.parametrize("rest", [0.0, 1e-9])
+def test_average_where_gains_without_bias_cancel(rest):
+    model = nn.Sequential(randomize(nn.BatchNorm2d(C)))
+    model[0].bias = None
+    ensemble = lp.expand(model, 2).eval()[0]
+    with torch.no_grad():
+        ensemble.weight.copy_(torch.tensor([[1 + rest], [-1.0]]))
+        ensemble.running_mean.copy_(torch.tensor([[2.0], [-3.0]]))
+    x = torch.randn(B, C, 3, 2, dtype=torch.float64)
+    averages = [model(x)]
+    with lp.members(model, "stacked"):
+        averages.append(model(x.repeat(2, 1, 1, 1)).unflatten(0, (2, B)).mean(0))
+    close(*averages)
+    weights = torch.randn_like(x)
+    close(*(torch.autograd.grad((average * weights).sum(), ensemble.weight)[0] for average in averages))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_identical_members_without_bias_collapse_bit_for_bit(dtype):
     plain = nn.BatchNorm2d(101)

@@ -161,13 +161,13 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         return (tracked + 1).to(accumulation_dtype(input.dtype)).reciprocal().unsqueeze(1)
 
     def _average(self, input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        """The average of the members' outputs for an ordinary batch, by the collapsed module's arithmetic."""
+        """The average of the members' outputs for an ordinary batch."""
         weight, bias, mean, var = self.averaged("exact")
         if not self.training and mean is not None:
-            y = F.batch_norm(input, mean.detach(), var, weight, bias, False, 0.0, self.eps)
-            if mean.requires_grad:  # without bias the mean depends on the weights: adds 0, for its gradient
-                shift = (mean.detach() - mean) * weight * (var + self.eps).rsqrt()
-                y = y + shift.to(y.dtype).view(-1, *[1] * (input.dim() - 2))
+            if weight is not None and bias is None:  # a bias takes the shift, also where the weights' sum is near 0
+                mean = member_mean(self.running_mean).to(mean.dtype)
+                bias = self._exact_bias(mean).to(weight.dtype)
+            y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
         elif not self._updates():
             y = F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
         else:
@@ -218,9 +218,11 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         return member_mean(self.weight * ratio).to(self.weight.dtype)
 
     def _exact_bias(self, mean: Tensor) -> Tensor:
-        """mean β_k + mean(a_k · (m − μ_k)), [C], for the running mean m [C]."""
-        bias = member_mean(self.bias)
+        """mean β_k + mean(a_k · (m − μ_k)), [C], for the running mean m [C]; float64 and β_k = 0 without bias."""
         shift = (self._gains() * (mean.double() - self.running_mean.double())).mean(0)
+        if self.bias is None:
+            return shift
+        bias = member_mean(self.bias)
         return torch.where(shift == 0, bias, bias + shift).to(self.bias.dtype)  # keeps −0.0
 
     def _exact_mean(self) -> Tensor:
