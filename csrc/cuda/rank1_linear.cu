@@ -72,8 +72,16 @@ struct Partials {
   float *ds, *dr;
 };
 
+// What a thread reads of one member: its columns of H and its gains.
+template <class scalar_t>
+struct OfMember {
+  Unit<scalar_t> product[kRowsOfWarp];
+  Unit<float> input_gain;
+  float output_gain[kRowsOfWarp];
+};
+
 // A block has kRowsOfBlock rows and kColumnsOfBlock columns of W, a warp kRowsOfWarp of the rows, and goes through the
-// members: dW stays in registers, the next member's H is on its way meanwhile.
+// members: dW stays in registers, the next member's H and gains are on their way meanwhile.
 template <class scalar_t, bool own_type>
 __global__ void __launch_bounds__(kMaxThreads)
     fold_backward_kernel(Arguments<weight_of<scalar_t, own_type>> a, Rows<scalar_t> products, Rows<float> dweight,
@@ -87,38 +95,37 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t column = first_column + lane * kUnit;
   const int valid = static_cast<int>(min(max(a.in - column, int64_t{0}), int64_t{kUnit}));
   const auto valid_of = [&](int i) { return first_row + i < a.out ? valid : 0; };
-  Unit<weight_of<scalar_t, own_type>> weight[kRowsOfWarp];
-  Unit<scalar_t> next[kRowsOfWarp];
-  float total[kRowsOfWarp][kUnit] = {};
-#pragma unroll
-  for (int i = 0; i < kRowsOfWarp; ++i) {
-    const int64_t offset = (first_row + i) * a.in + column;
-    weight[i] = a.weight.load(offset, valid_of(i));
-    next[i] = products.load(offset, valid_of(i));
-  }
-  for (int64_t k = 0; k < a.K; ++k) {
-    Unit<scalar_t> product[kRowsOfWarp];
+  const auto member = [&](int64_t k) {
+    OfMember<scalar_t> read;
+    read.input_gain = a.input_gain.load(k * a.in + column, valid);
 #pragma unroll
     for (int i = 0; i < kRowsOfWarp; ++i) {
-      product[i] = next[i];
-      if (k + 1 < a.K) {
-        const int64_t row = (k + 1) * a.out + first_row + i;
-        next[i] = products.load(row * a.in + column, valid_of(i));
-      }
+      const int64_t row = k * a.out + first_row + i;
+      read.product[i] = products.load(row * a.in + column, valid_of(i));
+      read.output_gain[i] = first_row + i < a.out ? a.output_gain[row] : 0;
     }
-    const auto s = a.input_gain.load(k * a.in + column, valid);
+    return read;
+  };
+  Unit<weight_of<scalar_t, own_type>> weight[kRowsOfWarp];
+  float total[kRowsOfWarp][kUnit] = {};
+#pragma unroll
+  for (int i = 0; i < kRowsOfWarp; ++i) weight[i] = a.weight.load((first_row + i) * a.in + column, valid_of(i));
+  auto next = member(0);
+  for (int64_t k = 0; k < a.K; ++k) {
+    const auto now = next;
+    if (k + 1 < a.K) next = member(k + 1);
     float column_sums[kUnit] = {};
 #pragma unroll
     for (int i = 0; i < kRowsOfWarp; ++i) {
       const int64_t row = first_row + i;
-      const float r = row < a.out ? a.output_gain[k * a.out + row] : 0;
+      const float r = now.output_gain[i];
       float row_sum = 0;
 #pragma unroll
       for (int j = 0; j < kUnit; ++j) {
-        const float h = product[i].get(j), weighted = h * weight[i].get(j);
-        row_sum = fmaf(weighted, s.get(j), row_sum);
+        const float s = now.input_gain.get(j), h = now.product[i].get(j), weighted = h * weight[i].get(j);
+        row_sum = fmaf(weighted, s, row_sum);
         column_sums[j] = fmaf(weighted, r, column_sums[j]);
-        total[i][j] = fmaf(h * r, s.get(j), total[i][j]);
+        total[i][j] = fmaf(h * r, s, total[i][j]);
       }
       for (int offset = kWarp / 2; offset > 0; offset /= 2) row_sum += __shfl_down_sync(~0u, row_sum, offset);
       if (lane == 0 && row < a.out) to.dr[(column_block * a.K + k) * a.out + row] = row_sum;
@@ -146,22 +153,33 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-// total [columns] = the sum of partials [count, columns], in an order of its own: a thread has every eighth of a
-// column.
-__global__ void __launch_bounds__(kMaxThreads)
-    fold_merge_kernel(const float* partials, int64_t count, int64_t columns, float* total) {
+// total [columns] = the sum of partials [count, columns], in an order of its own.
+struct Merge {
+  const float* partials;
+  int64_t count, columns;
+  float* total;
+
+  LATEPHASE_HOST_DEVICE int64_t blocks() const { return divide_up(columns, int64_t{kWarp}); }
+};
+
+// Both sums; a thread has every eighth part of a column. (A reference to either would put both on the stack.)
+__global__ void __launch_bounds__(kMaxThreads) fold_merge_kernel(Merge ds, Merge dr) {
   __shared__ float lanes[kMaxThreads];
-  const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp;
+  const bool first = blockIdx.x < ds.blocks();
+  const Merge of{first ? ds.partials : dr.partials, first ? ds.count : dr.count, first ? ds.columns : dr.columns,
+                 first ? ds.total : dr.total};
+  const int64_t column = (blockIdx.x - (first ? 0 : ds.blocks())) * kWarp + threadIdx.x % kWarp;
   float sum = 0;
-  if (column < columns) {
+  if (column < of.columns) {
 #pragma unroll 4
-    for (int64_t i = threadIdx.x / kWarp; i < count; i += kMaxThreads / kWarp) sum += partials[i * columns + column];
+    for (int64_t i = threadIdx.x / kWarp; i < of.count; i += kMaxThreads / kWarp)
+      sum += of.partials[i * of.columns + column];
   }
   lanes[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x >= kWarp || column >= columns) return;
+  if (threadIdx.x >= kWarp || column >= of.columns) return;
   for (int other = 1; other < kMaxThreads / kWarp; ++other) sum += lanes[other * kWarp + threadIdx.x];
-  total[column] = sum;
+  of.total[column] = sum;
 }
 
 // ---------------------------------------------------------------------------------------------- launches
@@ -209,14 +227,10 @@ struct Cuda {
       launch(fold_backward_kernel<scalar_t, own>, {row_blocks * column_blocks, kMaxThreads}, arguments,
              Rows<scalar_t>(call.products, call.in), Rows<float>(call.dweight, call.in), to);
     });
-    merge(launch, to.ds, row_blocks, call.K * call.in, call.ds);
-    merge(launch, to.dr, column_blocks, call.K * call.out, call.dr);
-  }
-
-  static void merge(const Launcher& launch, const float* partials, int64_t count, int64_t columns, void* total) {
-    if (columns == 0) return;
-    launch(fold_merge_kernel, {divide_up(columns, kWarp), kMaxThreads}, partials, count, columns,
-           static_cast<float*>(total));
+    const Merge ds{to.ds, row_blocks, call.K * call.in, static_cast<float*>(call.ds)};
+    const Merge dr{to.dr, column_blocks, call.K * call.out, static_cast<float*>(call.dr)};
+    if (ds.columns + dr.columns == 0) return;
+    launch(fold_merge_kernel, {ds.blocks() + dr.blocks(), kMaxThreads}, ds, dr);
   }
 };
 
