@@ -158,21 +158,52 @@ def test_gradients_of_the_average(missing):
         close(one, other)
 
 
-@pytest.mark.parametrize("rest", [0.0, 1e-9])
-def test_average_where_gains_without_bias_cancel(rest):
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "weights, means",
+    [([1, -1], [2, -3]), ([1 + 1e-9, -1], [2, -3]), ([1, 1], [-2, 2]), ([0, 0, 0], [-1, 0, 2]), ([1, 1], [2, 2])],
+    ids=["gains cancel", "gains nearly cancel", "shifts cancel", "no gain", "members agree"],
+)
+def test_average_and_its_gradient_where(weights, means, bias):
+    num_members = len(weights)
     model = nn.Sequential(randomize(nn.BatchNorm2d(C)))
-    model[0].bias = None
-    ensemble = lp.expand(model, 2).eval()[0]
+    if not bias:
+        model[0].bias = None
+    ensemble = lp.expand(model, num_members).eval()[0]
     with torch.no_grad():
-        ensemble.weight.copy_(torch.tensor([[1 + rest], [-1.0]]))
-        ensemble.running_mean.copy_(torch.tensor([[2.0], [-3.0]]))
+        ensemble.weight.copy_(torch.tensor(weights).unsqueeze(1))
+        ensemble.running_mean.copy_(torch.tensor(means).unsqueeze(1))
     x = torch.randn(B, C, 3, 2, dtype=torch.float64)
     averages = [model(x)]
     with lp.members(model, "stacked"):
-        averages.append(model(x.repeat(2, 1, 1, 1)).unflatten(0, (2, B)).mean(0))
+        averages.append(model(x.repeat(num_members, 1, 1, 1)).unflatten(0, (num_members, B)).mean(0))
     close(*averages)
-    weights = torch.randn_like(x)
-    close(*(torch.autograd.grad((average * weights).sum(), ensemble.weight)[0] for average in averages))
+    factors = torch.randn_like(x)
+    for one, other in zip(*(torch.autograd.grad((y * factors).sum(), list(model.parameters())) for y in averages)):
+        close(one, other)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_average_in_a_short_type_keeps_large_means_without_affine(dtype, tolerance):
+    model = lp.expand(nn.Sequential(nn.BatchNorm2d(C, affine=False).to(dtype)), K).eval()
+    norm = model[0]
+    norm.running_mean.normal_(300, 1)
+    norm.running_var.uniform_(0.5, 1.5)
+    x = (300 + torch.randn(B, C, 3, 2)).to(dtype)
+    statistics = norm.running_mean.double(), norm.running_var.double()
+    members = torch.stack([nn.functional.batch_norm(x.double(), mean, var) for mean, var in zip(*statistics)])
+    torch.testing.assert_close(model(x).double(), members.mean(0), rtol=tolerance, atol=2 * tolerance)
+
+
+def test_collapse_without_bias_stays_finite_where_its_mean_would_overflow():
+    plain = nn.BatchNorm2d(C)
+    plain.bias = None
+    ensemble = EnsembleBatchNorm2d.from_module(plain.half(), 2).eval()
+    with torch.no_grad():
+        ensemble.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        ensemble.running_var.copy_(torch.tensor([[1.0], [1.001]]))
+        ensemble.running_mean.copy_(torch.tensor([[0.0], [100.0]]))
+    assert torch.equal(ensemble.collapse().running_mean, torch.full((C,), 50.0, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -413,6 +413,21 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(graph[name], value)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_any_batch_and_memory_format(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(ensemble_batch_norm, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    options = dict(num_members=2, training=True, activation="relu")
+    formats = torch.contiguous_format, torch.channels_last
+    for batch, of_x, of_residual in itertools.product((2, 3), formats, formats):
+        inputs = make_inputs(2, batch, 9, (3, 3), torch.float32, residual=True)
+        inputs["x"] = inputs["x"].contiguous(memory_format=of_x)
+        inputs["residual"] = inputs["residual"].contiguous(memory_format=of_residual)
+        eager, graph = run(ensemble_batch_norm, inputs, **options), run(compiled, inputs, **options)
+        for name, value in eager.items():
+            torch.testing.assert_close(graph[name], value)
+
+
 def test_reference_agrees_with_plain_pytorch():
     inputs = make_inputs(3, 4, 5, (2, 2), torch.float64)
     _, mean, var = reference.ensemble_batch_norm(inputs["x"], None, None, None, None, None, True, 1e-5, 3, "none")

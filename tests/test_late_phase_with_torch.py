@@ -281,6 +281,28 @@ def test_functional_call_and_its_gradients():
     torch.testing.assert_close(buffers["bn1.running_mean"], other.bn1.running_mean)
 
 
+@pytest.mark.parametrize("noise_std", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "layer, target",
+    [
+        (nn.BatchNorm1d(4), "batch_norm"),
+        (nn.LayerNorm(4), "layer_norm"),
+        (nn.Linear(4, 3), "head"),
+        (nn.Linear(4, 3), "rank1"),
+    ],
+    ids=["batch_norm", "layer_norm", "head", "rank1"],
+)
+def test_the_average_passes_its_gradient_to_every_member(layer, target, noise_std):
+    model = lp.expand(nn.Sequential(copy.deepcopy(layer)).double(), K, targets=target, noise_std=noise_std).eval()
+    x = torch.randn(B, 4, dtype=torch.float64)
+    average = model(x)
+    with lp.members(model, "stacked"):
+        members = model(x.repeat(K, 1)).unflatten(0, (K, B)).mean(0)
+    factors, parameters = torch.randn_like(average), list(model.parameters())
+    for one, other in zip(*(torch.autograd.grad((y * factors).sum(), parameters) for y in (average, members))):
+        torch.testing.assert_close(one, other)
+
+
 def test_compiled_training_step():
     model, x, target = expanded(), images(K * B), labels(K * B)
     reference = copy.deepcopy(model)

@@ -333,6 +333,13 @@ def test_under_transforms():
     torch.testing.assert_close(jvp, by_member(*arguments[:4]))
 
 
+@pytest.mark.parametrize("leading", [(6,), (6, 2)])
+def test_the_output_may_be_changed_in_place(leading, way):
+    inputs = make_inputs(leading, 3, 5, 4)
+    changed = run(lambda *arguments: F.relu(rank1_linear(*arguments), inplace=True), inputs)
+    torch.testing.assert_close(changed, run(lambda *arguments: F.relu(rank1_linear(*arguments)), inputs))
+
+
 def test_compiled_without_a_graph_break(way):
     torch._dynamo.reset()  # one function for every way: dynamo counts its recompilations
     compiled = torch.compile(rank1_linear, backend="aot_eager", fullgraph=True)

@@ -164,9 +164,9 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         """The average of the members' outputs for an ordinary batch."""
         weight, bias, mean, var = self.averaged("exact")
         if not self.training and mean is not None:
-            if weight is not None and bias is None:  # a bias takes the shift, also where the weights' sum is near 0
+            if bias is None:  # a bias takes what the mean cannot: Σ a_k near 0, a short type
                 mean = member_mean(self.running_mean).to(mean.dtype)
-                bias = self._exact_bias(mean).to(weight.dtype)
+                bias = -self._offset(mean).to(mean.dtype if weight is None else weight.dtype)
             y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
         elif not self._updates():
             y = F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
@@ -188,7 +188,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         "exact" (in eval mode the average of the members' outputs), with a_k = γ_k / √(v_k + ε):
             m = mean μ_k,   v = mean v_k,   γ = mean a_k·√(v + ε),   β = mean β_k + mean(a_k · (m − μ_k))
         Without weight, v is chosen so that 1 / √(v + ε) = mean a_k; without weight or bias, m = Σ a_k·μ_k / Σ a_k.
-        (Where Σ a_k = 0 a channel without bias cannot hold its shift: the other channels are exact.)
+        (Where Σ a_k = 0, or so near that m overflows, a channel without bias cannot hold its shift: m = mean μ_k.)
         While the batch's own statistics normalize, and in mode "weights", each is its mean.
         Sums are float64; identical members give back their own bits.
         """
@@ -202,7 +202,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             else:
                 weight = self._exact_weight(var)
             if weight is None or bias is None:
-                mean = self._exact_mean()
+                mean = self._exact_mean(weight, var)
             else:
                 bias = self._exact_bias(mean)
         return weight, bias, mean, var
@@ -217,21 +217,23 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         ratio = ((var.double() + self.eps) / (self.running_var.double() + self.eps)).sqrt()  # 1 where members agree
         return member_mean(self.weight * ratio).to(self.weight.dtype)
 
-    def _exact_bias(self, mean: Tensor) -> Tensor:
-        """mean β_k + mean(a_k · (m − μ_k)), [C], for the running mean m [C]; float64 and β_k = 0 without bias."""
-        shift = (self._gains() * (mean.double() - self.running_mean.double())).mean(0)
-        if self.bias is None:
-            return shift
-        bias = member_mean(self.bias)
-        return torch.where(shift == 0, bias, bias + shift).to(self.bias.dtype)  # keeps −0.0
+    def _offset(self, mean: Tensor) -> Tensor:
+        """mean(a_k · (μ_k − m)), float64 [C], for the running mean m [C]: what a bias subtracts; no −0.0."""
+        return (self._gains() * (self.running_mean.double() - mean.double())).mean(0) + 0.0
 
-    def _exact_mean(self) -> Tensor:
-        """Σ a_k·μ_k / Σ a_k, [C]."""
-        mean, gains = self.running_mean.double(), self._gains()
-        total = gains.sum(0)
-        exact = mean[0] + (gains * (mean - mean[0])).sum(0) / total
-        plain = (mean == mean[0]).all(0) | (total == 0)
-        return torch.where(plain, member_mean(mean), exact).to(self.running_mean.dtype)
+    def _exact_bias(self, mean: Tensor) -> Tensor:
+        """mean β_k + mean(a_k · (m − μ_k)), [C], for the running mean m [C]."""
+        return (member_mean(self.bias) - self._offset(mean)).to(self.bias.dtype)
+
+    def _exact_mean(self, weight: Tensor | None, var: Tensor) -> Tensor:
+        """Σ a_k·μ_k / Σ a_k, [C]: what gives a norm with this weight and variance the exact offset."""
+        mean = member_mean(self.running_mean)
+        gain = (var.double() + self.eps).rsqrt()
+        if weight is not None:
+            gain = gain * weight.detach().double()
+        offset = self._offset(mean).detach()
+        exact = (mean + offset / gain).to(self.running_mean.dtype)
+        return torch.where(exact.isfinite() & (offset != 0), exact, mean.to(exact.dtype))
 
     def _exact_variance(self) -> Tensor:
         """The v [C] with 1 / √(v + ε) = mean 1 / √(v_k + ε)."""

@@ -60,8 +60,9 @@ def member_mean(tensor: Tensor) -> Tensor:
     """Mean over dim 0 of [K, …] in float64, x_0 + mean(x_k − x_0): exactly x_0 where all members agree."""
     tensor = tensor.double()
     first = tensor[0]
-    # The choice keeps −0.0 and infinities, which the sum would change.
-    return torch.where((tensor == first).all(0), first, first + (tensor - first).mean(0))
+    mean = first + (tensor - first).mean(0)
+    value = torch.where((tensor == first).all(0), first, mean).detach()  # keeps −0.0 and infinities
+    return value - (mean.detach() - mean).nan_to_num(0.0)  # − 0, whose gradient is the mean's: 1/K for every member
 
 
 def replicate(tensor: Tensor, num_members: int) -> Tensor:

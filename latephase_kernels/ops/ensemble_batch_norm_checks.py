@@ -22,7 +22,7 @@ def check_eps(op: str, eps: float, training: bool) -> None:
     """Raise unless eps is a finite number, > 0 in training and ≥ 0 otherwise."""
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__}")
-    if not math.isfinite(eps) or eps < 0 or (training and eps == 0):
+    if not 0 <= eps < math.inf or (training and eps == 0):
         raise ValueError(f"{op}: eps must be finite and {'> 0 in training' if training else '>= 0'}, got {eps}")
 
 
@@ -35,7 +35,7 @@ def check_momentum(op: str, momentum: float | Tensor) -> None:
             f"{op}: momentum must be a float, got {type(momentum).__name__}; for a cumulative average (momentum=None) "
             "use the modules in latephase_kernels.nn, or pass 1 / (batches seen so far)"
         )
-    if not math.isfinite(momentum):
+    if not -math.inf < momentum < math.inf:
         raise ValueError(f"{op}: momentum must be finite, got {momentum}")
 
 

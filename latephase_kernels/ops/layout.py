@@ -4,18 +4,26 @@ import torch
 from torch import Tensor
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """Return tensor, or its copy, in the memory format PyTorch's batch norm gives its output."""
+def _format(tensor: Tensor) -> torch.memory_format:
+    """The memory format PyTorch's batch norm gives its output; for a dense tensor without its strides, which
+    torch.compile cannot always see.
+    """
     if tensor.is_contiguous():
-        return tensor
-    return tensor.contiguous(memory_format=torch._prims_common.suggest_memory_format(tensor))
+        return torch.contiguous_format
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if channels_last is not None and tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    return torch._prims_common.suggest_memory_format(tensor)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return tensor, or its copy, in the memory format of a batch norm's output."""
+    return tensor.contiguous(memory_format=_format(tensor))
 
 
 def dense_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return tensor in the strides of the dense tensor `like` of the same shape."""
-    if tensor.stride() == like.stride():
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    """Return tensor, or its copy, in the memory format of `like`, of the same shape."""
+    return tensor.contiguous(memory_format=_format(like))
 
 
 def contiguous(parameter: Tensor | None) -> Tensor | None:

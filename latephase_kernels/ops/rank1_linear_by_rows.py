@@ -38,10 +38,12 @@ def _multiply_backward(dy: Tensor, x: Tensor, gain: Tensor, out: Tensor) -> tupl
 def forward(x, weight, input_gain, output_gain, bias, keep: bool) -> tuple[Tensor, Tensor]:
     """Return y and, if it is to be kept, u of x [K·B, …, in]."""
     s, r = input_gain.contiguous(), output_gain.contiguous()
-    shape, x = (*x.shape[:-1], weight.size(0)), x.flatten(0, -2)
-    u = torch.mm(_multiply(x, s, None, torch.empty_like(x)), weight.to(x.dtype).t())
-    y = _multiply(u, r, None if bias is None else bias.contiguous(), torch.empty_like(u) if keep else u)
-    return y.view(shape), u.view(shape) if keep else u.new_empty(0)
+    y = x.new_empty(*x.shape[:-1], weight.size(0))  # returned as it is: autograd lets nobody change a view in place
+    product = torch.empty_like(y) if keep else y
+    x, u = x.flatten(0, -2), product.flatten(0, -2)
+    torch.mm(_multiply(x, s, None, torch.empty_like(x)), weight.to(x.dtype).t(), out=u)
+    _multiply(u, r, None if bias is None else bias.contiguous(), y.flatten(0, -2))
+    return y, product if keep else y.new_empty(0)
 
 
 def backward(dy, x, weight, input_gain, output_gain, bias, product, needs) -> list[Tensor | None]:

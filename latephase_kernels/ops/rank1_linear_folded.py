@@ -89,10 +89,10 @@ def _parameters(x: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tens
 
 def forward(x, weight, input_gain, output_gain, bias, keep: bool) -> tuple[Tensor, Tensor]:
     """Return y of x [K·B, …, in], and nothing to keep."""
-    shape, x = (*x.shape[:-1], weight.size(0)), by_member(x, input_gain)
-    num_members, rows, _ = x.shape
     out_features = weight.size(0)
-    y = x.new_empty(num_members, rows, out_features)
+    y = x.new_empty(*x.shape[:-1], out_features)  # returned as it is: autograd lets nobody change a view in place
+    x, rows_of_y = by_member(x, input_gain), by_member(y, output_gain)
+    num_members = len(x)
     weight, s, r = _parameters(x, weight, input_gain, output_gain)
     shift = None if bias is None else bias.to(x.dtype).unsqueeze(-2).expand(num_members, 1, out_features)
     chunks = _chunks(num_members, weight)
@@ -102,10 +102,10 @@ def forward(x, weight, input_gain, output_gain, bias, keep: bool) -> tuple[Tenso
         folded = buffer[: some.stop - some.start]
         fold(weight, s[some], r[some], folded)
         if shift is None:
-            torch.bmm(x[some], folded.mT, out=y[some])
+            torch.bmm(x[some], folded.mT, out=rows_of_y[some])
         else:
-            torch.baddbmm(shift[some], x[some], folded.mT, out=y[some])
-    return y.view(shape), x.new_empty(0)
+            torch.baddbmm(shift[some], x[some], folded.mT, out=rows_of_y[some])
+    return y, x.new_empty(0)
 
 
 def backward(dy, x, weight, input_gain, output_gain, bias, product, needs) -> list[Tensor | None]:
