@@ -305,6 +305,10 @@ def test_stack_batches_carries_leftovers_and_drops_the_short_batch():
     assert epochs[1][0][0].tolist() == [*range(12, 20), *range(4)]
     assert epochs[1][1][0].tolist() == list(range(4, 16))
     assert epochs[2][0][0].tolist() == [*range(16, 20), *range(8)]
+    few = lp.stack_batches(loader, 8)
+    with pytest.warns(UserWarning, match="5 minibatches, fewer than num_members=8, .* keep one stack_batches"):
+        assert list(few) == []
+    assert len(list(few)) == 1
     dicts = [{"x": torch.full((2, 1), float(i)), "name": [f"a{i}", f"b{i}"]} for i in range(K)]
     (batch,) = lp.stack_batches(dicts, K)
     assert batch["x"].flatten().tolist() == [0, 0, 1, 1, 2, 2] and batch["name"] == ["a0", "b0", "a1", "b1", "a2", "b2"]

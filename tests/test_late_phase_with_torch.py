@@ -186,6 +186,10 @@ def test_clipping_of_gradients_that_are_not_finite():
     lp.clip_grad_norm_(expanded(), 1.0)  # no gradients at all
     with pytest.raises(RuntimeError, match="clip_grad_norm_: model is not expanded"):
         lp.clip_grad_norm_(Net(), 1.0)
+    with pytest.raises(ValueError, match="max_norm must be at least 0, got -1.0"):
+        lp.clip_grad_norm_(expanded(), -1.0)
+    with pytest.raises(TypeError, match="max_norm must be a float, got str"):
+        lp.clip_grad_norm_(expanded(), "1")
 
 
 def test_grad_scaler():
@@ -301,6 +305,40 @@ def test_the_average_passes_its_gradient_to_every_member(layer, target, noise_st
     factors, parameters = torch.randn_like(average), list(model.parameters())
     for one, other in zip(*(torch.autograd.grad((y * factors).sum(), parameters) for y in (average, members))):
         torch.testing.assert_close(one, other)
+
+
+def test_groups_are_named_as_those_made_after_expand():
+    model = Net()
+    optimizer = torch.optim.SGD(lp.param_groups(model, lr=0.1, no_decay=1))
+    lp.expand(model, K, optimizers=[optimizer])
+    names = {id(p): group["name"] for group in optimizer.param_groups for p in group["params"]}
+    after = {id(p): group["name"] for group in lp.param_groups(model, lr=0.1, no_decay=1) for p in group["params"]}
+    assert names == after and "member_no_decay" in names.values()
+
+
+def test_predictions_of_what_has_no_batch_in_front():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, num_layers=K, batch_first=True)
+
+        def forward(self, x):
+            y, (h, _) = self.lstm(x)
+            return y, h
+
+    model = lp.expand(Recurrent(), K, targets="rank1")
+    with pytest.raises(ValueError, match=r"the batch in dim 0 \(3 members × 4 rows\), got shape \[3, 12, 4\]"):
+        lp.predict(model, torch.randn(B, 5, 3), members="all")
+
+
+def test_timms_linear_layer_is_a_linear_layer():
+    linear = pytest.importorskip("timm.layers.linear").Linear
+    model = nn.Sequential(linear(4, 3))
+    x = torch.randn(B, 4)
+    expected = model(x)
+    lp.expand(model, K, targets="head")
+    torch.testing.assert_close(lp.predict(model, x, members="all"), expected.expand(K, B, 3))
+    assert type(lp.collapse(model)[0]) is linear and torch.equal(model(x), expected)
 
 
 def test_compiled_training_step():

@@ -54,12 +54,20 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_another_run_is_left_alone(tmp_path):
     with RunFolder(tmp_path, CONFIG):
-        pass
+        (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="already holds a run; give --resume"):
         RunFolder(tmp_path, CONFIG)
-    with pytest.raises(ValueError, match=r"another recipe; the first difference: 'seed: [01]'"):
+    with pytest.raises(ValueError, match=r"another recipe \(seed is 0 there and 1 here\)"):
         RunFolder(tmp_path, CONFIG.replace("seed: 0", "seed: 1"), resume=True)
     assert (tmp_path / "config.yaml").read_text() == CONFIG
+    swapped = "name: a\noptimizer:\n  lr: 1.0\nlate:\n  lr: 2.0\n"
+    (tmp_path / "config.yaml").write_text(swapped)
+    with pytest.raises(ValueError, match=r"another recipe \(optimizer.lr is 1.0 there and 2.0 here\)"):
+        RunFolder(tmp_path, swapped.translate({ord("1"): "2", ord("2"): "1"}), resume=True)
+    (tmp_path / "config.yaml").write_text("foo: [")
+    with pytest.raises(ValueError, match="another recipe .its config.yaml cannot be read.; resume"):
+        RunFolder(tmp_path, CONFIG, resume=True)
+    (tmp_path / "config.yaml").write_text(CONFIG)
     with RunFolder(tmp_path, CONFIG, resume=True):  # the failures let go of the lock
         pass
 

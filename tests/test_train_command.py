@@ -17,7 +17,7 @@ from latephase_kernels.train.build import build_data, build_network
 from latephase_kernels.train.recipe import Data, Model
 from latephase_kernels.train.run_training import load_model
 from latephase_kernels.train.runs import read_metrics
-from latephase_kernels.train.train_command import parse_recipe
+from latephase_kernels.train.train_command import parse_recipe, run_train
 from latephase_kernels.train.trainer import Trainer
 
 pytest.importorskip("jsonargparse"), pytest.importorskip("torchmetrics"), pytest.importorskip("safetensors")
@@ -206,7 +206,13 @@ def test_a_diverging_run_says_so(tmp_path, capsys):
         (["digits", "--output=file"], r"\[Errno 17\] File exists: 'file'"),
         (["digits", "--output=file/run"], r"\[Errno 20\] Not a directory: 'file/run'"),
         (["digits", "--late.start=x"], "late.start"),
-        (["digits", "--nothing=1"], "nothing"),
+        (["digits", "--nothing=1"], "train: unrecognized arguments: --nothing=1 .see latephase train --help"),
+        (["digits", "--epo=2"], "unrecognized arguments: --epo=2"),
+        (["digits", "--device=foo"], "--device must be a device that works here, got foo: "),
+        (
+            ["digits", "--epochs=2", "--late.start=1", "--late.members=400"],
+            "late.members must be at most 10, the steps' minibatches from late.start .1.0. on, got 400",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_a_message(arguments, message, tmp_path, monkeypatch, capsys):
@@ -219,6 +225,35 @@ def test_what_the_user_can_mend_is_a_message(arguments, message, tmp_path, monke
     assert code == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_trained_nothing_leaves_its_folder_free(finished, tmp_path):
+    folder = tmp_path / "run"
+    assert main(command(folder, "--optimizer.lr=1e30")[3:]) == 2
+    assert main(command(folder, "--epochs=5")[3:]) == 0
+    with pytest.raises(ValueError, match=r"of another recipe \(epochs is 5 there and 4 here\); resume with"):
+        run_train(command(folder, "--resume")[4:])
+
+
+@pytest.mark.parametrize("num_members, every", [(7, 10), (17, 1)])
+def test_the_last_epoch_is_evaluated_where_cycles_leave_minibatches_over(num_members, every, tmp_path):
+    changes = (f"--late.members={num_members}", "--late.start=1", "--swa.start=null", f"--evaluate_every={every}")
+    assert main(command(tmp_path / "run", *changes)[3:]) == 0
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[-1]["step"] == 10 + 30 // num_members * num_members  # 10 minibatches an epoch
+    assert "test accuracy" in metrics[-1]
+
+
+def test_a_model_that_answers_nan_is_not_saved(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(command(folder, "--optimizer.lr=1e30", "--skip_nonfinite=true")[3:]) == 2
+    assert "the trained model's outputs are not finite, so it was not saved" in capsys.readouterr().err
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_the_scale_of_base_gradients_may_be_a_number():
+    assert parse_recipe(["digits", "--late.base_grad_scale=0.5"])[0].late.base_grad_scale == 0.5
+    assert parse_recipe(["digits", "--late.base_grad_scale=mean"])[0].late.base_grad_scale == "mean"
 
 
 def test_recipes_are_layered(tmp_path):

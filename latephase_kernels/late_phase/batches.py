@@ -3,6 +3,7 @@
 Shapes: K members, B samples a minibatch; the stacked batch has K·B rows, row k·B + b is sample b of member k.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -80,6 +81,12 @@ class StackedBatches:
             if len(self._carried) == self.num_members:
                 batches, self._carried = self._carried, []
                 yield concatenate(batches)
+        if 0 < full_batches < self.num_members and len(self._carried) == full_batches:
+            warnings.warn(
+                f"stack_batches: an epoch had {full_batches} minibatches, fewer than num_members={self.num_members}, "
+                "and gave none of its own; keep one stack_batches(…) over the epochs, the next goes on with them",
+                stacklevel=2,
+            )
         self._full_batches = full_batches
         self._carried_before = len(self._carried)
 

@@ -119,9 +119,14 @@ def clip_grad_norm_(
         The norms before clipping, [1 + K]: base, member 0, …
 
     Raises:
+        TypeError, ValueError: max_norm is no number, or below 0.
         RuntimeError: model is not expanded, or error_if_nonfinite and a norm is nan or inf.
     """
     routing = routings_of("clip_grad_norm_", model)[0]
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float, Tensor)):
+        raise TypeError(f"clip_grad_norm_: max_norm must be a float, got {type(max_norm).__name__}")
+    if not max_norm >= 0:
+        raise ValueError(f"clip_grad_norm_: max_norm must be at least 0, got {max_norm}")
     replicated = {parameter: None for parameter in member_parameters(model)}
     member = [parameter.grad for parameter in replicated if parameter.grad is not None]
     base = [p.grad for p in model.parameters() if p.grad is not None and p not in replicated]

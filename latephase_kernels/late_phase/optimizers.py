@@ -1,6 +1,7 @@
 """Optimizers of an expanded model: parameters that move, and groups."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -103,6 +104,8 @@ def move_parameters(
         new.update({key: _copied(value) for key, value in options.items()})
         if "lr" in options and "initial_lr" in new:  # a scheduler's mark
             new["initial_lr"] = _copied(options["lr"])
+        if isinstance(group.get("name"), str):  # as param_groups names them
+            new["name"] = re.sub("^base(?=$|_no_decay$)", "member", group["name"])
         leaving = [group["params"][i] for i in positions]
         new["params"] = [moved[parameter] for parameter in leaving]
         if "param_names" in group:

@@ -3,6 +3,7 @@
 Shapes: K members, N rows of an ordinary batch.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..nn.routing import routings_of
+from .batches import rows_of
 from .running import members as _members  # predict's argument has the same name
 from .running import repeat, training_flags_kept
 
@@ -25,11 +27,11 @@ def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
         members: "average" (what the collapsed model answers), "all", or one member.
 
     Returns:
-        The model's output [N, …]; for "all" each tensor in it is [K, N, …].
+        The model's output [N, …]; for "all" each tensor in it is [K, N, …], [K, m·N, …] where it has m rows a sample.
 
     Raises:
         RuntimeError: model is not expanded.
-        TypeError, ValueError: members is none of these.
+        TypeError, ValueError: members is none of these, or an output's dim 0 is not the batch.
     """
     num_members = routings_of("predict", model)[0].num_members
     if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
@@ -39,7 +41,18 @@ def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
         if members != "all":
             return model(x)
         output = model(repeat(x, num_members))
-    return tree_map(lambda y: y.unflatten(0, (num_members, -1)) if isinstance(y, Tensor) and y.dim() else y, output)
+    return tree_map(functools.partial(_by_member, num_members=num_members, rows=rows_of(x)), output)
+
+
+def _by_member(output: Any, num_members: int, rows: int) -> Any:
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        return output
+    if rows and output.size(0) % (num_members * rows):
+        raise ValueError(
+            f'predict: with members="all" each output must have the batch in dim 0 ({num_members} members × {rows} '
+            f"rows), got shape {list(output.shape)}; return it with the batch in front, or not at all"
+        )
+    return output.unflatten(0, (num_members, -1))
 
 
 def ensemble_probabilities(logits: Tensor, *, dim: int = -1) -> Tensor:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -84,7 +84,7 @@ def check_not_wrapped(where: str, model: nn.Module) -> None:
             at = f" ({name})" if name else ""
             raise TypeError(
                 f"{where}: model must be a plain module, got {type(module).__name__}{at}; "
-                f"{remedy.replace('expand', where, 1)}"
+                f"{remedy.replace('expand', f'{where} takes' if where == 'fusions' else where, 1)}"
             )
 
 
@@ -186,11 +186,20 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         NotImplementedError: rank-1 gains for a layer whose parent does not call it, or for an LSTM whose batch is in
             dim 1, beside layers that have theirs in dim 0.
     """
-    targets = (targets,) if isinstance(targets, str) or callable(targets) else tuple(targets)
+    if isinstance(targets, str) or callable(targets):
+        targets = (targets,)
+    elif not isinstance(targets, Iterable):
+        raise TypeError(f"expand: targets must be names or callables, got {type(targets).__name__}")
     found: set[int] = set()
     rank1: set[int] = set()
     empty = []
     for target in targets:
+        if isinstance(target, (type, nn.Module)):
+            got = target.__name__ if isinstance(target, type) else type(target).__name__
+            raise TypeError(
+                f"expand: targets must be names or callables, got {got}; choose modules by "
+                f"targets=lambda name, module: isinstance(module, {got})"
+            )
         if not isinstance(target, str) and not callable(target):
             raise TypeError(f"expand: targets must be names or callables, got {type(target).__name__}")
         replicated, multiplied = _select(model, target)

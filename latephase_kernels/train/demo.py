@@ -10,7 +10,7 @@ the same minibatches to come) three runs go on, until each has seen the same num
 The collapsed model is saved, loaded into a plain network and tested again. `demo_methods.py` has the hyperparameters.
 """
 
-import os
+import io
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..models import SmallResNet
 from .demo_methods import QUICK, Hyperparameters, SeedRun, accuracy_and_nll, late_images, logits_of
 from .demo_report import METHODS, MethodResult, draw_curves, format_table, write_results
 from .progress import Progress
+from .runs import write_whole
 
 CHECKPOINT = "late_phase_collapsed.pt"
 # The collapsed network computes what the expanded one did by other additions and multiplications: rounding, no more.
@@ -50,9 +51,9 @@ def save_and_retest(run: SeedRun, model: torch.nn.Module, before: Tensor, path: 
     Raises:
         RuntimeError: the two do not agree to rounding.
     """
-    temporary = path.with_suffix(".tmp")
-    torch.save(model.state_dict(), temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    torch.save(model.state_dict(), content)
+    write_whole(path, content.getvalue())
     plain = SmallResNet()
     plain.load_state_dict(torch.load(path, weights_only=True))
     after = logits_of(plain, run.split.test_images)

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from .runs import write_whole
 
 METHODS = {
     "sgd": "SGD",
@@ -108,9 +109,7 @@ def write_results(results: dict[str, list[MethodResult]], facts: dict, path: Pat
             entry[quantity] = {"mean": mean, "standard_error": error}
         methods[method] = entry
     content = {**facts, "methods": methods}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
     return content
 
 

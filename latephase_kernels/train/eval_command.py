@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -42,7 +41,7 @@ from .image_input import evaluation_images
 from .image_task import EVALUATION_BATCH
 from .progress import Progress
 from .recipe import Recipe, check
-from .run_training import default_device, load_model
+from .run_training import load_model, usable_device
 from .runs import write_whole
 from .text_task import TextEvaluation
 from .train_command import parse_recipe
@@ -67,12 +66,10 @@ def read_recipe(path: Path) -> Recipe:
     """
     if not path.is_file():
         raise ValueError(f"eval: {path.parent} holds no run (no {path.name}); give a folder that latephase train wrote")
-    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(messages):  # the parser of the command line prints, then exits
-            return check(parse_recipe([str(path)])[0])
-    except SystemExit:
-        raise ValueError(f"eval: {path} is no recipe: {messages.getvalue().strip()}") from None
+        return check(parse_recipe([str(path)])[0])
+    except ValueError as error:
+        raise ValueError(f"eval: {path} is no recipe: {error}") from None
 
 
 def load_final_model(
@@ -316,7 +313,7 @@ def run_eval(
         ImportError: a library of the extra "train" is missing.
     """
     paths = [Path(folders)] if isinstance(folders, (str, Path)) else [Path(folder) for folder in folders]
-    device = device or default_device()
+    device = usable_device("eval", device)
     own = read_recipe(paths[0] / "config.yaml").data.name
     known = [name for name in OUT_OF_DISTRIBUTION if name != own]
     unknown = [name for name in ood if name not in known and name != "all"]

@@ -28,8 +28,9 @@ from .nqp import (
 )
 from .nqp_multiplicative import approximate_losses, balance, multiplicative_losses
 from .nqp_picture import draw_losses
-from .nqp_report import ALLOWED, Cell, Measured, chance, checks, format_tables, write_results, write_text
+from .nqp_report import ALLOWED, Cell, Measured, chance, checks, format_tables, write_results
 from .progress import Progress
+from .runs import write_whole
 
 MEMBERS = (1, 2, 5, 10)
 STEP_SIZES = (0.05, 0.1, 0.15)
@@ -144,7 +145,7 @@ def run_nqp(
     # Files first: what was computed is kept even if printing fails.
     written = write_results(cells, multiplicative, facts, output / "results.json")
     tables = format_tables(cells, multiplicative, facts)
-    write_text(tables.lstrip(), output / "nqp.md")
+    write_whole(output / "nqp.md", tables.lstrip())
     picture = draw_losses(problem, cells, multiplicative, late_coordinates, output / "nqp.png")
     print(tables)
     print(f"Written to {output}: {', '.join(['results.json', 'nqp.md'] + ['nqp.png'] * picture)}")

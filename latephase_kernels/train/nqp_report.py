@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .nqp import Problem, Rule, expected_losses, late_mask
+from .runs import write_whole
 
 # More standard errors than this between simulation and closed form is a failure.
 ALLOWED = 4.0
@@ -157,12 +157,5 @@ def write_results(cells: Sequence[Cell], multiplicative: Sequence[Cell], facts: 
         "cells": [asdict(cell) for cell in cells],
         "multiplicative": [asdict(cell) for cell in multiplicative],
     }
-    write_text(json.dumps(content, indent=2) + "\n", path)
+    write_whole(path, json.dumps(content, indent=2) + "\n")
     return content
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write the whole file or none of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -3,6 +3,7 @@
 Epochs are counted in passes over the training set, batch sizes per member and over all devices together.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,7 @@ class Late:
     members: int = 10
     targets: list[str] = field(default_factory=lambda: ["batch_norm", "head"])
     noise_std: float = 0.0
-    base_grad_scale: str | float = "sum"
+    base_grad_scale: float | str = "sum"
     lr: float | None = None
     weight_decay: float | None = None
     member_state: str = "fresh"
@@ -260,6 +261,8 @@ def check(recipe: Recipe) -> Recipe:
     """
     late, swa, schedule, parallel = recipe.late, recipe.swa, recipe.schedule, recipe.parallel
     demands: Sequence[tuple[bool, str, object, str]] = (
+        (recipe.data.crop_padding >= 0, "data.crop_padding", recipe.data.crop_padding, "at least 0"),
+        (recipe.data.cutout >= 0, "data.cutout", recipe.data.cutout, "at least 0"),
         (recipe.batch_size >= 1, "batch_size", recipe.batch_size, "at least 1"),
         (recipe.accumulate >= 1, "accumulate", recipe.accumulate, "at least 1"),
         (recipe.images.size >= 1, "images.size", recipe.images.size, "at least 1"),
@@ -277,6 +280,14 @@ def check(recipe: Recipe) -> Recipe:
         ),
         (recipe.images.decoder in ("auto", "cpu", "gpu"), "images.decoder", recipe.images.decoder, "auto, cpu or gpu"),
         (recipe.images.corrupt in ("error", "replace"), "images.corrupt", recipe.images.corrupt, "error or replace"),
+        (schedule.anneal_start >= 0, "schedule.anneal_start", schedule.anneal_start, "at least 0"),
+        (schedule.end_lr >= 0, "schedule.end_lr", schedule.end_lr, "at least 0"),
+        (
+            all(epoch >= 0 for epoch in schedule.drop_epochs),
+            "schedule.drop_epochs",
+            schedule.drop_epochs,
+            "epochs, none below 0",
+        ),
         (schedule.drop_factor > 0, "schedule.drop_factor", schedule.drop_factor, "more than 0"),
         (recipe.epochs >= 1, "epochs", recipe.epochs, "at least 1"),
         (
@@ -294,10 +305,25 @@ def check(recipe: Recipe) -> Recipe:
         (parallel.timeout_seconds > 0, "parallel.timeout_seconds", parallel.timeout_seconds, "more than 0"),
         (recipe.evaluate_every >= 1, "evaluate_every", recipe.evaluate_every, "at least 1"),
         (recipe.dropout_passes >= 0, "dropout_passes", recipe.dropout_passes, "at least 0"),
+        (recipe.checkpoint_minutes >= 0, "checkpoint_minutes", recipe.checkpoint_minutes, "at least 0"),
+        (0 <= recipe.label_smoothing < 1, "label_smoothing", recipe.label_smoothing, "at least 0 and below 1"),
         (recipe.keep_checkpoints >= 1, "keep_checkpoints", recipe.keep_checkpoints, "at least 1"),
         (recipe.precision in ("float32", "bfloat16"), "precision", recipe.precision, "float32 or bfloat16"),
         (recipe.optimizer.name in ("sgd", "adamw"), "optimizer.name", recipe.optimizer.name, "sgd or adamw"),
         (recipe.optimizer.lr > 0, "optimizer.lr", recipe.optimizer.lr, "more than 0"),
+        (
+            recipe.optimizer.weight_decay >= 0,
+            "optimizer.weight_decay",
+            recipe.optimizer.weight_decay,
+            "at least 0",
+        ),
+        (recipe.optimizer.momentum >= 0, "optimizer.momentum", recipe.optimizer.momentum, "at least 0"),
+        (
+            recipe.optimizer.name != "sgd" or recipe.optimizer.momentum > 0 or not recipe.optimizer.nesterov,
+            "optimizer.nesterov",
+            recipe.optimizer.nesterov,
+            "false where optimizer.momentum is 0",
+        ),
         (
             recipe.optimizer.clip_norm is None or recipe.optimizer.clip_norm > 0,
             "optimizer.clip_norm",
@@ -313,6 +339,23 @@ def check(recipe: Recipe) -> Recipe:
         ),
         (swa.per_epoch >= 1, "swa.per_epoch", swa.per_epoch, "at least 1"),
         (late.members >= 1, "late.members", late.members, "at least 1"),
+        (0 <= late.noise_std < math.inf, "late.noise_std", late.noise_std, "finite and at least 0"),
+        (
+            math.isfinite(late.base_grad_scale)
+            if not isinstance(late.base_grad_scale, str)
+            else late.base_grad_scale in ("sum", "mean"),
+            "late.base_grad_scale",
+            late.base_grad_scale,
+            "sum, mean or a finite number",
+        ),
+        (late.lr is None or late.lr >= 0, "late.lr", late.lr, "null or at least 0"),
+        (
+            late.weight_decay is None or late.weight_decay >= 0,
+            "late.weight_decay",
+            late.weight_decay,
+            "null or at least 0",
+        ),
+        (late.member_state in ("fresh", "copy"), "late.member_state", late.member_state, "fresh or copy"),
         (
             schedule.anneal_start <= schedule.anneal_end,
             "schedule.anneal_end",

@@ -62,9 +62,20 @@ class _Signals:
         signal.signal(number, self._before[number])
 
 
-def default_device() -> str:
-    """Return "cuda" where there is one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(where: str, name: str | None) -> str:
+    """Return the device that was asked for; by default "cuda" where there is one, else "cpu".
+
+    Raises:
+        ValueError: there is none of this name here.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: --device must be a device that works here, got {name}: {reason}") from None
+    return name
 
 
 def run_training(
@@ -93,13 +104,13 @@ def run_training(
         ValueError, OSError: the recipe, the data or the folder; nothing was trained.
         RunError: another process has the folder, or all checkpoints are damaged.
         RuntimeError: the saved model does not answer as the trained one.
-        FloatingPointError: a loss was not finite.
+        FloatingPointError: a loss, or the trained model's outputs, were not finite.
         Interrupted: by SIGINT or SIGTERM; a checkpoint holds everything.
     """
     check(recipe)
     with contextlib.ExitStack() as closing:
         closing.enter_context(determinism(recipe.deterministic))
-        ranks = closing.enter_context(start_ranks(recipe.parallel, device or default_device()))
+        ranks = closing.enter_context(start_ranks(recipe.parallel, usable_device("train", device)))
         train, test = build_data(recipe.data)
         # Before the folder: what does not fit leaves nothing behind.
         trainer = Trainer(recipe, train, ranks.device, ranks=ranks)
@@ -146,11 +157,12 @@ class _Run:
         self.progress.begin(f"{self.recipe.name}: epoch {int(trainer.epoch) + 1} of {self.recipe.epochs}")
         try:
             while trainer.minibatch < trainer.total:
-                epoch = trainer.minibatch // per_epoch
+                before = trainer.minibatch // per_epoch
                 self.progress.advance(trainer.step())
-                if trainer.minibatch // per_epoch != epoch or trainer.minibatch == trainer.total:
+                ended = trainer.minibatch // per_epoch if trainer.minibatch < trainer.total else self.recipe.epochs
+                if ended > before:
                     units = (trainer.minibatch - first) * trainer.task.units_per_minibatch
-                    self._end_epoch(epoch + 1, units / (time.perf_counter() - started))
+                    self._end_epochs(before, ended, units / (time.perf_counter() - started))
                     started, first = time.perf_counter(), trainer.minibatch
                 due = time.monotonic() - self.saved_at > 60 * self.recipe.checkpoint_minutes
                 received, due = trainer.ranks.agree(self.signals.received, due)
@@ -162,7 +174,8 @@ class _Run:
         finally:
             self.progress.end()
 
-    def _end_epoch(self, epoch: int, units_per_second: float) -> None:
+    def _end_epochs(self, before: int, epoch: int, units_per_second: float) -> None:
+        """Log after `epoch` epochs (a step of K minibatches may end several), `before` of them at the last logging."""
         unit = self.trainer.task.unit
         loss, skipped = self.trainer.read_loss()
         record: dict[str, Any] = {
@@ -180,7 +193,8 @@ class _Run:
         stage = f"{self.recipe.name}: epoch {epoch} of {self.recipe.epochs}"
         if loss is not None:
             stage += f", loss {loss:.4f}"
-        if epoch % self.recipe.evaluate_every == 0 or epoch == self.recipe.epochs:
+        every = self.recipe.evaluate_every
+        if epoch // every > before // every or epoch == self.recipe.epochs:
             with self.trainer.ranks.gathered(self.trainer.model) as model:
                 tested, words = self.evaluation.progress(model)
             record.update(tested)
@@ -198,6 +212,10 @@ def _finish(recipe: Recipe, folder: AnyFolder, trainer: Trainer, evaluation: Eva
     with trainer.ranks.gathered(trainer.final_model()) as model:
         metrics, before = evaluation.final(model)
         plain = copy.deepcopy(model).eval()
+    if not before.isfinite().all():
+        raise FloatingPointError(
+            "train: the trained model's outputs are not finite, so it was not saved; lower optimizer.lr or late.lr"
+        )
     if not isinstance(folder, RunFolder):  # of another rank than the first, which does the rest
         return {}
     results: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs, "metrics": metrics}

@@ -92,6 +92,34 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _settings(config: str) -> dict[str, Any]:
+    """Return the dotted options of a recipe's YAML; {} if it is none."""
+    import yaml  # comes with jsonargparse
+
+    try:
+        parts = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return {}
+    found = {}
+    for name, part in parts.items() if isinstance(parts, dict) else ():
+        inner = {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {name: part}
+        found.update(inner)
+    return found
+
+
+def _first_difference(before: str, config: str) -> str:
+    there, here = _settings(before), _settings(config)
+    if not there:
+        return "its config.yaml cannot be read"
+    missing = object()
+    for option in {**here, **there}:
+        one, other = there.get(option, missing), here.get(option, missing)
+        if one != other:
+            words = ["absent" if value is missing else str(value) for value in (one, other)]
+            return f"{option} is {words[0]} there and {words[1]} here"
+    return "written otherwise"
+
+
 class RunFolder:
     """The folder of one run, held by one process at a time; a context manager.
 
@@ -165,7 +193,8 @@ class RunFolder:
 
     def _check_config(self, config: str, resume: bool) -> None:
         existing = self.path / "config.yaml"
-        if not existing.exists():
+        kept = (*(self.path / "checkpoints").glob("*"), *self.path.glob("model.safetensors"))
+        if not existing.exists() or not kept:  # a run that ended before its first checkpoint left nothing to lose
             return
         if not resume:
             raise ValueError(
@@ -173,9 +202,8 @@ class RunFolder:
             )
         before = existing.read_text(encoding="utf-8")
         if _FREE.sub("", before) != _FREE.sub("", config):
-            changed = sorted(set(config.splitlines()) ^ set(before.splitlines()))
             raise ValueError(
-                f"run folder {self.path} holds a run of another recipe; the first difference: {changed[0].strip()!r}; "
+                f"run folder {self.path} holds a run of another recipe ({_first_difference(before, config)}); "
                 "resume with the same recipe and options"
             )
 

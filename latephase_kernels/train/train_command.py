@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def build_parser() -> Any:
         raise ImportError("train: recipes need jsonargparse; pip install 'latephase_kernels[train]'") from None
     parser = ArgumentParser(
         prog="latephase train RECIPE",
+        exit_on_error=False,
+        allow_abbrev=False,
         description=f"Train by a recipe: {', '.join(recipe_names())}, or a YAML file of your own. "
         "Every option of the recipe can be given here, dotted: --late.members=5 --optimizer.lr=0.05 --late.start=null. "
         "--print_config shows the result.",
@@ -43,8 +46,8 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     """Return the recipe that the arguments ask for, and the command's own options.
 
     Raises:
-        ValueError: there is no such recipe.
-        SystemExit: an option does not fit (2), or --help or --print_config was answered (0).
+        ValueError: there is no such recipe, or an option does not fit.
+        SystemExit: no recipe was given (2), or --help or --print_config was answered (0).
     """
     parser = build_parser()
     if not arguments or arguments[0].startswith("-"):
@@ -52,7 +55,10 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     files = _with_bases(recipe_file(arguments[0]))
     layers = [part for file in files for part in ("--config", str(file))]
-    parsed = parser.parse_args([*layers, *arguments[1:]]).as_dict()
+    try:
+        parsed = parser.parse_args([*layers, *arguments[1:]]).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"train: {error} (see latephase train --help)") from None
     own = {key: parsed.pop(key) for key in _OWN_OPTIONS}
     if own.pop("base") != _base_of(files[-1]):
         raise ValueError("train: base must stand in the recipe's own file; give that file in place of the recipe")

@@ -80,6 +80,12 @@ class Trainer:
         turns = recipe.accumulate
         self.t0 = None if late.start is None else round(late.start * per_epoch / turns) * turns
         self.total = recipe.epochs * per_epoch
+        if self.t0 is not None and self.total - self.t0 < turns * late.members:
+            raise ValueError(
+                f"train: late.members must be at most {(self.total - self.t0) // turns}, the steps' minibatches from "
+                f"late.start ({late.start}) on, got {late.members}; start earlier, or take more epochs or a smaller "
+                "batch_size"
+            )
         self.total -= self.total % turns if self.t0 is None else (self.total - self.t0) % (turns * late.members)
         if self.t0 is not None:
             self._check_targets()
