@@ -154,6 +154,20 @@ def test_half_precision(dtype, parameters, way):
         compare(make_inputs((24, 5), 3, 33, 18, bias=bias, dtype=dtype, parameters=parameters))
 
 
+@pytest.mark.parametrize("in_features, out_features", [(8000, 40), (40, 8000)])
+def test_long_sums_of_one_sign_lose_no_more_than_the_loops(in_features, out_features, way):
+    inputs = make_inputs((8,), 2, in_features, out_features, bias="none", dtype=torch.float32)
+    inputs = {name: None if t is None else t.abs() for name, t in inputs.items()}
+    truth = run(by_member, inputs, dtype=torch.float64)
+
+    def errors(found):
+        return {name: ((found[name] - t) / t).nan_to_num().abs().max().item() for name, t in truth.items()}
+
+    ours, loop = errors(run(rank1_linear, inputs)), errors(run(by_member, inputs))
+    for name, error in ours.items():
+        assert error <= 3 * loop[name] + 2 * torch.finfo(torch.float32).eps, name
+
+
 def test_the_rule_chooses_by_rows_in_and_out_alone():
     shapes = {(3152, 384, 1536): folded, (3152, 1536, 384): folded, (200, 784, 512): tiled, (32, 500, 2000): tiled_rows}
     shapes |= {(4, 100, 130): tiled, (4, 200, 130): tiled_rows}

@@ -11,6 +11,7 @@ namespace {
 using namespace latephase::rank1_linear;
 
 constexpr int kRows = 4;  // of the weight, that go through together: a member's s and sums of s are read once for all
+constexpr int64_t kColumnsOfSum = 1024;  // after which a sum goes on in double: of a longer one the error would grow
 
 // Calls body(T{}, W{}) for the types of the data and of the weight.
 template <class Body>
@@ -30,22 +31,26 @@ void backward_rows(const FoldBackward& call, int64_t k, int64_t row, A* ds) {
   const A* s = static_cast<const A*>(call.input_gain) + k * in;
   const A* r = static_cast<const A*>(call.output_gain) + k * call.out + row;
   A* dweight = has_dweight ? static_cast<A*>(call.dweight) + row * in : nullptr;
-  Vec<A> sums[rows] = {};
-  for_columns<A>(0, in, [&](int64_t i, auto count) {
-    const Vec<A> gain = load(s + i, count);
-    Vec<A> column_sums = load(ds + i, count);
-    for (int j = 0; j < rows; ++j) {
-      const Vec<A> product = load(products + j * in + i, count);
-      const Vec<A> weighted = product * load(weight + j * in + i, count);
-      sums[j] = fma(weighted, gain, sums[j]);
-      column_sums = fma(weighted, splat(r[j]), column_sums);
-      if (has_dweight)
-        store(dweight + j * in + i, fma(product * splat(r[j]), gain, load(dweight + j * in + i, count)), count);
-    }
-    store(ds + i, column_sums, count);
-  });
+  double totals[rows] = {};
+  for (int64_t first = 0; first < in; first += kColumnsOfSum) {
+    Vec<A> sums[rows] = {};
+    for_columns<A>(first, std::min(in, first + kColumnsOfSum), [&](int64_t i, auto count) {
+      const Vec<A> gain = load(s + i, count);
+      Vec<A> column_sums = load(ds + i, count);
+      for (int j = 0; j < rows; ++j) {
+        const Vec<A> product = load(products + j * in + i, count);
+        const Vec<A> weighted = product * load(weight + j * in + i, count);
+        sums[j] = fma(weighted, gain, sums[j]);
+        column_sums = fma(weighted, splat(r[j]), column_sums);
+        if (has_dweight)
+          store(dweight + j * in + i, fma(product * splat(r[j]), gain, load(dweight + j * in + i, count)), count);
+      }
+      store(ds + i, column_sums, count);
+    });
+    for (int j = 0; j < rows; ++j) totals[j] += lane_sum<A>(sums[j]);
+  }
   A* dr = static_cast<A*>(call.dr) + k * call.out + row;
-  for (int j = 0; j < rows; ++j) dr[j] = static_cast<A>(lane_sum<A>(sums[j]));
+  for (int j = 0; j < rows; ++j) dr[j] = static_cast<A>(totals[j]);
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ struct EvenParts {
 // sums += a · b over `depth` values. Row i of a at a + i · row_stride, one value after the other `step` apart; b
 // [depth, kTileColumns]. Unrolled, as what counts a loop takes turns from the multiplications.
 template <class A, int row_stride, int step>
-__attribute__((always_inline)) inline void accumulate(const A* a, const A* b, int64_t depth, Tile<A>& sums) {
+__attribute__((always_inline)) inline void accumulate_part(const A* a, const A* b, int64_t depth, Tile<A>& sums) {
 #pragma GCC unroll 8
   for (int64_t p = 0; p < depth; ++p, a += step, b += kTileColumns<A>) {
     const Vec<A> left = load(b), right = load(b + kLanes<A>);
@@ -63,6 +63,20 @@ __attribute__((always_inline)) inline void accumulate(const A* a, const A* b, in
       sums[i][0] = fma(value, left, sums[i][0]);
       sums[i][1] = fma(value, right, sums[i][1]);
     }
+  }
+}
+
+// The same in parts: a sum is rounded once a value, by its size so far, so that the error of a long one would grow.
+template <class A, int row_stride, int step>
+__attribute__((always_inline)) inline void accumulate(const A* a, const A* b, int64_t depth, Tile<A>& sums) {
+  constexpr int64_t kPart = 128;
+  if (depth <= kPart) return accumulate_part<A, row_stride, step>(a, b, depth, sums);
+  for (int64_t first = 0; first < depth; first += kPart) {
+    Tile<A> part = {};
+    accumulate_part<A, row_stride, step>(a + first * step, b + first * kTileColumns<A>, std::min(kPart, depth - first),
+                                         part);
+#pragma GCC unroll 12
+    for (int i = 0; i < kTileRows; ++i) sums[i][0] = sums[i][0] + part[i][0], sums[i][1] = sums[i][1] + part[i][1];
   }
 }
 
