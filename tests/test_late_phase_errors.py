@@ -69,9 +69,9 @@ REFUSED = {
         "2: .*SplitBatchNorm2d overrides forward",
     ),
     "lazy buffers": (lambda: net(nn.LazyBatchNorm2d(affine=False)), {}, NotImplementedError, "2 .* not initialized"),
-    "data parallel": (lambda: nn.DataParallel(net()), {}, TypeError, "got DataParallel; expand model.module"),
+    "data parallel": (lambda: nn.DataParallel(net()), {}, TypeError, "got DataParallel; give model.module"),
     "inner wrapper": (Holder, {}, TypeError, r"got DataParallel \(inside\)"),
-    "compiled": (lambda: torch.compile(net()), {}, TypeError, "got OptimizedModule; expand model._orig_mod"),
+    "compiled": (lambda: torch.compile(net()), {}, TypeError, "got OptimizedModule; give model._orig_mod"),
     "no module": (lambda: [1], {}, TypeError, "model must be an nn.Module, got list"),
     "subclass": (lambda: net(NormAndActivation(4)), {}, NotImplementedError, "2: .*NormAndActivation overrides"),
     "untargeted subclass": (
@@ -206,7 +206,7 @@ def test_what_needs_an_expanded_model_says_so():
     lp.expand(model, 2)
     with pytest.raises(ValueError, match="set_base_grad_scale: optimizer holds no base weight of the model"):
         lp.set_base_grad_scale(torch.optim.SGD(net().parameters()), model, "mean")
-    with pytest.raises(TypeError, match=r"collapse: .* collapse model.module"):
+    with pytest.raises(TypeError, match=r"collapse: .* give model.module"):
         lp.collapse(nn.DataParallel(model))
     with pytest.raises(ValueError, match="call its own collapse"):
         lp.collapse(model[1])

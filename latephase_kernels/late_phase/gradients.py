@@ -36,7 +36,7 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     """Scale the gradients of base weights by γ_θ before every step of optimizer, whatever its rule.
 
     The gradients are scaled in place, so zero them after the step. A closure's gradients are scaled after each call.
-    Calling again replaces the scale, 1 removes it.
+    Calling again replaces the scale, 1 removes it. It is in no state dict: call it again where training goes on.
 
     Args:
         optimizer: any torch.optim optimizer that holds base weights of the model.

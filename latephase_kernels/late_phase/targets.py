@@ -63,10 +63,10 @@ _WITH_ACTIVATION: dict[type, type] = {  # for timm's subclasses
     SharedSyncBatchNorm: SharedSyncBatchNormAct,
 }
 _WRAPPERS = {
-    "DataParallel": "expand model.module and wrap it afterwards",
-    "DistributedDataParallel": "expand model.module and wrap it afterwards",
-    "FullyShardedDataParallel": "expand the model before wrapping it",
-    "OptimizedModule": "expand model._orig_mod and compile it afterwards",
+    "DataParallel": "give model.module, and wrap it afterwards",
+    "DistributedDataParallel": "give model.module, and wrap it afterwards",
+    "FullyShardedDataParallel": "give the model before it is wrapped",
+    "OptimizedModule": "give model._orig_mod, and compile it afterwards",
 }
 
 
@@ -82,10 +82,7 @@ def check_not_wrapped(where: str, model: nn.Module) -> None:
         remedy = next((_WRAPPERS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None)
         if remedy is not None:
             at = f" ({name})" if name else ""
-            raise TypeError(
-                f"{where}: model must be a plain module, got {type(module).__name__}{at}; "
-                f"{remedy.replace('expand', f'{where} takes' if where == 'fusions' else where, 1)}"
-            )
+            raise TypeError(f"{where}: model must be a plain module, got {type(module).__name__}{at}; {remedy}")
 
 
 def _head(model: nn.Module) -> list[nn.Module]:

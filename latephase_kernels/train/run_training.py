@@ -212,12 +212,12 @@ def _finish(recipe: Recipe, folder: AnyFolder, trainer: Trainer, evaluation: Eva
     with trainer.ranks.gathered(trainer.final_model()) as model:
         metrics, before = evaluation.final(model)
         plain = copy.deepcopy(model).eval()
+    if not isinstance(folder, RunFolder):  # of another rank than the first, which does the rest
+        return {}
     if not before.isfinite().all():
         raise FloatingPointError(
             "train: the trained model's outputs are not finite, so it was not saved; lower optimizer.lr or late.lr"
         )
-    if not isinstance(folder, RunFolder):  # of another rank than the first, which does the rest
-        return {}
     results: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "epochs": recipe.epochs, "metrics": metrics}
     if trainer.expanded:
         lp.collapse(plain)

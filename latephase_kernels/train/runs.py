@@ -201,7 +201,8 @@ class RunFolder:
                 f"run folder {self.path} already holds a run; give --resume to go on with it, or another --output"
             )
         before = existing.read_text(encoding="utf-8")
-        if _FREE.sub("", before) != _FREE.sub("", config):
+        before, config = _FREE.sub("", before), _FREE.sub("", config)
+        if before != config:
             raise ValueError(
                 f"run folder {self.path} holds a run of another recipe ({_first_difference(before, config)}); "
                 "resume with the same recipe and options"
