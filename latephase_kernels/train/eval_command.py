@@ -40,8 +40,9 @@ from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics
 from .image_input import evaluation_images
 from .image_task import EVALUATION_BATCH
 from .progress import Progress
+from .ranks import usable_device
 from .recipe import Recipe, check
-from .run_training import load_model, usable_device
+from .run_training import load_model
 from .runs import write_whole
 from .text_task import TextEvaluation
 from .train_command import parse_recipe

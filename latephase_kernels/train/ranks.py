@@ -210,6 +210,31 @@ class SeveralRanks(Ranks):
         load_optimizer_state(self.distributed, optimizer, state)
 
 
+def _several_ranks() -> bool:
+    """Whether torchrun has started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def usable_device(where: str, name: str | None) -> str:
+    """Return the device that was asked for; by default "cuda" where there is one, else "cpu".
+
+    Of several ranks on GPUs each has that of its local rank.
+
+    Raises:
+        ValueError: there is none of this name here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if _several_ranks() and name.partition(":")[0] == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: --device must be a device that works here, got {name}: {reason}") from None
+    return name
+
+
 @contextlib.contextmanager
 def start_ranks(parallel: Parallel, device: str | None) -> Iterator[Ranks]:
     """Join the processes that torchrun has started, for the with block; without torchrun there is this one alone.
@@ -219,11 +244,10 @@ def start_ranks(parallel: Parallel, device: str | None) -> Iterator[Ranks]:
         device: "cuda", "cpu", …; None: the GPU if there is one. Of several ranks each takes the GPU of its local rank.
 
     Raises:
-        ValueError: parallel does not fit the number of processes.
+        ValueError: there is no such device, or parallel does not fit the number of processes.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not several:
+    name = usable_device("train", device)
+    if not _several_ranks():
         if parallel.member_ranks > 1:
             raise ValueError(
                 f"train: parallel.member_ranks={parallel.member_ranks} needs as many processes; start them with "
@@ -233,7 +257,6 @@ def start_ranks(parallel: Parallel, device: str | None) -> Iterator[Ranks]:
         return
     on_gpu = torch.device(name).type == "cuda"
     if on_gpu:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(name)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=parallel.timeout_seconds)

@@ -62,22 +62,6 @@ class _Signals:
         signal.signal(number, self._before[number])
 
 
-def usable_device(where: str, name: str | None) -> str:
-    """Return the device that was asked for; by default "cuda" where there is one, else "cpu".
-
-    Raises:
-        ValueError: there is none of this name here.
-    """
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: --device must be a device that works here, got {name}: {reason}") from None
-    return name
-
-
 def run_training(
     recipe: Recipe,
     config: str,
@@ -110,7 +94,7 @@ def run_training(
     check(recipe)
     with contextlib.ExitStack() as closing:
         closing.enter_context(determinism(recipe.deterministic))
-        ranks = closing.enter_context(start_ranks(recipe.parallel, usable_device("train", device)))
+        ranks = closing.enter_context(start_ranks(recipe.parallel, device))
         train, test = build_data(recipe.data)
         # Before the folder: what does not fit leaves nothing behind.
         trainer = Trainer(recipe, train, ranks.device, ranks=ranks)
