@@ -18,6 +18,9 @@ POISON := GLIBC_TUNABLES=glibc.malloc.perturb=1:glibc.malloc.tcache_count=0
 demo: $(VENV)/.installed
 	$(BIN)/latephase demo
 
+# Threads sleep while they wait: spinning, two test processes on two cores take each other's time (three times as long).
+test test-native test-training test-triton test-compile test-emulator: export OMP_WAIT_POLICY := passive
+
 test: test-native test-training test-triton test-compile test-emulator
 
 # All else that runs natively, then the ops' tests again on each older instruction set.
