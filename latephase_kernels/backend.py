@@ -49,10 +49,14 @@ def _load_all() -> None:
             _load_failures[device] = failure
 
 
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_failure(tensor: Tensor) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if tensor.device.type != "cuda" and not _interprets_triton():
         return f"Triton does not run on {tensor.device.type} tensors (TRITON_INTERPRET=1 interprets it there, slowly)"
     return None
 
@@ -136,6 +140,11 @@ def set_backend(backend: str) -> None:
         raise RuntimeError(f"set_backend: no compiled kernels could be loaded: {reasons}")
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         raise RuntimeError("set_backend: the package triton is not installed; pip install triton")
+    if backend == "triton" and not torch.cuda.is_available() and not _interprets_triton():
+        raise RuntimeError(
+            "set_backend: Triton needs a GPU, and torch finds none; TRITON_INTERPRET=1, set before Python starts, "
+            "interprets its kernels on the CPU, slowly"
+        )
     _choice = backend
     _native.clear()
 

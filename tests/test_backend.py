@@ -28,6 +28,19 @@ def test_backend_for():
         lp.backend_for(torch.zeros(1, device="meta"))
 
 
+def test_triton_without_a_gpu_is_refused_when_it_is_chosen(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    lp.set_backend("reference")
+    with pytest.raises(RuntimeError, match="set_backend: Triton needs a GPU, and torch finds none; TRITON_INTERPRET=1"):
+        lp.set_backend("triton")
+    assert lp.backend_for(torch.zeros(1)) == "reference"  # the choice in force stays
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    lp.set_backend("triton")
+    assert lp.backend_for(torch.zeros(1)) == "triton"
+
+
 def test_the_cuda_library_loads_exactly_where_torch_has_cuda():
     built = (Path(lp.__file__).parent / "lib" / "liblatephase_cuda.so").exists()
     if torch.version.cuda is None:

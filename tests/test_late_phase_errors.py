@@ -212,3 +212,19 @@ def test_what_needs_an_expanded_model_says_so():
         lp.collapse(model[1])
     with pytest.raises(ValueError, match="collapse: mode must be"):
         lp.collapse(model, mode="best")
+
+
+def test_replicated_parameters_that_no_optimizer_takes_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model[3].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1)
+    with pytest.warns(
+        UserWarning, match="no optimizer trains 1.weight and 2 other replicated parameters, because none"
+    ):
+        lp.expand(model, 2, optimizers=optimizer)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    base, bias = torch.optim.SGD([*model[0].parameters(), model[1].weight]), torch.optim.SGD([model[1].bias])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lp.expand(copy.deepcopy(model), 2)  # an optimizer is made later
+        lp.expand(model, 2, optimizers=[base, bias])

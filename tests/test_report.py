@@ -1,5 +1,6 @@
 """`latephase report`: results as `latephase train` writes them, made up here, beside the published figures."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,8 +10,15 @@ import pytest
 
 from latephase_kernels.cli import main
 from latephase_kernels.train.recipe import Recipe, recipe_file, recipe_names
-from latephase_kernels.train.report import PUBLISHED, WAYS, draw_report, read_results, run_report, summarize
-from latephase_kernels.train.train_command import as_yaml
+from latephase_kernels.train.report import (
+    PUBLISHED,
+    WAYS,
+    draw_report,
+    read_results,
+    run_report,
+    summarize,
+)
+from latephase_kernels.train.train_command import as_yaml, parse_recipe
 
 yaml = pytest.importorskip("yaml")
 QUANTITIES = ("accuracy", "nll", "ece", "brier")
@@ -29,7 +37,10 @@ def write_run(folder, name, seed, accuracy, *, plain=False, config=None, **recip
     folder.mkdir(parents=True)
     content = {"name": name, "seed": seed, "epochs": 200, "metrics": found, "collapse_error": 1e-7}
     (folder / "results.json").write_text(json.dumps(content))
-    (folder / "config.yaml").write_text(as_yaml(Recipe(name=name, seed=seed, **recipe)) if config is None else config)
+    by = parse_recipe([name])[0] if name in recipe_names() else Recipe(name=name)
+    (folder / "config.yaml").write_text(
+        as_yaml(dataclasses.replace(by, seed=seed, **recipe)) if config is None else config
+    )
     return folder
 
 
@@ -80,7 +91,7 @@ def test_the_picture_shows_every_number(runs, tmp_path, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    assert draw_report(summarize(read_results([runs])), tmp_path / "report.png")
+    assert draw_report(summarize(read_results([runs])), tmp_path / "report.png", {"cifar10"})
     panels = drawn[0].axes
     assert len(panels) == 4  # accuracy and NLL, of the names beginning with cifar10, and of mine
     texts = [text.get_text() for axes in panels for text in axes.texts]
@@ -88,9 +99,30 @@ def test_the_picture_shows_every_number(runs, tmp_path, monkeypatch):
     assert len(texts) == 2 * 7 + 2
     labels = [text.get_text() for axes in panels[::2] for text in axes.get_yticklabels()]
     assert labels == [
-        *("cifar10_base, averaged", "cifar10, averaged", "cifar10, ensemble", "cifar10, members"),
+        *("cifar10_base, averaged", "cifar10*, averaged", "cifar10*, ensemble", "cifar10*, members"),
         *("mine|own, averaged", "mine|own, ensemble", "mine|own, members"),
     ]
+    legends = [text.get_text() for axes in panels if axes.get_legend() for text in axes.get_legend().get_texts()]
+    assert legends == ["published (*: of a recipe with other options)"]
+
+
+def test_runs_of_other_options_than_the_published_recipe_say_so(runs, tmp_path, capsys):
+    late = dataclasses.replace(parse_recipe(["cifar100"])[0].late, members=5, fuse=False)
+    write_run(runs / "short", "cifar100", 0, 70.0, epochs=2, late=late, precision="bfloat16", channels_last=True)
+    output = tmp_path / "out"
+    assert main(["report", str(runs), "--output", str(output)]) == 0
+    line = (
+        "cifar100: the published figure is of the recipe; these runs have epochs = 2 (200), late.members = 5 (10), "
+        "precision = bfloat16 (float32) (the recipe's)"
+    )
+    assert (output / "report.md").read_text().splitlines()[-1] == line and line in capsys.readouterr().out
+    written = {row["run"]: row.get("changed") for row in json.loads((output / "report.json").read_text())}
+    assert written["cifar100"] == {
+        "epochs": [2, 200],
+        "late.members": [5, 10],
+        "precision": ["bfloat16", "float32"],
+    }
+    assert [name for name, changed in written.items() if changed] == ["cifar100"]
 
 
 def test_recipes_have_their_published_figure():

@@ -193,6 +193,7 @@ def test_a_diverging_run_says_so(tmp_path, capsys):
     "arguments, message",
     [
         (["nothing"], "there is no recipe 'nothing'; there are cifar10, "),
+        (["cifar10_bas"], r"there is no recipe 'cifar10_bas' \(is cifar10_base meant\?\); there are cifar10, "),
         (["mine.yaml"], "there is no file mine.yaml"),
         (["digits", "--late.start=500"], "late.start must be null or an epoch from 0 to below epochs"),
         (

@@ -115,6 +115,14 @@ def expand(
     close_fast_paths(model)
     for optimizer in optimizers:
         move_parameters(optimizer, moved, added, member_state, member_options or {})
+    left = _trained_by_none(model, moved.values(), optimizers)
+    if optimizers and left:
+        warnings.warn(
+            f"expand: no optimizer trains {left[0]}"
+            + (f" and {len(left) - 1} other replicated parameters" if len(left) > 1 else "")
+            + ", because none of those given held the plain one; give them to one, or freeze them",
+            stacklevel=2,
+        )
     if optimizers and added:
         warnings.warn(
             f"expand: no optimizer trains {next(iter(added.values()))[0][0]} and other rank-1 gains, because none that "
@@ -122,6 +130,13 @@ def expand(
             stacklevel=2,
         )
     return model
+
+
+def _trained_by_none(model: nn.Module, replicated: Iterable[nn.Parameter], optimizers: list) -> list[str]:
+    """Return the names of the replicated parameters that ask for gradients and that no optimizer holds."""
+    held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    left = {p for p in replicated if p.requires_grad} - held
+    return [name for name, parameter in model.named_parameters() if parameter in left]
 
 
 def _tie(targeted: dict[int, nn.Module], replacements: dict[int, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:

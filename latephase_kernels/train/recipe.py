@@ -3,6 +3,7 @@
 Epochs are counted in passes over the training set, batch sizes per member and over all devices together.
 """
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -250,7 +251,12 @@ def recipe_file(name: str) -> Path:
         raise ValueError(f"train: there is no file {name}")
     if name in recipe_names():
         return RECIPES / f"{name}.yaml"
-    raise ValueError(f"train: there is no recipe {name!r}; there are {', '.join(recipe_names())}, or give a YAML file")
+    near = difflib.get_close_matches(name, recipe_names(), 1)
+    raise ValueError(
+        f"train: there is no recipe {name!r}"
+        + (f" (is {near[0]} meant?)" if near else "")
+        + f"; there are {', '.join(recipe_names())}, or give a YAML file"
+    )
 
 
 def check(recipe: Recipe) -> Recipe:

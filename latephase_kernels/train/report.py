@@ -1,15 +1,17 @@
 """`latephase report`: finished runs beside the published figures, mean ± standard deviation over seeds."""
 
+import dataclasses
 import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .quantities import KINDS, QUANTITIES, kind_of
 from .runs import write_whole
+from .train_command import parse_recipe
 
 # By the run's name and way to predict: what it is, and the first quantity of its kind (test accuracy in %, bits per
 # character of the test text), mean and standard deviation over 5 seeds (nan: none was published).
@@ -48,7 +50,7 @@ PUBLISHED_DIGITS = {"accuracy": 2, "bits_per_character": 3}
 WAYS = ("averaged", "ensemble", "members", "MC-dropout")
 # Lines of a config.yaml in which runs may differ that are averaged: they do not say what is trained.
 _INCIDENTAL = (
-    *("seed", "folder", "evaluate_every", "checkpoint_minutes", "keep_checkpoints"),
+    *("seed", "folder", "evaluate_every", "checkpoint_minutes", "keep_checkpoints", "timeout_seconds"),
     *("channels_last", "compile", "cuda_graph", "deterministic", "member_chunk", "fuse", "workers"),
 )
 
@@ -76,6 +78,9 @@ def read_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
 
     What other commands of this package wrote there is passed over.
 
+    A result whose run has the name of a recipe with a published figure, and other options than that recipe, gets the
+    key "changed": dotted option → [the run's, the recipe's].
+
     Raises:
         ValueError: a folder holds no finished run, a results.json is damaged, two runs have the same name and seed, or
             runs have the same name and different recipes.
@@ -94,7 +99,36 @@ def read_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
             raise ValueError(f"report: {folder} holds no finished run of latephase train; train there, or resume")
         found.update(runs)
     _check_comparable(found)
+    for file, result in found.items():
+        changed = _changed_options(file, result["name"])
+        if changed:
+            result["changed"] = changed
     return list(found.values())
+
+
+def _dotted(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _changed_options(file: Path, name: str) -> dict[str, list[Any]]:
+    """The options, but for incidental ones, in which a run differs from the published recipe of its name."""
+    config = file.with_name("config.yaml")
+    if name not in {published for published, _ in PUBLISHED} or not config.exists():
+        return {}
+    try:
+        run, recipe = (_dotted(dataclasses.asdict(parse_recipe([source])[0])) for source in (str(config), name))
+    except ImportError:  # without the packages that train needs there is nothing to compare with
+        return {}
+    except ValueError as error:
+        raise ValueError(f"report: {config} is no recipe: {error}; mend it, or remove it") from None
+    return {
+        key: [run.get(key), recipe.get(key)]
+        for key in {**recipe, **run}
+        if key.rpartition(".")[2] not in _INCIDENTAL and run.get(key) != recipe.get(key)
+    }
 
 
 def _check_comparable(found: Mapping[Path, dict[str, Any]]) -> None:
@@ -147,6 +181,16 @@ def _with_deviation(mean: float, deviation: float, digits: int) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(deviation) else f" ± {deviation:.{digits}f}")
 
 
+def format_changes(changed: Mapping[str, dict[str, list[Any]]]) -> list[str]:
+    """Return a line of Markdown for each name whose runs are not by the recipe that its published figure is of."""
+    return [
+        f"{name}: the published figure is of the recipe; these runs have "
+        + ", ".join(f"{key} = {run} ({recipe})" for key, (run, recipe) in options.items())
+        + " (the recipe's)"
+        for name, options in changed.items()
+    ]
+
+
 def format_markdown(summary: Summary) -> str:
     """Return the comparison as Markdown, one table for each kind of data."""
     tables = []
@@ -173,8 +217,10 @@ def _markdown_table(summary: Summary, kind: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def draw_report(summary: Summary, path: Path) -> bool:
+def draw_report(summary: Summary, path: Path, changed: Collection[str] = ()) -> bool:
     """Draw two quantities of every run, with the published one beside it; False without matplotlib.
+
+    Names of runs in `changed`, with other options than the recipe of their published figure, get a star.
 
     Runs of one kind whose names begin alike, up to the first "_", share their panels: those of one data set, as the
     recipes are named.
@@ -206,9 +252,10 @@ def draw_report(summary: Summary, path: Path) -> bool:
             digits = PUBLISHED_DIGITS[kind[0]]
             _draw_value(panels[0], row + 0.15, mean, deviation, digits, above=False, fmt="s", color="C1")
         if published:
-            panels[0].plot([], [], "s", color="C1", label="published")
+            star = " (*: of a recipe with other options)" if any(name in changed for name, _ in rows) else ""
+            panels[0].plot([], [], "s", color="C1", label="published" + star)
             panels[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, borderpad=0.0)
-        panels[0].set_yticks(range(len(rows)), [f"{name}, {way}" for name, way in rows])
+        panels[0].set_yticks(range(len(rows)), [f"{name}{'*' * (name in changed)}, {way}" for name, way in rows])
         panels[0].set_ylim(len(rows) - 0.3, -0.7)
     figure.savefig(path, dpi=110)
     return True
@@ -238,13 +285,15 @@ def run_report(folders: Sequence[str | Path], output: str | Path) -> None:
         ValueError: see read_results; nothing was written.
         OSError: a folder cannot be read or written.
     """
-    summary = summarize(read_results(folders))
-    table = format_markdown(summary)
+    results = read_results(folders)
+    summary = summarize(results)
+    changed = {result["name"]: result["changed"] for result in results if "changed" in result}
+    table = "\n\n".join([format_markdown(summary), *format_changes(changed)])
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     write_whole(target / "report.md", table + "\n")
-    write_whole(target / "report.json", json.dumps(_as_json(summary), indent=2, allow_nan=False) + "\n")
-    drawn = draw_report(summary, target / "report.png")
+    write_whole(target / "report.json", json.dumps(_as_json(summary, changed), indent=2, allow_nan=False) + "\n")
+    drawn = draw_report(summary, target / "report.png", changed)
     print(table)
     print(
         f"\nMean ± standard deviation over seeds. Written to {target}"
@@ -252,11 +301,13 @@ def run_report(folders: Sequence[str | Path], output: str | Path) -> None:
     )
 
 
-def _as_json(summary: Summary) -> list[dict[str, Any]]:
+def _as_json(summary: Summary, changed: Mapping[str, dict[str, list[Any]]]) -> list[dict[str, Any]]:
     """The summary, one entry a row of the table; numbers that are not finite become null."""
     content = []
     for (name, way), quantities in summary.items():
         entry: dict[str, Any] = {"run": name, "prediction": way}
+        if name in changed:
+            entry["changed"] = changed[name]
         for quantity, (mean, deviation, count) in quantities.items():
             finite = [value if math.isfinite(value) else None for value in (mean, deviation)]
             entry[quantity] = {"mean": finite[0], "std": finite[1], "seeds": count}
