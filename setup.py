@@ -8,6 +8,7 @@ Both use the LibTorch stable ABI only, so one wheel serves every Python and ever
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ ISA_FLAGS = (
     if platform.machine() in ("x86_64", "AMD64")
     else {"baseline": ""}
 )
+OLDEST_NVCC = (12, 8)  # the first that compiles for compute capability 10.0
 NVCC_FLAGS = (
     "-std=c++20 -O3 -Xcompiler -fPIC -Xcompiler -fvisibility=hidden -DUSE_CUDA --threads 0 --compress-mode=size "
     "-gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 "
@@ -40,6 +42,12 @@ def cuda_top() -> str | None:
     plan = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     tops = [line.split("TOP=", 1)[1].strip() for line in plan.splitlines() if "TOP=" in line]
     return os.path.realpath(tops[0]) if tops else None
+
+
+def release_of(cuda: str) -> tuple[int, ...]:
+    text = subprocess.run([f"{cuda}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found else OLDEST_NVCC
 
 
 def torch_folder() -> Path:
@@ -108,10 +116,18 @@ class BuildKernels(build_ext):
             return
         import ninja
 
+        cuda = cuda_top()
+        if cuda is not None and release_of(cuda) < OLDEST_NVCC:
+            print(
+                f"latephase_kernels: {cuda} has nvcc {'.'.join(map(str, release_of(cuda)))}, and the CUDA kernels need "
+                f"{'.'.join(map(str, OLDEST_NVCC))}: installing without them (GPUs use Triton)",
+                file=sys.stderr,
+            )
+            cuda = None
         folder = ROOT / "build" / "kernels"
         lib = folder / "lib"
         lib.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(torch_folder(), lib, cxx, cuda_top()))
+        (folder / "build.ninja").write_text(ninja_file(torch_folder(), lib, cxx, cuda))
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)], check=True)
         target = (ROOT if self.editable_mode or self.inplace else Path(self.build_lib)) / "latephase_kernels" / "lib"
         target.mkdir(parents=True, exist_ok=True)

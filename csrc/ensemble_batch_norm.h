@@ -32,7 +32,8 @@ inline void check_statistic(const char* name, const Tensor& t, const Tensor& inp
 }
 
 // The ops for one device; Device has static forward(const Forward&), backward(const Backward&), and
-// inverse_deviation(sizes, input, var, eps, rstd): rstd = 1 / √(var + eps), all [K, C].
+// take_statistics(sizes, input, given_mean, given_var, eps, mean, var, rstd), which copies the given ones and computes
+// rstd = 1 / √(var + eps); all are contiguous [K, C] in the accumulation type, and may be the same.
 template <class Device>
 struct Ops {
   static Tensor statistic(const Tensor& input, const Sizes& s) {
@@ -85,9 +86,15 @@ struct Ops {
                       "ensemble_batch_norm: running_mean and running_var must be given when training=False");
       STD_TORCH_CHECK(running_mean->numel() == s.K * s.C && running_var->numel() == s.K * s.C,
                       "ensemble_batch_norm: running_mean and running_var must be [K, C]");
-      torch::stable::copy_(mean, *running_mean);
-      torch::stable::copy_(var, *running_var);
-      Device::inverse_deviation(s, input, var, eps, rstd);
+      check_devices(kOp, input, {given(running_mean), given(running_var)});
+      const auto readable = [&](const Tensor& t) { return t.is_contiguous() && t.scalar_type() == mean.scalar_type(); };
+      if (readable(*running_mean) && readable(*running_var)) {
+        Device::take_statistics(s, input, *running_mean, *running_var, eps, mean, var, rstd);
+      } else {
+        torch::stable::copy_(mean, *running_mean);
+        torch::stable::copy_(var, *running_var);
+        Device::take_statistics(s, input, mean, var, eps, mean, var, rstd);
+      }
     }
     Forward f = forward_of(input, s, training, mean);
     f.eps = eps;

@@ -1,5 +1,6 @@
 """Loads the compiled libraries and picks the backend of a call: native, triton or reference."""
 
+import ctypes
 import importlib.util
 import os
 import warnings
@@ -39,7 +40,22 @@ def _load(device: str) -> str | None:
             "another processor or C library; (3) the file is damaged. "
             "Reinstalling latephase_kernels beside this torch mends all three"
         )
-    return None
+    return _driver_failure(path) if device == "cuda" else None
+
+
+def _driver_failure(path: Path) -> str | None:
+    """Why the driver cannot run the CUDA library, which needs one of the major version that it was compiled with."""
+    library = ctypes.CDLL(str(path))
+    try:
+        driver, compiled = library.latephase_cuda_driver_version(), library.latephase_cuda_runtime_version()
+    except AttributeError:
+        return f"{path.name} is older than the package; reinstall latephase_kernels"
+    if driver == 0 or driver // 1000 >= compiled // 1000:  # 0: there is none
+        return None
+    return (
+        f"the GPU's driver runs CUDA up to {driver // 1000}.{driver % 1000 // 10}, and {path.name} was compiled with "
+        f"{compiled // 1000}.{compiled % 1000 // 10}; update the driver, or reinstall with nvcc of an older CUDA"
+    )
 
 
 def _load_all() -> None:

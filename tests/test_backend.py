@@ -1,9 +1,11 @@
 """Which backend runs, and what a missing one says."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,24 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "driver, message",
+    [
+        (0, None),
+        (13020, None),
+        (14000, None),
+        (12080, "driver runs CUDA up to 12.8, and .* compiled with 13.1; update"),
+    ],
+)
+def test_a_driver_that_is_too_old_for_the_cuda_library_is_named(driver, message, monkeypatch):
+    versions = {"latephase_cuda_driver_version": lambda: driver, "latephase_cuda_runtime_version": lambda: 13010}
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda path: SimpleNamespace(**versions))
+    failure = backend._driver_failure(Path("liblatephase_cuda.so"))
+    assert failure is None if message is None else re.search(message, failure)
+    versions.clear()
+    assert "is older than the package" in backend._driver_failure(Path("liblatephase_cuda.so"))
 
 
 def test_a_damaged_library_names_its_likely_causes(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("change, error, words", CASES, ids=lambda v: str(v)[:40].replace("\n", " "))
+@pytest.mark.parametrize("change, error, words", CASES, ids=[f"{i}: {', '.join(c[2])}" for i, c in enumerate(CASES)])
 def test_bad_call_is_refused_and_changes_nothing(change, error, words):
     arguments = good() | change
     before = {n: t.clone() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.layout == torch.strided}

@@ -269,17 +269,24 @@ def test_one_launch_each_way(layout, tier, kind, monkeypatch):
     assert batches.tolist() == [2] * 3
 
 
-def _check_streams(shape, layout, priorities):
-    """Launches that overlap share nothing: each stream finds what it would find alone, again and again."""
+def _check_streams(shape, layout, priorities, holders=0):
+    """Launches that overlap share nothing: each stream finds what it would find alone, again and again.
+
+    Beside them each of `holders` streams holds a multiprocessor, now and then, by a kernel that only waits.
+    """
     K = shape[0]
     cases = [case_of(shape, torch.bfloat16, layout, residual=True) for _ in priorities]
     cases[1]["input"] = cases[1]["input"] * 3 + 1
     expected = [run(case, K, True, "relu") for case in cases]
     streams = [torch.cuda.Stream(priority=priority) for priority in priorities]
     found = []
+    held = [torch.cuda.Stream() for _ in range(holders)]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
     for _ in range(20):
+        for stream in held:
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000)  # clock cycles
         for stream, case in zip(streams, cases):
             with torch.cuda.stream(stream):
                 found.append(run(case, K, True, "relu"))
@@ -293,11 +300,15 @@ def test_two_streams_at_once(layout, _tier):
     _check_streams((2, 16, 24, (33, 31)), layout, (0, 0))
 
 
+@pytest.mark.parametrize("holders", [0, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_virtual_clusters_that_do_not_fit_at_once(layout, monkeypatch):
-    """Each takes most of the device, and one may overtake the other: neither waits for a block that never comes."""
+def test_two_virtual_clusters_that_do_not_fit_at_once(layout, holders, monkeypatch):
+    """Each takes most of the device, and one may overtake the other: neither waits for a block that never comes.
+
+    Nor where others hold multiprocessors when they are launched, so that room comes free piece by piece.
+    """
     monkeypatch.setenv("LATEPHASE_CUDA_CLUSTER", "1")
-    _check_streams((2, 40, 24, (64, 64)), layout, (0, -1))
+    _check_streams((2, 40, 24, (64, 64)), layout, (0, -1), holders)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

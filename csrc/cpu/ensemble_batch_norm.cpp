@@ -69,13 +69,21 @@ struct Cpu {
     run(b, LATEPHASE_KERNEL(backward));
   }
   template <class A>
-  static void inverse(const Tensor& var, double eps, const Tensor& rstd) {
-    const A* from = static_cast<const A*>(var.const_data_ptr());
-    A* to = static_cast<A*>(rstd.mutable_data_ptr());
-    for (int64_t i = 0; i < var.numel(); ++i) to[i] = static_cast<A>(1 / std::sqrt(static_cast<double>(from[i]) + eps));
+  static void take(const Tensor& given_mean, const Tensor& given_var, double eps, const Tensor& mean, const Tensor& var,
+                   const Tensor& rstd) {
+    const A* from_mean = static_cast<const A*>(given_mean.const_data_ptr());
+    const A* from_var = static_cast<const A*>(given_var.const_data_ptr());
+    A *to_mean = static_cast<A*>(mean.mutable_data_ptr()), *to_var = static_cast<A*>(var.mutable_data_ptr()),
+      *to_rstd = static_cast<A*>(rstd.mutable_data_ptr());
+    for (int64_t i = 0; i < var.numel(); ++i) {
+      to_mean[i] = from_mean[i], to_var[i] = from_var[i];
+      to_rstd[i] = static_cast<A>(1 / std::sqrt(static_cast<double>(from_var[i]) + eps));
+    }
   }
-  static void inverse_deviation(const Sizes&, const Tensor& input, const Tensor& var, double eps, const Tensor& rstd) {
-    input.scalar_type() == ScalarType::Double ? inverse<double>(var, eps, rstd) : inverse<float>(var, eps, rstd);
+  static void take_statistics(const Sizes&, const Tensor& input, const Tensor& given_mean, const Tensor& given_var,
+                              double eps, const Tensor& mean, const Tensor& var, const Tensor& rstd) {
+    input.scalar_type() == ScalarType::Double ? take<double>(given_mean, given_var, eps, mean, var, rstd)
+                                              : take<float>(given_mean, given_var, eps, mean, var, rstd);
   }
 };
 

@@ -14,9 +14,12 @@ namespace latephase::ensemble_batch_norm {
 namespace {
 
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    inverse_deviation_kernel(const float* var, float eps, int64_t groups, float* rstd) {
+    take_statistics_kernel(const float* given_mean, const float* given_var, float eps, int64_t groups, float* mean,
+                           float* var, float* rstd) {
   const int64_t i = int64_t{blockIdx.x} * kMaxThreads + threadIdx.x;
-  if (i < groups) rstd[i] = __frsqrt_rn(var[i] + eps);
+  if (i >= groups) return;
+  const float m = given_mean[i], v = given_var[i];
+  mean[i] = m, var[i] = v, rstd[i] = __frsqrt_rn(v + eps);
 }
 
 std::optional<Plan> plan_on(const Launcher& launch, const Sizes& s, int element_size, int operands) {
@@ -147,14 +150,15 @@ struct Cuda {
     });
   }
 
-  static void inverse_deviation(const Sizes& s, const Tensor& input, const Tensor& var, double eps,
-                                const Tensor& rstd) {
+  static void take_statistics(const Sizes& s, const Tensor& input, const Tensor& given_mean, const Tensor& given_var,
+                              double eps, const Tensor& mean, const Tensor& var, const Tensor& rstd) {
     const int64_t groups = s.K * s.C;
     if (groups == 0) return;
     const Launcher launch(input);
-    launch(inverse_deviation_kernel, {divide_up(groups, kMaxThreads), kMaxThreads},
-           static_cast<const float*>(var.const_data_ptr()), static_cast<float>(eps), groups,
-           static_cast<float*>(rstd.mutable_data_ptr()));
+    const auto to = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+    const auto from = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+    launch(take_statistics_kernel, {divide_up(groups, kMaxThreads), kMaxThreads}, from(given_mean), from(given_var),
+           static_cast<float>(eps), groups, to(mean), to(var), to(rstd));
   }
 };
 

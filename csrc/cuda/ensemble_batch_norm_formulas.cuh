@@ -49,14 +49,19 @@ struct FinishStatistics {
   __device__ static float variance(const Moments<1>& m) { return m.m2[0] / fmaxf(m.count, 1); }  // 0 of nothing
   __device__ float inverse_deviation(const Moments<1>& m) const { return __frsqrt_rn(variance(m) + eps); }
 
+  // Reads all before it writes: the compiler cannot know that none of it lies where another is written.
   __device__ void operator()(int64_t group, const Moments<1>& m) const {
+    const bool counts = batches != nullptr && group % C == 0;
+    const float before_mean = running_mean != nullptr ? running_mean[group] : 0;
+    const float before_var = running_mean != nullptr ? running_var[group] : 0;
+    const int64_t before_batches = counts ? batches[group / C] : 0;
     mean[group] = m.mean[0];
     if (rstd != nullptr) rstd[group] = inverse_deviation(m);
     if (var != nullptr) var[group] = variance(m);
     if (running_mean == nullptr) return;
-    running_mean[group] = lerp(running_mean[group], m.mean[0], momentum);
-    running_var[group] = lerp(running_var[group], __fmul_rn(variance(m), unbias), momentum);
-    if (batches != nullptr && group % C == 0) ++batches[group / C];
+    running_mean[group] = lerp(before_mean, m.mean[0], momentum);
+    running_var[group] = lerp(before_var, __fmul_rn(variance(m), unbias), momentum);
+    if (counts) batches[group / C] = before_batches + 1;
   }
 };
 
@@ -94,15 +99,21 @@ struct Normalizer {
     float channel_mean[kCount], rstd[kCount];
     read_channels(channel_mean, of.mean + group, channels);
     read_channels(rstd, of.rstd + group, channels);
+    read_affine(of, part, channels);
     set(channel_mean, rstd, of, part, channels);
   }
 
-  __device__ Normalizer() {}  // set() completes it
+  __device__ Normalizer() {}  // read_affine() and set() complete it
+
+  // Before the statistics are known, so that nothing waits for it when they are.
+  __device__ __forceinline__ void read_affine(const Normalization& of, const Part& part,
+                                              const Channels<layout>& channels) {
+    of.weight.template read<scalar_t>(scale, part.member, channels, 1);
+    of.bias.template read<scalar_t>(bias, part.member, channels, 0);
+  }
 
   __device__ __forceinline__ void set(const float (&channel_mean)[kCount], const float (&rstd)[kCount],
                                       const Normalization& of, const Part& part, const Channels<layout>& channels) {
-    of.weight.template read<scalar_t>(scale, part.member, channels, 1);
-    of.bias.template read<scalar_t>(bias, part.member, channels, 0);
     of.output_gain.template read<scalar_t>(output_gain, part.member, channels, 1);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -164,9 +175,10 @@ struct FinishSums {
   const float* rstd;
 
   // sums: of dz and of dz · (x − mean)
-  __device__ void operator()(int64_t group, const Sums<1>& sums) const {
+  __device__ void operator()(int64_t group, const Sums<1>& sums) const { store(group, sums, rstd[group]); }
+  __device__ void store(int64_t group, const Sums<1>& sums, float rstd_of_group) const {
     sum_dz[group] = sums.first[0];
-    sum_dz_xhat[group] = sums.second[0] * rstd[group];
+    sum_dz_xhat[group] = sums.second[0] * rstd_of_group;
   }
 };
 

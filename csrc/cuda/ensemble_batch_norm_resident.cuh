@@ -80,23 +80,22 @@ __device__ __forceinline__ Moments<Channels<layout>::kCount> moments_of(const Re
   return moments;
 }
 
-// Stores the moments of a thread's channels where it is its place to, and returns what they normalize by.
+// Stores the moments of a thread's channels, which all workers of its lane have, and completes what they normalize by.
 template <class scalar_t, Layout layout>
-__device__ __forceinline__ Normalizer<scalar_t, layout> normalizer_from(
-    const Resident<scalar_t, layout>& r, const ForwardArguments<scalar_t>& a, const FinishStatistics& finish,
-    const Moments<Channels<layout>::kCount>& moments) {
+__device__ __forceinline__ void complete(Normalizer<scalar_t, layout>& normalizer, const Resident<scalar_t, layout>& r,
+                                         const ForwardArguments<scalar_t>& a, const FinishStatistics& finish,
+                                         const Moments<Channels<layout>::kCount>& moments) {
   float mean[r.kCount], rstd[r.kCount];
 #pragma unroll
-  for (int j = 0; j < r.kCount; ++j) {
-    const Moments<1> m = moments.channel(j);
-    if (r.writes() && r.channels.stands_for_channel(j))
-      finish(r.part.member * r.g.C + r.channels.first + r.channels.channel_of(j), m);
-    mean[j] = m.mean[0];
-  }
+  for (int j = 0; j < r.kCount; ++j) mean[j] = moments.mean[j];
+  // A column each of the lane's workers: one alone would wait for the running statistics of all, one after the other.
+  const int worker = r.part.thread / r.g.lanes;
+  if (r.part.split == 0 && worker < r.g.workers)
+    for (int j = worker; j < r.kCount; j += r.g.workers)
+      if (r.channels.stands_for_channel(j))
+        finish(r.part.member * r.g.C + r.channels.first + r.channels.channel_of(j), moments.selected(j));
   r.channels.fill(rstd, [&](int j) { return finish.inverse_deviation(moments.channel(j)); });
-  Normalizer<scalar_t, layout> normalizer;
   normalizer.set(mean, rstd, a.normalization, r.part, r.channels);
-  return normalizer;
 }
 
 // Of packed planes: writes the mask from the bits of the units, which are all in shared memory.
@@ -123,10 +122,12 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
     resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish) {
   const Resident<scalar_t, layout> r(g, iterations, g.splits, part_of_block(g));
   fetch<width>(r, {a.x});
+  Normalizer<scalar_t, layout> normalizer;
+  normalizer.read_affine(a.normalization, r.part, r.channels);
   wait_for_copies();
   const auto moments = moments_of(r, g.n);
   r.arrive_at_end();
-  const auto normalizer = normalizer_from(r, a, finish, moments);
+  complete(normalizer, r, a, finish, moments);
   Cursor<layout> cursor = r.cursor();
   for (int first = 0; a.y != nullptr && first < iterations; first += kBatch<scalar_t, width>) {
     Unit<scalar_t> residual[kBatch<scalar_t, width>];
@@ -229,7 +230,8 @@ __device__ __forceinline__ ThroughStatistics<layout> through_statistics(const Re
   for (int j = 0; j < through.kCount; ++j) {
     through.set(j, 0, 0, 0, 0);
     if (j >= r.channels.live) continue;
-    if (r.writes() && r.channels.stands_for_channel(j)) finish(group + r.channels.channel_of(j), sums.channel(j));
+    if (r.writes() && r.channels.stands_for_channel(j))
+      finish.store(group + r.channels.channel_of(j), sums.channel(j), rstd[j]);
     if (!a.constant_statistics) through.set(j, sums.first[j], sums.second[j] * rstd[j], rstd[j], a.inverse_count);
   }
   return through;

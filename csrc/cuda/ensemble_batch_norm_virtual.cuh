@@ -81,10 +81,12 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
   traversal.cluster.begin();
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());
+    Normalizer<scalar_t, layout> normalizer;
+    normalizer.read_affine(a.normalization, r.part, r.channels);
     wait_for_copies();
     const auto own = moments_of(r, values_of<layout>(g, r.part.split));
     const auto moments = traversal.template merged<Moments<1>>(r, own);
-    const auto normalizer = normalizer_from(r, a, finish, moments);
+    complete(normalizer, r, a, finish, moments);
     const Part next_part = traversal.next_part();
     const Channels<layout> next_channels(g, next_part);
     Cursor<layout> cursor = r.cursor(), next(g, next_part, next_channels);

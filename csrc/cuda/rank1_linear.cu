@@ -222,7 +222,7 @@ struct Cuda {
     const Partials to{partials, partials + ds_values};
     with_types(call, [&](auto type, auto own) {
       using scalar_t = decltype(type);
-      if (row_blocks * column_blocks == 0) return;
+      if (row_blocks * column_blocks * call.K == 0) return;
       const Arguments<weight_of<scalar_t, own>> arguments(call);
       launch(fold_backward_kernel<scalar_t, own>, {row_blocks * column_blocks, kMaxThreads}, arguments,
              Rows<scalar_t>(call.products, call.in), Rows<float>(call.dweight, call.in), to);

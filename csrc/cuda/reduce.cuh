@@ -25,17 +25,18 @@ struct Moments {
     return m;
   }
 
-  // Chan, Golub and LeVeque's pairwise update.
+  // Chan, Golub and LeVeque's pairwise update. With nothing all stays, by selection: behind a branch the loads of b
+  // would be started late.
   __device__ void merge(const Moments& b) {
-    if (b.count == 0) return;
     const float total = count + b.count;
     const float share = b.count / total;
     const float spread = count * share;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float delta = b.mean[j] - mean[j];
-      mean[j] = fmaf(delta, share, mean[j]);
-      m2[j] += fmaf(delta, delta * spread, b.m2[j]);
+      const float merged_mean = fmaf(delta, share, mean[j]), merged_m2 = m2[j] + fmaf(delta, delta * spread, b.m2[j]);
+      mean[j] = b.count == 0 ? mean[j] : merged_mean;
+      m2[j] = b.count == 0 ? m2[j] : merged_m2;
     }
     count = total;
   }
@@ -52,6 +53,14 @@ struct Moments {
   }
 
   __device__ Moments<1> channel(int j) const { return {count, {mean[j]}, {m2[j]}}; }
+  // The same for a j that is not known when this is compiled.
+  __device__ Moments<1> selected(int j) const {
+    Moments<1> m = channel(0);
+#pragma unroll
+    for (int other = 1; other < N; ++other)
+      if (j == other) m = channel(other);
+    return m;
+  }
   __device__ void set(int j, const Moments<1>& m) { count = m.count, mean[j] = m.mean[0], m2[j] = m.m2[0]; }
 };
 

@@ -159,8 +159,8 @@ struct Unit {
       for (int w = 0; w < kWords; ++w) bits |= uint32_t{words[w] != 0} << w;
     } else {
 #pragma unroll
-      for (int w = 0; w < kWords; ++w)  // no value has a sign: what is not zero carries into bits 15 and 31
-        bits = bits >> 2 | ((words[w] + 0x7fff7fff) & 0x80008000);
+      for (int w = 0; w < kWords; ++w)  // without signs, as of −0, what is not zero carries into bits 15 and 31
+        bits = bits >> 2 | (((words[w] & 0x7fff7fff) + 0x7fff7fff) & 0x80008000);
       bits = bits >> 9 | bits >> 24;  // bits 9, 11, 13, 15 and 25, 27, 29, 31 to 0 … 7
     }
     return bits & ((1u << valid) - 1);

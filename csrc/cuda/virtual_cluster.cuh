@@ -27,6 +27,8 @@ struct Exchange {
 
 // Threads that merge the blocks' results of the same value, a share each.
 constexpr int kMaxHelpers = 8;
+// Results that a thread reads before it merges the first: within a merge the compiler starts no other's read.
+constexpr int kAhead = 4;
 LATEPHASE_HOST_DEVICE int helpers_of(int threads, int values) {
   const int helpers = threads / values;
   return helpers < 1 ? 1 : helpers < kMaxHelpers ? helpers : kMaxHelpers;
@@ -76,11 +78,20 @@ class VirtualCluster {
     for (int i = threadIdx.x; i < helpers * values_; i += blockDim.x) {
       const int value = i % values_;
       Partial share = Partial::zero();
-#pragma unroll 4
-      for (int from = i / values_; from < blocks; from += helpers) {
-        Partial partial;
-        unpack(partial, __ldcg(published + from * values_ + value), count_of(from));
-        share.merge(partial);
+      for (int first = i / values_; first < blocks; first += kAhead * helpers) {
+        float2 read[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const int from = first + k * helpers;
+          read[k] = from < blocks ? __ldcg(published + from * values_ + value) : float2{0, 0};
+        }
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {  // behind the last block nothing, of no values, is merged
+          const int from = first + k * helpers;
+          Partial partial;
+          unpack(partial, read[k], from < blocks ? count_of(from) : 0);
+          share.merge(partial);
+        }
       }
       shares[i] = share;
     }

@@ -33,6 +33,7 @@ class GraphedPasses:
 
     def __init__(self, capture: Capture = capture_on_gpu):
         self._capture = capture
+        self._stream: torch.cuda.Stream | None = None  # of the first steps
         self._phase: Hashable = None
         self._begin(None)
 
@@ -66,7 +67,7 @@ class GraphedPasses:
                 parameter.grad = None
             if self._steps < WARMUP_STEPS:
                 self._steps += 1
-                return _beside(lambda: passes(*inputs))
+                return self._beside(lambda: passes(*inputs))
             self._static = [tensor.clone(memory_format=torch.preserve_format) for tensor in inputs]
             self._replay, self._loss = self._capture(lambda: passes(*self._static))
             self._gradients = [(parameter, parameter.grad) for parameter in parameters()]
@@ -79,14 +80,14 @@ class GraphedPasses:
         assert self._loss is not None
         return self._loss.clone()
 
-
-def _beside(function: Callable[[], Tensor]) -> Tensor:
-    """Run a function on a stream of its own, as capturing will: backward must not know the default stream."""
-    if not torch.cuda.is_available():
-        return function()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        result = function()
-    torch.cuda.current_stream().wait_stream(stream)
-    return result
+    def _beside(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run a function on a stream of its own, as capturing will: backward must not know the default stream."""
+        if not torch.cuda.is_available():
+            return function()
+        if self._stream is None:  # one for all: memory that the last step freed on it serves the next
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return result

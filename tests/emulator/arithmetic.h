@@ -281,7 +281,8 @@ inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return x != x ? kNan16 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline float relu(float x) { return x != x || x > 0 ? x : 0; }
+// Whether -0 keeps its sign is not written anywhere: here it does.
+inline uint16_t relu16(uint16_t bits) { return bits > 0x8000 ? 0 : bits; }
 inline uint32_t packed(uint16_t high, uint16_t low) { return static_cast<uint32_t>(high) << 16 | low; }
 
 template <class To, class From>
@@ -314,8 +315,8 @@ inline Execute conversion(const std::string& op, const std::string& to, const st
   CONVERSION("rn.bf16.f32", uint16_t, float, to_bfloat16(a))
   PACKING("rn.f16x2.f32", packed(to_half(a), to_half(b)))
   PACKING("rn.bf16x2.f32", packed(to_bfloat16(a), to_bfloat16(b)))
-  PACKING("rn.relu.f16x2.f32", packed(to_half(relu(a)), to_half(relu(b))))
-  PACKING("rn.relu.bf16x2.f32", packed(to_bfloat16(relu(a)), to_bfloat16(relu(b))))
+  PACKING("rn.relu.f16x2.f32", packed(relu16(to_half(a)), relu16(to_half(b))))
+  PACKING("rn.relu.bf16x2.f32", packed(relu16(to_bfloat16(a)), relu16(to_bfloat16(b))))
   CONVERSION("sat.f32.f32", float, float, a > 0 ? std::min(a, 1.0f) : 0.0f)
   if (op.rfind("rn.f32.", 0) == 0) return conversion_to<float>(from);
   if (op != to + "." + from) return nullptr;
