@@ -134,10 +134,10 @@ def test_no_kernel_spills():
 def test_vector_paths_use_128_bit_accesses(architecture):
     """On-chip kernels read straight into shared memory (LDGSTS); wide ones move data in no other width.
 
-    Virtual clusters read four blocks' results before they merge, that is divide by the count of, the first.
+    Virtual clusters read four blocks' results before they merge the first: each merge divides, by counts alone.
     """
     accesses: dict[str, list[str]] = {}
-    reads: dict[str, str] = {}  # of results, with divisions, in order
+    reads: dict[str, list[bool]] = {}  # of results (True) and divisions (False), in order
     name = ""
     for line in _cuobjdump("--dump-sass", "--gpu-architecture", architecture).splitlines():
         if found := re.search(r"Function : (\S+)", line):
@@ -145,7 +145,7 @@ def test_vector_paths_use_128_bit_accesses(architecture):
         elif found := re.search(r"\b((?:LDG|LDGSTS|STG)\.E\S*)", line):
             accesses.setdefault(name, []).append(found.group(1))
         if found := re.search(r"\b(LDG\.E\.64\.STRONG\.GPU|MUFU\.RCP)\b", line):
-            reads[name] = reads.get(name, "") + ("read " if found.group(1).startswith("LDG") else "divide ")
+            reads.setdefault(name, []).append(found.group(1).startswith("LDG"))
 
     def count(kernel: str, access: str, width: str) -> int:
         return sum(bool(re.fullmatch(rf"{access}\.E\b(?:\.\w+)*", a)) and width in a for a in accesses[kernel])
@@ -161,7 +161,8 @@ def test_vector_paths_use_128_bit_accesses(architecture):
             assert (count(kernel, "LDGSTS", ".128") >= 1) == wide, kernel
             assert (count(kernel, "STG", ".128") >= 1) == wide, kernel
             assert (count(kernel, "LDGSTS", ".64") == 0) == wide, kernel
-            assert not kernel.startswith(VIRTUAL_KERNELS) or 4 * "read " in reads[kernel], kernel
+            if kernel.startswith(VIRTUAL_KERNELS):
+                assert max(sum(reads[kernel][i : i + 5]) for i in range(len(reads[kernel]))) >= 4, kernel
 
 
 PLANNED = "blocks threads shared cluster cooperative splits lanes part_threads iterations packed".split()

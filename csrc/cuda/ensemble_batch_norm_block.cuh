@@ -107,10 +107,9 @@ struct Resident {
   __device__ void add_up_lanes(float (&values)[N], float* of_warps, float* of_parts) const {
     const int warps = blockDim.x / kWarp, warps_of_part = g.threads / kWarp, parts = warps / warps_of_part;
     const int width = g.lanes * N;
+    for (int offset = kWarp / 2; offset >= g.lanes; offset /= 2)  // outside: the values do not wait for each other
 #pragma unroll
-    for (int j = 0; j < N; ++j)
-      for (int offset = kWarp / 2; offset >= g.lanes; offset /= 2)
-        values[j] += __shfl_down_sync(~0u, values[j], offset);
+      for (int j = 0; j < N; ++j) values[j] += __shfl_down_sync(~0u, values[j], offset);
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     if (lane < g.lanes)
 #pragma unroll
@@ -174,7 +173,7 @@ __device__ __forceinline__ void fetch(const Resident<scalar_t, layout>& r, const
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
     Cursor<layout> cursor = r.cursor();
     for (int i = 0; i < r.iterations; ++i) {
-      const int valid = cursor.valid(r.g);
+      const int valid = cursor.template valid<kWholeUnits<scalar_t, width>>(r.g);
 #pragma unroll
       for (int operand = 0; operand < operands; ++operand)
         r.operand(operand).template fetch<decltype(access)::value>(i, data[operand], cursor.offset, valid);
@@ -187,7 +186,8 @@ template <Width width, class scalar_t, Layout layout>
 __device__ __forceinline__ void store(const Resident<scalar_t, layout>& r, int operand, int i,
                                       const Unit<scalar_t>& unit, scalar_t* data, const Cursor<layout>& cursor) {
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
-    r.operand(operand).template store<decltype(access)::value>(i, unit, data, cursor.offset, cursor.valid(r.g));
+    r.operand(operand).template store<decltype(access)::value>(
+        i, unit, data, cursor.offset, cursor.template valid<kWholeUnits<scalar_t, width>>(r.g));
   });
 }
 

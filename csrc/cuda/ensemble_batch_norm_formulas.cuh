@@ -46,7 +46,8 @@ struct FinishStatistics {
         momentum(static_cast<float>(f.running.momentum)),
         unbias(static_cast<float>(f.running.unbias)) {}
 
-  __device__ static float variance(const Moments<1>& m) { return m.m2[0] / fmaxf(m.count, 1); }  // 0 of nothing
+  // 0 of nothing. By the reciprocal of the count, which a thread's channels have in common.
+  __device__ static float variance(const Moments<1>& m) { return __fmul_rn(m.m2[0], __frcp_rn(fmaxf(m.count, 1))); }
   __device__ float inverse_deviation(const Moments<1>& m) const { return __frsqrt_rn(variance(m) + eps); }
 
   // Reads all before it writes: the compiler cannot know that none of it lies where another is written.

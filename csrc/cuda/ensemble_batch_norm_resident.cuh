@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
       const Unit<scalar_t> y = output(a, normalizer, r.operand(0).get(i), residual[k]);
       store<width>(r, 0, i, y, a.y, cursor);
       if (a.mask != nullptr && cursor.more()) {
-        const uint32_t passed = y.nonzero(cursor.valid(g));
+        const uint32_t passed = y.nonzero(cursor.template valid<kWholeUnits<scalar_t, width>>(g));
         if (layout == Layout::kPacked && g.mask_crosses_units) {
           r.template gate<1>(i) = passed;
         } else {

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   const Channels<layout> channels(g, part);
   const Normalizer<scalar_t, layout> normalizer(a.normalization, g, part, channels);
   Cursor<layout> cursor(g, part, channels);
-  constexpr int tile = kTile<scalar_t> / 2;
+  constexpr int tile = by_column(layout) ? kTile<scalar_t> : kTile<scalar_t> / 2;
   auto sums = Sums<Channels<layout>::kCount>::zero();
   while (cursor.more()) {
     Unit<scalar_t> dz[tile], x[tile];

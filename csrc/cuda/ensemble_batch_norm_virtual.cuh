@@ -10,15 +10,15 @@ namespace latephase::ensemble_batch_norm {
 
 // The positions before one, in values of a channel.
 template <Layout layout>
-__device__ __forceinline__ int values_before(const Geometry& g, int64_t position) {
-  const int at = static_cast<int>(min(position, g.positions));
+__device__ __forceinline__ int values_before(const Geometry& g, int position) {
+  const int at = min(position, static_cast<int>(g.positions));
   if constexpr (by_column(layout)) return at;
   return at / g.units_per_row * static_cast<int>(g.columns) + at % g.units_per_row * kUnit;
 }
 
 // Values of a channel in a split.
 template <Layout layout>
-__device__ __forceinline__ int values_of(const Geometry& g, int64_t split) {
+__device__ __forceinline__ int values_of(const Geometry& g, int split) {
   return values_before<layout>(g, (split + 1) * g.positions_per_split) -
          values_before<layout>(g, split * g.positions_per_split);
 }
@@ -30,20 +30,21 @@ struct Traversal {
   const Geometry& g;
   int iterations;
   VirtualCluster cluster;
-  int64_t group, groups;
+  int group, groups;  // of the data, which is on chip: few
 
   __device__ Traversal(const Geometry& g, int iterations, const Exchange& exchange)
       : g(g),
         iterations(iterations),
         cluster(exchange, g.splits, g.part_channels),
         group(cluster.index),
-        groups(g.parts / g.splits) {}
+        groups(static_cast<int>(g.parts / g.splits)) {}
 
   __device__ bool more() const { return group < groups; }
   __device__ void advance() { group += cluster.count; }
   // What this block has of the current group, or of the next one; of none behind the last.
-  __device__ Part part() const { return Part(g, group * g.splits + cluster.rank, threadIdx.x); }
-  __device__ Part next_part() const { return Part(g, (group + cluster.count) * g.splits + cluster.rank, threadIdx.x); }
+  __device__ Part part() const { return part_of(group); }
+  __device__ Part next_part() const { return part_of(group + cluster.count); }
+  __device__ Part part_of(int index) const { return Part(g, index, cluster.rank, threadIdx.x, index < groups); }
   __device__ Resident<scalar_t, layout> resident(const Part& part) const { return {g, iterations, 1, part}; }
 
   // The results of all blocks of the cluster for the channels of this thread, from those of this block.
@@ -68,7 +69,8 @@ template <Width width, class scalar_t, Layout layout>
 __device__ __forceinline__ void refill(const Resident<scalar_t, layout>& r, int operand, int i, const scalar_t* data,
                                        const Cursor<layout>& next) {
   with_access<scalar_t, width>(r.g.access_bytes, [&](auto access) {
-    r.operand(operand).template fetch<decltype(access)::value>(i, data, next.offset, next.valid(r.g));
+    r.operand(operand).template fetch<decltype(access)::value>(i, data, next.offset,
+                                                               next.template valid<kWholeUnits<scalar_t, width>>(r.g));
   });
 }
 
@@ -101,7 +103,8 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
         if (a.y != nullptr) {
           const Unit<scalar_t> y = output(a, normalizer, r.operand(0).get(i), residual[k]);
           store<width>(r, 0, i, y, a.y, cursor);
-          if (a.mask != nullptr && cursor.more()) a.mask[cursor.mask_offset] = y.nonzero(cursor.valid(g));
+          if (a.mask != nullptr && cursor.more())
+            a.mask[cursor.mask_offset] = y.nonzero(cursor.template valid<kWholeUnits<scalar_t, width>>(g));
         }
         cursor.advance(g);
         __syncwarp();

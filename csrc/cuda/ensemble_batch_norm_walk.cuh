@@ -124,6 +124,13 @@ struct Part {
     channel_block = part / g.splits % g.channel_blocks;
     member = part / g.splits / g.channel_blocks;
   }
+  // A split of the group of that index, where an int can hold it.
+  __device__ Part(const Geometry& g, int group, int split, int thread, bool exists)
+      : member(group / g.channel_blocks),
+        split(split),
+        channel_block(group % g.channel_blocks),
+        thread(thread),
+        exists(exists) {}
 };
 
 // The channels of a thread: one, or those of the eight columns of a unit, of which `live` exist. In channels_last each
@@ -206,9 +213,11 @@ struct Cursor {
 
   __device__ __forceinline__ bool more() const { return left > 0; }
 
-  // Values of the unit that exist.
+  // Values of the unit that exist; if all units are whole, all or none.
+  template <bool whole = false>
   __device__ __forceinline__ int valid(const Geometry& g) const {
     if (left <= 0) return 0;
+    if (whole) return kUnit;
     if constexpr (by_column(layout)) return live_channels;
     return unit + 1 == g.units_per_row ? g.last_unit : kUnit;
   }
@@ -228,13 +237,18 @@ struct Cursor {
   }
 };
 
+// Rows of two-byte values that are aligned to 16 bytes are made of whole units.
+template <class scalar_t, Width width>
+constexpr bool kWholeUnits = width == Width::kWide && sizeof(scalar_t) == 2;
+
 template <Width width = Width::kAny, Keep keep = Keep::kNormal, class scalar_t, Layout layout, int tile>
 __device__ __forceinline__ void load_tile(Unit<scalar_t> (&units)[tile], const scalar_t* data, const Geometry& g,
                                           Cursor<layout> cursor) {
   with_access<scalar_t, width>(g.access_bytes, [&](auto access) {
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
-      units[i] = Unit<scalar_t>::template load<decltype(access)::value, keep>(data + cursor.offset, cursor.valid(g));
+      units[i] = Unit<scalar_t>::template load<decltype(access)::value, keep>(
+          data + cursor.offset, cursor.template valid<kWholeUnits<scalar_t, width>>(g));
       cursor.advance(g);
     }
   });

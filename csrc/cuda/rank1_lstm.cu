@@ -72,17 +72,22 @@ template <class scalar_t>
 __global__ void __launch_bounds__(kThreads) lstm_forward_kernel(Sizes s, int64_t t, Arguments<scalar_t> a) {
   const Place at(s);
   if (at.valid == 0) return;
-  float gate[4][kUnit];
+  // Read before anything is computed, so that the gates do not wait for each other's data.
+  Unit<scalar_t> z[4], product[4];
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    const auto z = a.gates.load(at.in_gates(s, t, q), at.valid);
-    const auto product = a.product.load(at.in_gate_row(s, q), at.valid);
-    const auto r = a.output_gain.load(at.in_gate_gain(s, q), at.valid);
-#pragma unroll
-    for (int j = 0; j < kUnit; ++j) gate[q][j] = fmaf(product.get(j), r.get(j), z.get(j));
+    z[q] = a.gates.load(at.in_gates(s, t, q), at.valid);
+    product[q] = a.product.load(at.in_gate_row(s, q), at.valid);
   }
   const auto before = t == 0 ? a.c0.load(at.in_row(s), at.valid) : a.cells.load(at.in_step(s, t - 1), at.valid);
   const auto gain = a.input_gain.load(at.in_member(s), at.valid);
+  float gate[4][kUnit];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const auto r = a.output_gain.load(at.in_gate_gain(s, q), at.valid);
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) gate[q][j] = fmaf(product[q].get(j), r.get(j), z[q].get(j));
+  }
   float c[kUnit], h[kUnit], scaled[kUnit];
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {
@@ -131,12 +136,14 @@ __global__ void __launch_bounds__(kThreads) lstm_backward_kernel(Sizes s, int64_
     dz[3][j] = dh * tanh_c * (o * (1 - o));
     dc[j] = dc_here * f;
   }
+  Unit<float> r[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) r[q] = a.output_gain.load(at.in_gate_gain(s, q), valid);  // before the first store
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    const auto r = a.output_gain.load(at.in_gate_gain(s, q), valid);
     a.dgates.store(at.in_gates(s, t, q), valid, dz[q]);
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) dz[q][j] *= r.get(j);
+    for (int j = 0; j < kUnit; ++j) dz[q][j] *= r[q].get(j);
     a.scaled.store(at.in_gate_row(s, q), valid, dz[q]);
   }
   a.dc.store(at.in_row(s), valid, dc);
