@@ -117,9 +117,9 @@ class BuildKernels(build_ext):
         import ninja
 
         cuda = cuda_top()
-        if cuda is not None and release_of(cuda) < OLDEST_NVCC:
+        if cuda is not None and (release := release_of(cuda)) < OLDEST_NVCC:
             print(
-                f"latephase_kernels: {cuda} has nvcc {'.'.join(map(str, release_of(cuda)))}, and the CUDA kernels need "
+                f"latephase_kernels: {cuda} has nvcc {'.'.join(map(str, release))}, and the CUDA kernels need "
                 f"{'.'.join(map(str, OLDEST_NVCC))}: installing without them (GPUs use Triton)",
                 file=sys.stderr,
             )

@@ -10,14 +10,7 @@ import pytest
 
 from latephase_kernels.cli import main
 from latephase_kernels.train.recipe import Recipe, recipe_file, recipe_names
-from latephase_kernels.train.report import (
-    PUBLISHED,
-    WAYS,
-    draw_report,
-    read_results,
-    run_report,
-    summarize,
-)
+from latephase_kernels.train.report import PUBLISHED, WAYS, draw_report, read_results, run_report, summarize
 from latephase_kernels.train.train_command import as_yaml, parse_recipe
 
 yaml = pytest.importorskip("yaml")

@@ -99,10 +99,14 @@ def read_results(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
             raise ValueError(f"report: {folder} holds no finished run of latephase train; train there, or resume")
         found.update(runs)
     _check_comparable(found)
+    # Once for all runs of a name, which agree; parsing takes a while.
+    changed: dict[tuple[str, bool], dict[str, list[Any]]] = {}
     for file, result in found.items():
-        changed = _changed_options(file, result["name"])
-        if changed:
-            result["changed"] = changed
+        key = (result["name"], file.with_name("config.yaml").exists())
+        if key not in changed:
+            changed[key] = _changed_options(file, result["name"])
+        if changed[key]:
+            result["changed"] = changed[key]
     return list(found.values())
 
 
