@@ -21,7 +21,7 @@ TIERS = {
 # block in KiB, largest cluster.
 ONE_CASE = {
     "several groups a block": (5, 5, "64", "1"),  # in channels_last one
-    "one group a block": (75, 5, "227", "1"),
+    "one group a block": (112, 5, "227", "1"),  # in channels_last backward virtual clusters
     "clusters": (41, 5, "6", "16"),
     "packed planes": (11, 16, "64", "1"),  # in channels_last not
     "packed planes in clusters": (41, 16, "24", "16"),

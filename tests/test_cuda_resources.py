@@ -48,6 +48,9 @@ LIMITS = {
 RUNS_ON = {"sm_86": "sm_80", "sm_120": "sm_100"}  # whose machine code, or PTX, it runs
 KERNELS = {1: "forward_kernel", 2: "backward_kernel"}  # by the operands that are kept on chip
 UNIT = 8  # values of a thread's access
+LAYERS = (  # of ResNet-50 and WRN-28-10: rows of a member, channels, height and width
+    (32, 64, 56), (32, 128, 28), (32, 256, 14), (32, 512, 7), (128, 160, 32), (128, 320, 16), (128, 640, 8),
+)  # fmt: skip
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -165,7 +168,7 @@ def test_vector_paths_use_128_bit_accesses(architecture):
                 assert max(sum(reads[kernel][i : i + 5]) for i in range(len(reads[kernel]))) >= 4, kernel
 
 
-PLANNED = "blocks threads shared cluster cooperative splits lanes part_threads iterations packed".split()
+PLANNED = "blocks threads shared cluster cooperative splits lanes part_threads slots packed".split()
 
 
 def _plan(sizes: tuple, element_size: int, operands: int, device: tuple) -> dict[str, int] | None:
@@ -205,16 +208,17 @@ def test_plans_fit_the_device(registers, architecture, operands, channels_last):
         assert {**plan, "blocks": 0} == {**alone, "blocks": 0}, "K has no say"
         assert plan["shared"] <= per_block and plan["cluster"] <= max_cluster
         assert plan["blocks"] % plan["splits"] == 0 and plan["blocks"] < 2**31
-        slots = plan["threads"] * plan["iterations"]
+        slots, parts = plan["slots"], plan["threads"] // plan["part_threads"]
         packed = plan["packed"] > 0
         gates = operands == 2 or (packed and S % UNIT != 0)
         assert plan["shared"] >= slots * (UNIT * element_size * operands + gates)
         positions = B * S if channels_last else B if packed else B * math.ceil(S / UNIT)
-        assert plan["splits"] * (plan["part_threads"] // plan["lanes"]) * plan["iterations"] >= positions
+        assert plan["splits"] * (slots // parts // plan["lanes"]) >= positions
         assert not packed or ((S % UNIT or S <= 1024) and C * S % UNIT == 0 and plan["lanes"] * UNIT % S == 0)
         if plan["cooperative"]:
-            assert plan["blocks"] <= multiprocessors and plan["cluster"] == 1
-            together, kernel = 1, "virtual"
+            together, kernel = 1 + (plan["blocks"] > multiprocessors), "virtual"
+            assert plan["blocks"] <= together * multiprocessors and plan["cluster"] == 1
+            assert plan["shared"] <= per_multiprocessor // together - reserved
         else:
             blocks = [n for n in (3, 2, 1) if n * plan["threads"] <= THREADS] if packed else (4, 2, 1)
             together = next(n for n in blocks if plan["shared"] <= per_multiprocessor // n - reserved)
@@ -226,11 +230,28 @@ def test_plans_fit_the_device(registers, architecture, operands, channels_last):
             used = registers[code, f"{kernel}_{KERNELS[operands]}<{dtype}, {'packed' if packed else layout}, {width}>"]
             warps = together * plan["threads"] // 32
             assert warps * math.ceil(used / 8) * 8 * 32 <= 65536, "registers are given out by eight"
-    assert {"streaming", ("virtual", False, False, False), ("resident", False, False, False)} <= tiers
+    assert {"streaming", ("virtual", False, False, False)} <= tiers
+    assert ("resident", False, False, False) in tiers or architecture == "sm_120", (
+        "its clusters of small blocks are first"
+    )
     assert (("resident", True, False, False) in tiers) == (max_cluster > 1)
     assert (("resident", False, True, False) in tiers) == (not channels_last)
     assert (("resident", False, False, True) in tiers) == (not channels_last)
     assert (("resident", True, False, True) in tiers) == (not channels_last and max_cluster > 1)
+
+
+@pytest.mark.parametrize("element_size", (2, 4))
+@pytest.mark.parametrize("operands", KERNELS)
+@pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("rows, channels, size", LAYERS, ids=str)
+def test_blocks_share_multiprocessors(registers, rows, channels, size, channels_last, operands, element_size):
+    """While one waits for its data, another computes; but where a group is more than half of what the device holds."""
+    device, _ = LIMITS["sm_90"]
+    per_multiprocessor, _, reserved, _, multiprocessors = device
+    plan = _plan((10, rows, channels, size * size, channels_last), element_size, operands, device)
+    if 2 * (plan["shared"] + reserved) > per_multiprocessor:
+        group = rows * size * size * operands * (64 if channels_last else element_size)
+        assert group > 0.45 * multiprocessors * per_multiprocessor
 
 
 @pytest.mark.parametrize("tier", ONE_CASE)
@@ -242,7 +263,8 @@ def test_the_small_cases_go_to_their_tiers(registers, tier, monkeypatch):
         plan = _plan((2, batch, channels, 49, channels_last), 2, operands, LIMITS["sm_90"][0])
         assert (plan is None) == (tier == "streaming")
         if plan is not None:
-            assert plan["cooperative"] == (tier == "virtual clusters")
+            too_large = tier == "one group a block" and channels_last and operands == 2
+            assert plan["cooperative"] == (tier == "virtual clusters" or too_large)
             assert (plan["packed"] > 0) == (tier.startswith("packed planes") and not channels_last)
             assert (plan["cluster"] > 1) == (tier in ("clusters", "packed planes in clusters"))
             assert (plan["threads"] > plan["part_threads"]) == (tier == "several groups a block" and not channels_last)
@@ -250,9 +272,9 @@ def test_the_small_cases_go_to_their_tiers(registers, tier, monkeypatch):
 
 def test_a_margin_leaves_multiprocessors_out_of_virtual_clusters(registers, monkeypatch):
     device, _ = LIMITS["sm_90"]
-    sizes, options = (10, 64, 64, 3136, True), (2, 2, device)
-    assert _plan(sizes, *options)["cooperative"] and 100 < _plan(sizes, *options)["blocks"] <= 132
+    sizes, options = (10, 32, 64, 3136, True), (2, 2, device)
+    assert _plan(sizes, *options)["cooperative"] and 240 < _plan(sizes, *options)["blocks"] <= 264
     monkeypatch.setenv("LATEPHASE_CUDA_SM_MARGIN", "16")
-    assert _plan(sizes, *options) is None or _plan(sizes, *options)["blocks"] <= 116
+    assert _plan(sizes, *options) is None or _plan(sizes, *options)["blocks"] <= 232
     monkeypatch.setenv("LATEPHASE_CUDA_SM_MARGIN", "132")
     assert _plan(sizes, *options) is None

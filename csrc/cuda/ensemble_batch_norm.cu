@@ -42,12 +42,12 @@ void run_on_chip(const Launcher& launch, const Plan& plan, const Arguments& a, c
                  const Resident& resident, const Resident& packed, const Virtual& over_device) {
   const Geometry& g = plan.geometry;
   if (!plan.grid.cooperative) {
-    launch(g.layout == Layout::kPacked ? packed : resident, plan.grid, a, g, plan.iterations, finish);
+    launch(g.layout == Layout::kPacked ? packed : resident, plan.grid, a, g, plan.slots, finish);
     return;
   }
   const Tensor memory = empty(like, {Exchange::floats(plan.clusters, g.splits, g.part_channels)}, ScalarType::Float);
   const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, g.splits, g.part_channels);
-  launch(over_device, plan.grid, a, g, plan.iterations, finish, exchange);
+  launch(over_device, plan.grid, a, g, plan.slots, finish, exchange);
 }
 
 template <class scalar_t, Layout layout>
@@ -171,7 +171,7 @@ STABLE_TORCH_LIBRARY_IMPL(latephase_kernels, CUDA, m) {
 
 // The plan of a call as numbers, for whoever wants to know it without a GPU: 0 where it streams, else 1.
 // sizes: K, B, C, S, channels_last. device: as Device. plan: blocks, threads, shared bytes, cluster, cooperative,
-// splits, lanes, threads of a part, units of a thread, whether planes are packed.
+// splits, lanes, threads of a part, slots, whether planes are packed.
 extern "C" __attribute__((visibility("default"))) int latephase_ensemble_batch_norm_plan(const int64_t* sizes,
                                                                                          int element_size, int operands,
                                                                                          const int64_t* device,
@@ -187,7 +187,7 @@ extern "C" __attribute__((visibility("default"))) int latephase_ensemble_batch_n
                              grid.shared_bytes, grid.cluster,
                              grid.cooperative,  int64_t{g.splits},
                              g.lanes,           g.threads,
-                             found->iterations, g.layout == ensemble_batch_norm::Layout::kPacked};
+                             found->slots,      g.layout == ensemble_batch_norm::Layout::kPacked};
   std::copy(std::begin(numbers), std::end(numbers), plan);
   return 1;
 }

@@ -19,24 +19,26 @@ template <class scalar_t, Layout layout>
 struct Resident {
   static constexpr int kCount = Channels<layout>::kCount;
   const Geometry& g;
-  int iterations;  // of the block
-  int cluster;     // blocks of the thread-block cluster that shares a group
+  int slots;    // of the block, of each operand
+  int cluster;  // blocks of the thread-block cluster that shares a group
   Part part;
   Channels<layout> channels;
-  int units;  // of this thread
+  int units;       // of this thread
+  int iterations;  // of its warp
 
-  __device__ Resident(const Geometry& g, int iterations, int cluster, const Part& part)
+  __device__ Resident(const Geometry& g, int slots, int cluster, const Part& part)
       : g(g),
-        iterations(iterations),
+        slots(slots),
         cluster(cluster),
         part(part),
         channels(g, part),
-        units((max(cursor().left, 0) + g.workers - 1) / g.workers) {}
+        units((max(cursor().left, 0) + g.workers - 1) / g.workers),
+        iterations(__shfl_sync(~0u, units, 0)) {}  // behind a warp's first thread none has more
 
   __device__ Cursor<layout> cursor() const { return Cursor<layout>(g, part, channels); }
 
   __device__ char* memory() const { return reinterpret_cast<char*>(on_chip); }
-  __device__ int operand_bytes() const { return iterations * static_cast<int>(blockDim.x) * Slots<scalar_t>::kBytes; }
+  __device__ int operand_bytes() const { return slots * Slots<scalar_t>::kBytes; }
   __device__ Slots<scalar_t> operand(int i) const { return Slots<scalar_t>(memory() + i * operand_bytes()); }
   // The gate's bits of this thread's unit of iteration i, behind the operands where there are gates.
   template <int operands>
@@ -45,7 +47,7 @@ struct Resident {
   }
   template <int operands>
   __device__ float* sums() const {
-    const int gates = has_gates(g, operands) ? iterations * static_cast<int>(blockDim.x) : 0;
+    const int gates = has_gates(g, operands) ? slots : 0;
     return reinterpret_cast<float*>(memory() + operands * operand_bytes() + gates);
   }
 

@@ -183,15 +183,12 @@ struct FinishSums {
   }
 };
 
-// Which values of a unit the activation let through, found again from x.
+// The values of a unit that the activation let through, which is found again from x; 0 for the others.
 template <class scalar_t, Layout layout>
-__device__ __forceinline__ uint32_t recomputed_gate(const Normalizer<scalar_t, layout>& normalizer,
-                                                    const Unit<scalar_t>& x) {
-  uint32_t passed = 0;
-#pragma unroll
-  for (int j = 0; j < kUnit; ++j)
-    passed |= uint32_t{relu_passes(normalizer.normalized(x.get(j), j), Packing<scalar_t>::kRoundsToZero)} << j;
-  return passed;
+__device__ __forceinline__ Unit<scalar_t> gated(const Normalizer<scalar_t, layout>& normalizer,
+                                                const Unit<scalar_t>& dy, const Unit<scalar_t>& x) {
+  return dy.keep_where(
+      [&](int j) { return relu_passes(normalizer.normalized(x.get(j), j), Packing<scalar_t>::kRoundsToZero); });
 }
 
 // Adds dz and dz · (x − mean) of a unit; both are 0 where no value is.

@@ -1,23 +1,25 @@
 // The dispatch: which tier a call takes, and how its groups are cut into blocks.
 //
 // A group is the values of one member and channel; of packed planes, of the channels that are packed together; in
-// channels_last, of a slab of 128 bytes of channels, or of 64 where that makes the slab fit. The first of these tiers
-// that fits is taken:
+// channels_last, of a slab of 128 bytes of channels, or of 64. The first of these tiers that fits is taken:
 //
 //   several groups a block   a group is less than four warps of work (contiguous data only)
 //   one group a block        the group fits the shared memory of a block
 //   thread-block cluster     it fits that of 2, 4, 8 or 16 blocks, as far as clusters of that size fill the device
-//   virtual cluster          it fits that of as many blocks as there are multiprocessors, or fewer: one on each;
+//   virtual cluster          it fits that of as many blocks as there are multiprocessors, or fewer, all over the
+//   device;
 //                            the groups share them (ensemble_batch_norm_virtual.cuh)
 //   streaming                any size (ensemble_batch_norm_streaming.cuh)
 //
-// the first three with four blocks on a multiprocessor (while one waits for its data, another computes), then two, then
-// one; in channels_last all but the last with rows of 128 bytes, then of 64. Planes that can be packed are, if that
-// fits a block or a cluster, with as many channels as fit; with three blocks on a multiprocessor, not four: of 128
-// threads a row of 98 units leaves a quarter idle, and their memory. Of a virtual cluster only the number of blocks is
-// planned, from the device alone; how many clusters there are depends on the number of groups as well. All of it
-// depends on one member's sizes, the type, the layout, the direction and the device, never on the number of members:
-// member k of an ensemble is computed as it would be alone.
+// What a multiprocessor holds matters most: while one block waits for its data, another computes. So the first three
+// are tried with four blocks on a multiprocessor, then with two; virtual clusters with two, then with one; and only
+// then the first three with one. In channels_last each with rows of 128 bytes, then of 64, but virtual clusters with
+// rows of 64 alone: what their blocks read of each other grows with the square of a slab. Planes that can be packed
+// are, if that fits a block or a cluster, with as many channels as fit; with three blocks on a multiprocessor, not
+// four: of 128 threads a row of 98 units leaves a quarter idle, and their memory. Of a virtual cluster only the number
+// of blocks is planned, from the device alone; how many clusters there are depends on the number of groups as well. All
+// of it depends on one member's sizes, the type, the layout, the direction and the device, never on the number of
+// members: member k of an ensemble is computed as it would be alone.
 #pragma once
 
 #include <cstdlib>
@@ -32,13 +34,15 @@ namespace latephase::ensemble_batch_norm {
 
 // On a multiprocessor: as many as the registers are enough for, more of them with one channel a thread than with eight.
 constexpr int resident_threads(Layout layout) { return by_column(layout) ? 512 : 1024; }
-constexpr int kVirtualThreads = 512;   // of a block, which has a multiprocessor to itself
-constexpr int kUnitsPerThread = 8;     // wished for, at least: what a thread does once costs as much as three or four
+constexpr int kVirtualThreads = 512;
+// Wished for, of an operand. What a thread does once costs as much as three or four units; where a value has four
+// bytes, its transfer leaves more time for that.
+constexpr int units_per_thread(int element_size) { return 24 / element_size; }
 constexpr int kMinBlockThreads = 128;  // where groups are small enough to share a block
 
 struct Plan {
   Geometry geometry;
-  int iterations;    // units of each thread
+  int slots;         // for units in a block, of each operand
   Grid grid;         // of a virtual cluster: cooperative
   int clusters = 0;  // virtual ones
 };
@@ -57,7 +61,7 @@ LATEPHASE_HOST_DEVICE int threads_sums(Layout layout, int threads, int part_chan
 inline int64_t resident_bytes(const Plan& plan, int element_size, int operands) {
   const Geometry& g = plan.geometry;
   const int threads = plan.grid.threads, channels = g.part_channels;
-  const int64_t slots = int64_t{plan.iterations} * threads, parts = threads / g.threads;
+  const int64_t slots = plan.slots, parts = threads / g.threads;
   const int64_t sums = (threads_sums(g.layout, threads, channels) + (2 + parts) * channels * 2) * sizeof(float);
   const int64_t merging = (helpers_of(threads, channels) + 1) * channels * int64_t{sizeof(Moments<1>)};
   return slots * kUnit * element_size * operands + (has_gates(g, operands) ? slots : 0) + std::max(sums, merging);
@@ -69,33 +73,37 @@ inline Plan resident_plan(const Sizes& s, Layout layout, int lanes, int cluster,
   Plan plan{Geometry(s, layout, lanes), 0, {}};
   Geometry& g = plan.geometry;
   const int64_t positions = divide_up(g.positions, cluster);
-  int parts = 1;
-  if (layout == Layout::kPacked) {  // as many whole rows as there are threads for
-    const int64_t rows = std::min<int64_t>(max_threads / lanes, divide_up(positions, kUnitsPerThread));
-    g.cut(cluster, static_cast<int>(divide_up(rows * lanes, kWarp) * kWarp));
-  } else {
-    g.cut(cluster, round_up_to_power_of_two(divide_up(positions * lanes, kUnitsPerThread), kWarp, max_threads));
-    if (layout == Layout::kContiguous && cluster == 1) parts = std::max(1, kMinBlockThreads / g.threads);
-  }
-  plan.iterations = static_cast<int>(divide_up(g.positions_per_split, g.workers));
+  const auto round_up_to_warps = [](int64_t threads) { return static_cast<int>(divide_up(threads, kWarp) * kWarp); };
+  int64_t workers = divide_up(positions, units_per_thread(element_size));
+  if (layout != Layout::kPacked) workers = round_up_to_warps(workers * lanes) / lanes;  // else whole rows
+  workers = std::min<int64_t>(workers, max_threads / lanes);
+  workers = divide_up(positions, divide_up(positions, workers));  // none to spare
+  g.cut(cluster, round_up_to_warps(workers * lanes));
+  const bool several = layout == Layout::kContiguous && cluster == 1;
+  const int parts = several ? std::max(1, kMinBlockThreads / g.threads) : 1;
+  const int before = (g.positions_per_split - 1) / g.workers;  // the last iteration, of which whole warps may be idle
+  const int last =
+      parts > 1 ? g.threads * parts : round_up_to_warps((g.positions_per_split - before * g.workers) * lanes);
+  plan.slots = before * g.threads * parts + last;
   plan.grid = {divide_up(g.parts, parts), g.threads * parts, 0, cluster};
   plan.grid.shared_bytes = resident_bytes(plan, element_size, operands);
   return plan;
 }
 
-// The plan of a virtual cluster with at most this much shared memory a block, or nothing: the device has too little.
-inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int64_t budget, int element_size, int operands,
-                                        int64_t blocks) {
-  const int64_t values = s.n() * (s.channels_last ? lanes * kUnit : 1);
-  if (budget == 0 || values * element_size * operands > budget * blocks) return std::nullopt;
+// The plan of virtual clusters with so many blocks on a multiprocessor, or nothing: the device has too little. As many
+// clusters then share each multiprocessor.
+inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int per_multiprocessor, int64_t budget,
+                                        int64_t multiprocessors, int element_size, int operands) {
+  const int64_t bytes = s.n() * (s.channels_last ? lanes * kUnit : 1) * element_size * operands;
+  if (budget == 0 || bytes > budget * multiprocessors) return std::nullopt;
   const auto cut = [&](int64_t splits) {
-    return resident_plan(s, unpacked(s), lanes, static_cast<int>(splits), kVirtualThreads, element_size, operands);
+    return resident_plan(s, unpacked(s), lanes, static_cast<int>(splits), kVirtualThreads / per_multiprocessor,
+                         element_size, operands);
   };
-  for (int64_t splits = std::max<int64_t>(2, divide_up(values * element_size * operands, budget)); splits <= blocks;
-       ++splits) {
+  for (int64_t splits = std::max<int64_t>(2, divide_up(bytes, budget)); splits <= multiprocessors; ++splits) {
     if (cut(splits).grid.shared_bytes > budget) continue;
-    const int clusters = static_cast<int>(blocks / splits);
-    Plan plan = cut(blocks / clusters);  // what is left of the device divided among them
+    const int64_t clusters = multiprocessors / splits * per_multiprocessor;
+    Plan plan = cut(multiprocessors * per_multiprocessor / clusters);  // what is left of the device divided among them
     if (plan.grid.shared_bytes > budget) plan = cut(splits);
     Geometry& g = plan.geometry;
     plan = cut(divide_up(g.positions, g.positions_per_split));  // none without a position
@@ -118,38 +126,49 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
     const char* cap = std::getenv(name);
     return cap != nullptr ? std::min<int64_t>(value, std::atoll(cap) * unit) : value;
   };
-  const int64_t most = lowered("LATEPHASE_CUDA_SHARED_KIB", device.shared_bytes(1), 1024);
   const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
   const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
-  const int64_t blocks_of_device = device.cooperative_blocks - (margin != nullptr ? std::atoll(margin) : 0);
-  // With as many blocks on a multiprocessor as possible, then as few to a cluster, then as many lanes.
-  const auto resident = [&](Layout layout, int most_lanes, int least_lanes) -> std::optional<Plan> {
-    const int64_t rows = layout == Layout::kPacked ? s.B : s.n();
-    for (const int blocks : {layout == Layout::kPacked ? 3 : 4, 2, 1}) {  // on a multiprocessor
-      const int64_t budget = std::min(most, device.shared_bytes(blocks));
-      const int threads = resident_threads(layout) / blocks / kWarp * kWarp;
-      for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-        for (int lanes = most_lanes; lanes >= least_lanes; lanes /= 2) {
-          const int64_t values = divide_up(rows, cluster) * (by_column(layout) ? lanes * kUnit : 1);
-          if (lanes > threads || values * element_size * operands > budget) continue;
-          const Plan plan = resident_plan(s, layout, lanes, cluster, threads, element_size, operands);
-          if (plan.grid.shared_bytes <= budget) return plan;
-        }
+  const int64_t multiprocessors = device.cooperative_multiprocessors - (margin != nullptr ? std::atoll(margin) : 0);
+  const auto budget_of = [&](int per_multiprocessor) {
+    return lowered("LATEPHASE_CUDA_SHARED_KIB", device.shared_bytes(per_multiprocessor), 1024);
+  };
+  // With as few blocks to a cluster as possible, then as many lanes.
+  const auto resident = [&](Layout layout, int per_multiprocessor, int most_lanes,
+                            int least_lanes) -> std::optional<Plan> {
+    const int64_t rows = layout == Layout::kPacked ? s.B : s.n(), budget = budget_of(per_multiprocessor);
+    const int threads = resident_threads(layout) / per_multiprocessor / kWarp * kWarp;
+    for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
+      for (int lanes = most_lanes; lanes >= least_lanes; lanes /= 2) {
+        const int64_t values = divide_up(rows, cluster) * (by_column(layout) ? lanes * kUnit : 1);
+        if (lanes > threads || values * element_size * operands > budget) continue;
+        const Plan plan = resident_plan(s, layout, lanes, cluster, threads, element_size, operands);
+        if (plan.grid.shared_bytes <= budget) return plan;
       }
     }
     return std::nullopt;
   };
   if (const int least = least_packed(s)) {
     const auto lanes_of_row = [&](int channels) { return static_cast<int>(channels * s.S / kUnit); };
-    if (auto plan = resident(Layout::kPacked, lanes_of_row(most_packed(s, least)), lanes_of_row(least))) return plan;
+    for (const int per_multiprocessor : {3, 2, 1}) {
+      if (auto plan =
+              resident(Layout::kPacked, per_multiprocessor, lanes_of_row(most_packed(s, least)), lanes_of_row(least)))
+        return plan;
+    }
   }
-  for (const int row_bytes : {128, 64}) {
-    const int lanes = lanes_of(s, row_bytes / (kUnit * element_size));
-    if (auto plan = resident(unpacked(s), lanes, lanes)) return plan;
-    if (auto plan = virtual_plan(s, lanes, most, element_size, operands, blocks_of_device)) return plan;
-    if (!s.channels_last) break;
+  const int lanes_of_rows[] = {lanes_of(s, 128 / (kUnit * element_size)), lanes_of(s, 64 / (kUnit * element_size))};
+  const auto resident_by_rows = [&](int per_multiprocessor) -> std::optional<Plan> {
+    for (const int lanes : lanes_of_rows)
+      if (auto plan = resident(unpacked(s), per_multiprocessor, lanes, lanes)) return plan;
+    return std::nullopt;
+  };
+  for (const int per_multiprocessor : {4, 2})
+    if (auto plan = resident_by_rows(per_multiprocessor)) return plan;
+  for (const int per_multiprocessor : {2, 1}) {
+    if (auto plan = virtual_plan(s, lanes_of_rows[1], per_multiprocessor, budget_of(per_multiprocessor),
+                                 multiprocessors, element_size, operands))
+      return plan;
   }
-  return std::nullopt;
+  return resident_by_rows(1);
 }
 
 }  // namespace latephase::ensemble_batch_norm

@@ -119,8 +119,8 @@ __device__ __forceinline__ void store_packed_mask(const Resident<scalar_t, Layou
 
 template <class scalar_t, Layout layout, Width width>
 __global__ void __launch_bounds__(resident_threads(layout), 1)
-    resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish) {
-  const Resident<scalar_t, layout> r(g, iterations, g.splits, part_of_block(g));
+    resident_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int slots, FinishStatistics finish) {
+  const Resident<scalar_t, layout> r(g, slots, g.splits, part_of_block(g));
   fetch<width>(r, {a.x});
   Normalizer<scalar_t, layout> normalizer;
   normalizer.read_affine(a.normalization, r.part, r.channels);
@@ -129,13 +129,13 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
   r.arrive_at_end();
   complete(normalizer, r, a, finish, moments);
   Cursor<layout> cursor = r.cursor();
-  for (int first = 0; a.y != nullptr && first < iterations; first += kBatch<scalar_t, width>) {
+  for (int first = 0; a.y != nullptr && first < r.iterations; first += kBatch<scalar_t, width>) {
     Unit<scalar_t> residual[kBatch<scalar_t, width>];
     if (a.residual != nullptr) load_tile<width>(residual, a.residual, g, cursor);
 #pragma unroll
     for (int k = 0; k < kBatch<scalar_t, width>; ++k) {
       const int i = first + k;
-      if (i >= iterations) break;
+      if (i >= r.iterations) break;
       const Unit<scalar_t> y = output(a, normalizer, r.operand(0).get(i), residual[k]);
       store<width>(r, 0, i, y, a.y, cursor);
       if (a.mask != nullptr && cursor.more()) {
@@ -200,7 +200,7 @@ __device__ __forceinline__ Sums<Channels<layout>::kCount> sums_of(const Resident
     const Unit<scalar_t> x_unit = x.get(i);
     Unit<scalar_t> dz_unit = dz.get(i);
     if (a.gate != Gate::kOpen) {
-      dz_unit = dz_unit.keep(a.gate == Gate::kMask ? r.template gate<2>(i) : recomputed_gate(normalizer, x_unit));
+      dz_unit = a.gate == Gate::kMask ? dz_unit.keep(r.template gate<2>(i)) : gated(normalizer, dz_unit, x_unit);
       dz.put(i, dz_unit);
     }
     add_to(sums, normalizer, dz_unit, x_unit);
@@ -239,8 +239,8 @@ __device__ __forceinline__ ThroughStatistics<layout> through_statistics(const Re
 
 template <class scalar_t, Layout layout, Width width>
 __global__ void __launch_bounds__(resident_threads(layout), 1)
-    resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish) {
-  const Resident<scalar_t, layout> r(g, iterations, g.splits, part_of_block(g));
+    resident_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int slots, FinishSums finish) {
+  const Resident<scalar_t, layout> r(g, slots, g.splits, part_of_block(g));
   fetch<width>(r, {a.x, a.dy});
   if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
   const Normalizer<scalar_t, layout> normalizer(a.normalization, g, r.part, r.channels);
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(resident_threads(layout), 1)
   const auto through = through_statistics(r, a, normalizer, finish, sums);
   const Slots<scalar_t> x = r.operand(0), dz = r.operand(1);
   Cursor<layout> cursor = r.cursor();
-  for (int i = 0; a.dx != nullptr && i < iterations; ++i) {
+  for (int i = 0; a.dx != nullptr && i < r.iterations; ++i) {
     const Unit<scalar_t> x_unit = x.get(i), dz_unit = dz.get(i);
     store<width>(r, 0, i, input_gradient(normalizer, through, a.constant_statistics, dz_unit, x_unit), a.dx, cursor);
     if (a.dresidual != nullptr) store<width>(r, 1, i, dz_unit, a.dresidual, cursor);

@@ -182,7 +182,7 @@ __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scal
     for (int i = 0; i < tile; ++i) dz[i] = dz[i].keep(passed[i]);
   } else if (a.gate == Gate::kRecompute) {
 #pragma unroll
-    for (int i = 0; i < tile; ++i) dz[i] = dz[i].keep(recomputed_gate(normalizer, x[i]));
+    for (int i = 0; i < tile; ++i) dz[i] = gated(normalizer, dz[i], x[i]);
   }
 }
 

@@ -1,6 +1,7 @@
 // The virtual cluster tier: a group is spread over blocks all over the device, which keep it on chip and add up through
 // global memory (virtual_cluster.cuh). Each cluster takes group after group: a unit is stored, and the next group's is
-// fetched into its place, so that memory is busy while a cluster waits.
+// fetched into its place. Two clusters share a multiprocessor and begin one after the other, so that memory is busy
+// while one of them computes and waits.
 #pragma once
 
 #include "ensemble_batch_norm_resident.cuh"
@@ -28,16 +29,24 @@ template <class scalar_t, Layout layout, int operands>
 struct Traversal {
   static constexpr int kCount = Channels<layout>::kCount;
   const Geometry& g;
-  int iterations;
+  int slots;
   VirtualCluster cluster;
   int group, groups;  // of the data, which is on chip: few
 
-  __device__ Traversal(const Geometry& g, int iterations, const Exchange& exchange)
+  __device__ Traversal(const Geometry& g, int slots, const Exchange& exchange)
       : g(g),
-        iterations(iterations),
+        slots(slots),
         cluster(exchange, g.splits, g.part_channels),
         group(cluster.index),
         groups(static_cast<int>(g.parts / g.splits)) {}
+
+  // Meets the other clusters, and starts to fetch the first group.
+  template <Width width>
+  __device__ void begin(const scalar_t* const (&data)[operands]) const {
+    if (!cluster.is_late()) fetch<width>(resident(part()), data);
+    cluster.begin();
+    if (cluster.is_late()) fetch<width>(resident(part()), data);
+  }
 
   __device__ bool more() const { return group < groups; }
   __device__ void advance() { group += cluster.count; }
@@ -45,7 +54,7 @@ struct Traversal {
   __device__ Part part() const { return part_of(group); }
   __device__ Part next_part() const { return part_of(group + cluster.count); }
   __device__ Part part_of(int index) const { return Part(g, index, cluster.rank, threadIdx.x, index < groups); }
-  __device__ Resident<scalar_t, layout> resident(const Part& part) const { return {g, iterations, 1, part}; }
+  __device__ Resident<scalar_t, layout> resident(const Part& part) const { return {g, slots, 1, part}; }
 
   // The results of all blocks of the cluster for the channels of this thread, from those of this block.
   template <class Partial, template <int> class Result>
@@ -76,11 +85,10 @@ __device__ __forceinline__ void refill(const Resident<scalar_t, layout>& r, int 
 
 template <class scalar_t, Layout layout, Width width>
 __global__ void __launch_bounds__(kVirtualThreads, 1)
-    virtual_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int iterations, FinishStatistics finish,
+    virtual_forward_kernel(ForwardArguments<scalar_t> a, Geometry g, int slots, FinishStatistics finish,
                            Exchange exchange) {
-  Traversal<scalar_t, layout, 1> traversal(g, iterations, exchange);
-  fetch<width>(traversal.resident(traversal.part()), {a.x});
-  traversal.cluster.begin();
+  Traversal<scalar_t, layout, 1> traversal(g, slots, exchange);
+  traversal.template begin<width>({a.x});
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());
     Normalizer<scalar_t, layout> normalizer;
@@ -93,13 +101,13 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
     const Channels<layout> next_channels(g, next_part);
     Cursor<layout> cursor = r.cursor(), next(g, next_part, next_channels);
     constexpr int batch = kBatch<scalar_t, width>;
-    for (int first = 0; first < iterations; first += batch) {
+    for (int first = 0; first < r.iterations; first += batch) {
       Unit<scalar_t> residual[batch];
       if (a.residual != nullptr) load_tile<width>(residual, a.residual, g, cursor);
 #pragma unroll
       for (int k = 0; k < batch; ++k) {
         const int i = first + k;
-        if (i >= iterations) break;
+        if (i >= r.iterations) break;
         if (a.y != nullptr) {
           const Unit<scalar_t> y = output(a, normalizer, r.operand(0).get(i), residual[k]);
           store<width>(r, 0, i, y, a.y, cursor);
@@ -117,11 +125,10 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
 
 template <class scalar_t, Layout layout, Width width>
 __global__ void __launch_bounds__(kVirtualThreads, 1)
-    virtual_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int iterations, FinishSums finish,
+    virtual_backward_kernel(BackwardArguments<scalar_t> a, Geometry g, int slots, FinishSums finish,
                             Exchange exchange) {
-  Traversal<scalar_t, layout, 2> traversal(g, iterations, exchange);
-  fetch<width>(traversal.resident(traversal.part()), {a.x, a.dy});
-  traversal.cluster.begin();
+  Traversal<scalar_t, layout, 2> traversal(g, slots, exchange);
+  traversal.template begin<width>({a.x, a.dy});
   for (; traversal.more(); traversal.advance()) {
     const auto r = traversal.resident(traversal.part());
     if (a.gate == Gate::kMask) fetch_gate(r, a.mask);
@@ -132,7 +139,7 @@ __global__ void __launch_bounds__(kVirtualThreads, 1)
     const Part next_part = traversal.next_part();
     const Channels<layout> next_channels(g, next_part);
     Cursor<layout> cursor = r.cursor(), next(g, next_part, next_channels);
-    for (int i = 0; i < iterations; ++i) {
+    for (int i = 0; i < r.iterations; ++i) {
       if (a.dx != nullptr) {
         const Unit<scalar_t> x_unit = r.operand(0).get(i), dz_unit = r.operand(1).get(i);
         store<width>(r, 0, i, input_gradient(normalizer, through, a.constant_statistics, dz_unit, x_unit), a.dx,

@@ -99,8 +99,8 @@ class Launcher {
 // What of a device decides how work is cut.
 struct Device {
   int64_t shared_bytes_per_multiprocessor, shared_bytes_per_block, reserved_shared_bytes;
-  int max_cluster;         // 1 without clusters
-  int cooperative_blocks;  // with a multiprocessor for each; 0 without cooperative launches
+  int max_cluster;                  // 1 without clusters
+  int cooperative_multiprocessors;  // 0 without cooperative launches
 
   // The shared memory of each block when `blocks` of them share a multiprocessor.
   int64_t shared_bytes(int blocks) const {
@@ -133,7 +133,7 @@ const Device& device_of(int index, void (*kernel)(Parameters...), int threads) {
                 device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
                 device_attribute(cudaDevAttrReservedSharedMemoryPerBlock, index), 1, 0};
   if (device_attribute(cudaDevAttrCooperativeLaunch, index))
-    device.cooperative_blocks = device_attribute(cudaDevAttrMultiProcessorCount, index);
+    device.cooperative_multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, index);
   if (device_attribute(cudaDevAttrClusterLaunch, index)) {
     device.max_cluster = 16;
     while (device.max_cluster > 1 &&

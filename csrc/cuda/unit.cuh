@@ -183,6 +183,16 @@ struct Unit {
     return unit;
   }
 
+  // The values j for which passes(j), and 0 for the others.
+  template <class Passes>
+  __device__ __forceinline__ Unit keep_where(const Passes& passes) const {
+    Unit unit = *this;
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j)
+      if (!passes(j)) unit.words[j / kPerWord] &= kPerWord == 1 ? 0 : j % 2 ? 0xffff : 0xffff0000;
+    return unit;
+  }
+
   // Reads the first `valid` values (0 … 8) at p by accesses of `bytes`, which p's alignment and valid are multiples of;
   // the others are 0.
   template <int bytes, Keep keep = Keep::kNormal>

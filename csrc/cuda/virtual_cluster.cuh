@@ -55,10 +55,17 @@ class VirtualCluster {
         partials_(exchange.partials + int64_t{index} * 2 * blocks * values),
         arrived_(exchange.arrived + index) {}
 
-  // Once, before the first round. Waits for the whole grid.
+  // Whether this cluster is of the second half. Its blocks share multiprocessors with blocks of the first: while one
+  // cluster computes and meets, the other is to have the memory.
+  __device__ bool is_late() const { return index >= (count + 1) / 2; }
+
+  // Once, before the first round. Waits for the whole grid; a late cluster, until one of the first half has met.
   __device__ void begin() const {
     if (rank == 0 && threadIdx.x == 0) *arrived_ = 0;
     cooperative_groups::this_grid().sync();
+    if (!is_late()) return;
+    if (threadIdx.x == 0) wait_for(arrived_ - (count + 1) / 2, blocks);
+    __syncthreads();
   }
 
   // Publishes this block's result of a value, which one thread of it calls.
@@ -118,17 +125,20 @@ class VirtualCluster {
   __device__ void meet() const {
     __syncthreads();
     if (threadIdx.x == 0) {
-      const unsigned all = (round_ + 1) * blocks;
       asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(arrived_)) : "memory");
-      unsigned seen;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(seen)
-                     : "l"(__cvta_generic_to_global(arrived_))
-                     : "memory");
-      } while (static_cast<int>(seen - all) < 0);
+      wait_for(arrived_, (round_ + 1) * blocks);
     }
     __syncthreads();
+  }
+
+  __device__ static void wait_for(const unsigned* arrived, unsigned all) {
+    unsigned seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(seen)
+                   : "l"(__cvta_generic_to_global(arrived))
+                   : "memory");
+    } while (static_cast<int>(seen - all) < 0);
   }
 };
 
