@@ -46,7 +46,7 @@ void run_on_chip(const Launcher& launch, const Plan& plan, const Arguments& a, c
     return;
   }
   const Tensor memory = empty(like, {Exchange::floats(plan.clusters, g.splits, g.part_channels)}, ScalarType::Float);
-  const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, g.splits, g.part_channels);
+  const Exchange exchange(memory.mutable_data_ptr(), plan.clusters, plan.first_late, g.splits, g.part_channels);
   launch(over_device, plan.grid, a, g, plan.slots, finish, exchange);
 }
 

@@ -7,8 +7,7 @@
 //   one group a block        the group fits the shared memory of a block
 //   thread-block cluster     it fits that of 2, 4, 8 or 16 blocks, as far as clusters of that size fill the device
 //   virtual cluster          it fits that of as many blocks as there are multiprocessors, or fewer, all over the
-//   device;
-//                            the groups share them (ensemble_batch_norm_virtual.cuh)
+//                            device; the groups share them (ensemble_batch_norm_virtual.cuh)
 //   streaming                any size (ensemble_batch_norm_streaming.cuh)
 //
 // What a multiprocessor holds matters most: while one block waits for its data, another computes. So the first three
@@ -36,15 +35,18 @@ namespace latephase::ensemble_batch_norm {
 constexpr int resident_threads(Layout layout) { return by_column(layout) ? 512 : 1024; }
 constexpr int kVirtualThreads = 512;
 // Wished for, of an operand. What a thread does once costs as much as three or four units; where a value has four
-// bytes, its transfer leaves more time for that.
-constexpr int units_per_thread(int element_size) { return 24 / element_size; }
+// bytes, its transfer leaves more time for that. A block that has a multiprocessor to itself wants its threads.
+constexpr int units_per_thread(int element_size, int per_multiprocessor) {
+  return per_multiprocessor == 1 ? 1 : 24 / element_size;
+}
 constexpr int kMinBlockThreads = 128;  // where groups are small enough to share a block
 
 struct Plan {
   Geometry geometry;
-  int slots;         // for units in a block, of each operand
-  Grid grid;         // of a virtual cluster: cooperative
-  int clusters = 0;  // virtual ones
+  int slots;           // for units in a block, of each operand
+  Grid grid;           // of a virtual cluster: cooperative
+  int clusters = 0;    // virtual ones
+  int first_late = 0;  // of them, see VirtualCluster
 };
 
 // Whether a block has gates in shared memory, a byte a slot.
@@ -67,16 +69,16 @@ inline int64_t resident_bytes(const Plan& plan, int element_size, int operands) 
   return slots * kUnit * element_size * operands + (has_gates(g, operands) ? slots : 0) + std::max(sums, merging);
 }
 
-// A part cut over a cluster, with at most this many threads a block.
-inline Plan resident_plan(const Sizes& s, Layout layout, int lanes, int cluster, int max_threads, int element_size,
-                          int operands) {
+// A part cut over a cluster, whose blocks share a multiprocessor and its `threads`.
+inline Plan resident_plan(const Sizes& s, Layout layout, int lanes, int cluster, int threads, int per_multiprocessor,
+                          int element_size, int operands) {
   Plan plan{Geometry(s, layout, lanes), 0, {}};
   Geometry& g = plan.geometry;
   const int64_t positions = divide_up(g.positions, cluster);
   const auto round_up_to_warps = [](int64_t threads) { return static_cast<int>(divide_up(threads, kWarp) * kWarp); };
-  int64_t workers = divide_up(positions, units_per_thread(element_size));
+  int64_t workers = divide_up(positions, units_per_thread(element_size, per_multiprocessor));
   if (layout != Layout::kPacked) workers = round_up_to_warps(workers * lanes) / lanes;  // else whole rows
-  workers = std::min<int64_t>(workers, max_threads / lanes);
+  workers = std::min<int64_t>(workers, threads / per_multiprocessor / kWarp * kWarp / lanes);
   workers = divide_up(positions, divide_up(positions, workers));  // none to spare
   g.cut(cluster, round_up_to_warps(workers * lanes));
   const bool several = layout == Layout::kContiguous && cluster == 1;
@@ -97,7 +99,7 @@ inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int per_multi
   const int64_t bytes = s.n() * (s.channels_last ? lanes * kUnit : 1) * element_size * operands;
   if (budget == 0 || bytes > budget * multiprocessors) return std::nullopt;
   const auto cut = [&](int64_t splits) {
-    return resident_plan(s, unpacked(s), lanes, static_cast<int>(splits), kVirtualThreads / per_multiprocessor,
+    return resident_plan(s, unpacked(s), lanes, static_cast<int>(splits), kVirtualThreads, per_multiprocessor,
                          element_size, operands);
   };
   for (int64_t splits = std::max<int64_t>(2, divide_up(bytes, budget)); splits <= multiprocessors; ++splits) {
@@ -107,7 +109,9 @@ inline std::optional<Plan> virtual_plan(const Sizes& s, int lanes, int per_multi
     if (plan.grid.shared_bytes > budget) plan = cut(splits);
     Geometry& g = plan.geometry;
     plan = cut(divide_up(g.positions, g.positions_per_split));  // none without a position
+    if (g.splits == 1) return std::nullopt;
     plan.clusters = static_cast<int>(std::min<int64_t>(clusters, g.parts / g.splits));
+    plan.first_late = plan.clusters * g.splits > multiprocessors ? (plan.clusters + 1) / 2 : plan.clusters;
     plan.grid.blocks = int64_t{plan.clusters} * g.splits;
     plan.grid.cluster = 1;
     plan.grid.cooperative = true;
@@ -127,8 +131,9 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
     return cap != nullptr ? std::min<int64_t>(value, std::atoll(cap) * unit) : value;
   };
   const int64_t max_cluster = lowered("LATEPHASE_CUDA_CLUSTER", device.max_cluster, 1);
-  const char* margin = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
-  const int64_t multiprocessors = device.cooperative_multiprocessors - (margin != nullptr ? std::atoll(margin) : 0);
+  const char* margin_set = std::getenv("LATEPHASE_CUDA_SM_MARGIN");
+  const int64_t margin = margin_set != nullptr ? std::atoll(margin_set) : 0;
+  const int64_t multiprocessors = device.cooperative_multiprocessors - margin;
   const auto budget_of = [&](int per_multiprocessor) {
     return lowered("LATEPHASE_CUDA_SHARED_KIB", device.shared_bytes(per_multiprocessor), 1024);
   };
@@ -136,12 +141,13 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   const auto resident = [&](Layout layout, int per_multiprocessor, int most_lanes,
                             int least_lanes) -> std::optional<Plan> {
     const int64_t rows = layout == Layout::kPacked ? s.B : s.n(), budget = budget_of(per_multiprocessor);
-    const int threads = resident_threads(layout) / per_multiprocessor / kWarp * kWarp;
     for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
       for (int lanes = most_lanes; lanes >= least_lanes; lanes /= 2) {
         const int64_t values = divide_up(rows, cluster) * (by_column(layout) ? lanes * kUnit : 1);
-        if (lanes > threads || values * element_size * operands > budget) continue;
-        const Plan plan = resident_plan(s, layout, lanes, cluster, threads, element_size, operands);
+        if (lanes > resident_threads(layout) / per_multiprocessor || values * element_size * operands > budget)
+          continue;
+        const Plan plan = resident_plan(s, layout, lanes, cluster, resident_threads(layout), per_multiprocessor,
+                                        element_size, operands);
         if (plan.grid.shared_bytes <= budget) return plan;
       }
     }
@@ -164,6 +170,7 @@ inline std::optional<Plan> plan_of(const Sizes& s, int element_size, int operand
   for (const int per_multiprocessor : {4, 2})
     if (auto plan = resident_by_rows(per_multiprocessor)) return plan;
   for (const int per_multiprocessor : {2, 1}) {
+    if (margin > 0 && per_multiprocessor > 1) continue;  // half a block on each would leave none free
     if (auto plan = virtual_plan(s, lanes_of_rows[1], per_multiprocessor, budget_of(per_multiprocessor),
                                  multiprocessors, element_size, operands))
       return plan;

@@ -57,17 +57,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     finalize_kernel(const Partial* partials, int64_t groups, int splits, Finish finish) {
   const int64_t group = int64_t{blockIdx.x} * (kMaxThreads / kWarp) + threadIdx.x / kWarp;
   if (group >= groups) return;
-  constexpr int ahead = 4;  // read before the first is merged
   Partial total = Partial::zero();
-  for (int first = threadIdx.x % kWarp; first < splits; first += ahead * kWarp) {
-    Partial read[ahead];
+  for (int first = threadIdx.x % kWarp; first < splits; first += kAhead * kWarp) {
+    Partial read[kAhead];
 #pragma unroll
-    for (int k = 0; k < ahead; ++k) {
+    for (int k = 0; k < kAhead; ++k) {
       const int split = first + k * kWarp;
       read[k] = split < splits ? partials[group * splits + split] : Partial::zero();
     }
 #pragma unroll
-    for (int k = 0; k < ahead; ++k) total.merge(read[k]);
+    for (int k = 0; k < kAhead; ++k) total.merge(read[k]);
   }
   total = warp_reduce(total, 1);
   if (threadIdx.x % kWarp == 0) finish(group, total);

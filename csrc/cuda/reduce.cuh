@@ -9,6 +9,8 @@ namespace latephase {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
+// Results of other blocks that a thread reads before it merges the first: within a merge the compiler starts no read.
+constexpr int kAhead = 4;
 
 // The moments of `count` values in each of N channels: their mean and their sum of squares around it.
 template <int N>

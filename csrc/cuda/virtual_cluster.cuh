@@ -16,19 +16,19 @@ namespace latephase {
 struct Exchange {
   float2* partials;   // [clusters, 2, blocks of a cluster, values]; of every other round
   unsigned* arrived;  // [clusters]
+  int first_late;     // cluster, or their number: see begin()
 
   static int64_t floats(int clusters, int blocks, int values) {
     return int64_t{clusters} * 2 * blocks * values * 2 + clusters;
   }
-  Exchange(void* memory, int clusters, int blocks, int values)
+  Exchange(void* memory, int clusters, int first_late, int blocks, int values)
       : partials(static_cast<float2*>(memory)),
-        arrived(reinterpret_cast<unsigned*>(partials + int64_t{clusters} * 2 * blocks * values)) {}
+        arrived(reinterpret_cast<unsigned*>(partials + int64_t{clusters} * 2 * blocks * values)),
+        first_late(first_late) {}
 };
 
 // Threads that merge the blocks' results of the same value, a share each.
 constexpr int kMaxHelpers = 8;
-// Results that a thread reads before it merges the first: within a merge the compiler starts no other's read.
-constexpr int kAhead = 4;
 LATEPHASE_HOST_DEVICE int helpers_of(int threads, int values) {
   const int helpers = threads / values;
   return helpers < 1 ? 1 : helpers < kMaxHelpers ? helpers : kMaxHelpers;
@@ -52,19 +52,20 @@ class VirtualCluster {
         index(blockIdx.x / blocks),
         count(gridDim.x / blocks),
         values_(values),
+        first_late_(exchange.first_late),
         partials_(exchange.partials + int64_t{index} * 2 * blocks * values),
         arrived_(exchange.arrived + index) {}
 
-  // Whether this cluster is of the second half. Its blocks share multiprocessors with blocks of the first: while one
-  // cluster computes and meets, the other is to have the memory.
-  __device__ bool is_late() const { return index >= (count + 1) / 2; }
+  // Where two clusters share multiprocessors, the second half is late: while one computes and meets, the other is to
+  // have the memory.
+  __device__ bool is_late() const { return index >= first_late_; }
 
-  // Once, before the first round. Waits for the whole grid; a late cluster, until one of the first half has met.
+  // Once, before the first round. Waits for the whole grid; a late cluster, until one that is not has met.
   __device__ void begin() const {
     if (rank == 0 && threadIdx.x == 0) *arrived_ = 0;
     cooperative_groups::this_grid().sync();
     if (!is_late()) return;
-    if (threadIdx.x == 0) wait_for(arrived_ - (count + 1) / 2, blocks);
+    if (threadIdx.x == 0) wait_for(arrived_ - first_late_, blocks);
     __syncthreads();
   }
 
@@ -113,7 +114,7 @@ class VirtualCluster {
   }
 
  private:
-  int values_;
+  int values_, first_late_;
   float2* partials_;
   unsigned* arrived_;
   unsigned round_ = 0;
