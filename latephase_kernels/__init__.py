@@ -5,6 +5,7 @@ from .backend import backend_for, set_backend
 from .late_phase import (
     Distributed,
     SequentialTrainer,
+    check_members,
     clip_grad_norm_,
     collapse,
     ensemble_probabilities,
@@ -28,6 +29,7 @@ __all__ = [
     "Distributed",
     "SequentialTrainer",
     "backend_for",
+    "check_members",
     "clip_grad_norm_",
     "collapse",
     "ensemble_probabilities",

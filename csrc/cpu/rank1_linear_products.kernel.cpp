@@ -14,6 +14,7 @@ using namespace latephase::rank1_linear;
 
 constexpr int64_t kDepth = 512;               // values of a sum that tiles take in one go
 constexpr int64_t kFewRows = 32 * kTileRows;  // of all members, so few that they stay in the second cache
+constexpr int64_t kSummedRows = 32;           // whose sums are taken by themselves: shorter sums round less
 constexpr int64_t kTilesOfGroup = 16;         // else: that a panel of the weight goes through before the next
 template <class A>
 constexpr int kRowStride = kDepth + kLanes<A>;  // of scaled rows: no power of two, which would crowd the cache
@@ -107,20 +108,27 @@ class ProductOf {
     const A* gain = static_cast<const A*>(call_.x_gain) + at;
     A sums[kDepth], factor_sums[kDepth];
     const int64_t depth = depths_.length(d);
-    if (call_.x_sums != nullptr) std::fill_n(sums, depth, A(0)), std::fill_n(factor_sums, depth, A(0));
-    for (int64_t i = 0; i < rows; ++i, x += call_.depth, factor += call_.depth, scaled += kRowStride<A>)
-      for_columns<A>(0, depth, [&](int64_t p, auto count) {
-        const Vec<A> value = load(x + p, count);
-        __builtin_prefetch(x + call_.depth + p);
-        if (call_.x_sums != nullptr) __builtin_prefetch(factor + call_.depth + p);
-        store(scaled + p, value * load(gain + p, count), count);
-        if (call_.x_sums == nullptr) return;
-        store(sums + p, load(sums + p, count) + value, count);
-        store(factor_sums + p, fma(value, load(factor + p, count), load(factor_sums + p, count)), count);
-      });
-    if (call_.x_sums == nullptr) return;
-    std::copy_n(sums, depth, static_cast<A*>(call_.x_sums) + at);
-    std::copy_n(factor_sums, depth, static_cast<A*>(call_.x_factor_sums) + at);
+    for (int64_t begin = 0; begin == 0 || begin < rows; begin += kSummedRows) {
+      if (call_.x_sums != nullptr) std::fill_n(sums, depth, A(0)), std::fill_n(factor_sums, depth, A(0));
+      const int64_t end = std::min(begin + kSummedRows, rows);
+      for (int64_t i = begin; i < end; ++i, x += call_.depth, factor += call_.depth, scaled += kRowStride<A>)
+        for_columns<A>(0, depth, [&](int64_t p, auto count) {
+          const Vec<A> value = load(x + p, count);
+          __builtin_prefetch(x + call_.depth + p);
+          if (call_.x_sums != nullptr) __builtin_prefetch(factor + call_.depth + p);
+          store(scaled + p, value * load(gain + p, count), count);
+          if (call_.x_sums == nullptr) return;
+          store(sums + p, load(sums + p, count) + value, count);
+          store(factor_sums + p, fma(value, load(factor + p, count), load(factor_sums + p, count)), count);
+        });
+      if (call_.x_sums == nullptr) continue;
+      add_or_copy(sums, depth, static_cast<A*>(call_.x_sums) + at, begin > 0);
+      add_or_copy(factor_sums, depth, static_cast<A*>(call_.x_factor_sums) + at, begin > 0);
+    }
+  }
+
+  static void add_or_copy(const A* from, int64_t count, A* to, bool adds) {
+    for (int64_t p = 0; p < count; ++p) to[p] = adds ? to[p] + from[p] : from[p];
   }
 
   // All tiles of some rows in panel i, of part d.

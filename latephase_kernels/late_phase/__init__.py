@@ -1,6 +1,7 @@
 """Late-phase training of any model: expand it, run it, collapse it."""
 
 from .batches import StackedBatches, stack_batches
+from .check import check_members
 from .convert import collapse, expand
 from .distributed import Distributed
 from .fuse import Fusion, fuse, fusions
@@ -15,6 +16,7 @@ __all__ = [
     "Fusion",
     "SequentialTrainer",
     "StackedBatches",
+    "check_members",
     "clip_grad_norm_",
     "collapse",
     "ensemble_probabilities",

@@ -5,6 +5,7 @@ Shapes: K members; a replicated tensor is [K, …] where the plain model's is [�
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_
 from ..nn.routing import Routed, Routing
 from .fuse import unfuse
 from .mixing import check_not_mixing
-from .optimizers import Gains, check_optimizers, move_parameters
+from .optimizers import Gains, check_optimizers, extend_scheduler, mark_replaced, move_parameters
 from .targets import (
     MEMBER_TYPES,
     RANK1_TYPES,
@@ -38,6 +39,7 @@ def expand(
     optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
     member_state: str = "fresh",
     member_options: dict | None = None,
+    schedulers: Any = (),
 ) -> nn.Module:
     """Replicate the targets of model into num_members members, in place.
 
@@ -46,7 +48,6 @@ def expand(
     In train mode the model then takes the stacked batch [K·B, …], member-major; in eval mode an ordinary batch, which
     it answers as the collapsed model does. Every batch norm normalizes each member by itself, targeted or not.
     State dict keys stay; a replicated tensor gains a leading K; a plain checkpoint loads and is broadcast.
-    A learning rate scheduler knows the groups there were when it was made: make it again after this call.
 
     Args:
         model: any model; it is changed.
@@ -67,6 +68,8 @@ def expand(
             their weight's group.
         member_state: "fresh" (they start without optimizer state, as in the paper) or "copy" (with the plain one's).
         member_options: of the new groups, over those of the group they left: lr, weight_decay, ….
+        schedulers: one or several learning rate schedulers of these optimizers, to go on where they are: a new group
+            takes the schedule of the group it left.
 
     Returns:
         model.
@@ -78,7 +81,7 @@ def expand(
             stands beside attention with batch_first=False; another module that mixes the samples of a batch; an
             optimizer that cannot hold members.
         RuntimeError: model is already expanded.
-        Nothing is changed then.
+        Nothing is changed then, but for the random numbers that were drawn.
 
     Source: von Oswald et al., ICLR 2021, section 2.
     """
@@ -104,9 +107,12 @@ def expand(
             replacements[id(module)] = build(name, module, SHARED_TYPES, num_members)
     check_batch_first(model, {key: replacements[key] for key in targeted})
     check_ties(model, targeted, rank1)
+    _warn_of_time_first(model, targeted, rank1)
+    _warn_of_hooks(model, targeted)
     moved, added = _tie(targeted, replacements), _gains(model, rank1, replacements)
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-    check_optimizers(model, optimizers, moved, added, member_state, member_options or {})
+    schedulers = [schedulers] if hasattr(schedulers, "optimizer") else list(schedulers)
+    check_optimizers(model, optimizers, schedulers, moved, added, member_state, member_options or {})
 
     routing = Routing(model, num_members)
     for replacement in replacements.values():
@@ -114,7 +120,10 @@ def expand(
     _replace(model, replacements)
     close_fast_paths(model)
     for optimizer in optimizers:
-        move_parameters(optimizer, moved, added, member_state, member_options or {})
+        groups_left = move_parameters(optimizer, moved, added, member_state, member_options or {})
+        for scheduler in schedulers:
+            extend_scheduler(scheduler, optimizer, groups_left)
+    mark_replaced(moved, "expand")
     left = _trained_by_none(model, moved.values(), optimizers)
     if optimizers and left:
         warnings.warn(
@@ -130,6 +139,32 @@ def expand(
             stacklevel=2,
         )
     return model
+
+
+def _warn_of_time_first(model: nn.Module, targeted: dict[int, nn.Module], rank1: set[int]) -> None:
+    """Warn if the model has sequences with time in dim 0, which a replicated layer would take for the batch."""
+    sequential = (nn.RNNBase, nn.MultiheadAttention)
+    found = next((n for n, m in model.named_modules() if isinstance(m, sequential) and not m.batch_first), None)
+    other = next((n for n, m in model.named_modules() if id(m) in targeted.keys() - rank1), None)
+    if found is not None and other is not None:
+        warnings.warn(
+            f"expand: {found} has batch_first=False. If time is in dim 0 of what reaches {other}, the members get one "
+            "another's samples: see lp.check_members",
+            stacklevel=3,
+        )
+
+
+def _warn_of_hooks(model: nn.Module, targeted: dict[int, nn.Module]) -> None:
+    """Warn if parameters that are about to be replaced have hooks of their own."""
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items() if id(module) in targeted else ():
+            if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                warnings.warn(
+                    f"expand: the hooks of {module_name}.{name} do not go over to the replicated parameter; register "
+                    "them again",
+                    stacklevel=3,
+                )
+                return
 
 
 def _trained_by_none(model: nn.Module, replicated: Iterable[nn.Parameter], optimizers: list) -> list[str]:
@@ -161,11 +196,24 @@ def _gains(model: nn.Module, rank1: set[int], replacements: dict[int, nn.Module]
 
 
 def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Put the replacements, by id of the module replaced, wherever that module is registered."""
+    """Put the replacements, by id of the module replaced, where that is registered or in a list, tuple or dict."""
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in replacements:
-                parent._modules[name] = replacements[id(child)]
+        _replaced(vars(parent), replacements)
+
+
+def _replaced(value: Any, replacements: dict[int, nn.Module], depth: int = 5) -> Any:
+    """Return value with the replacements in it, as many levels deep; lists and dicts are changed in place."""
+    if isinstance(value, nn.Module):
+        return replacements.get(id(value), value)
+    if depth and isinstance(value, (dict, list)):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            new = _replaced(item, replacements, depth - 1)
+            if new is not item:
+                value[key] = new
+    elif depth and type(value) is tuple:
+        new = tuple(_replaced(item, replacements, depth - 1) for item in value)
+        return new if any(a is not b for a, b in zip(new, value)) else value
+    return value
 
 
 @torch.no_grad()
@@ -199,6 +247,9 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
             module.routing.check_whole("collapse")
     replacements = {id(module): module.collapse(mode) for _, module in expanded}
     _tie_plain(expanded, replacements)
+    mark_replaced(
+        (p for _, m in expanded if isinstance(m, MemberModule) for p in m.replicated_parameters().values()), "collapse"
+    )
     unfuse(model)
     _replace(model, replacements)
     open_fast_paths(model)

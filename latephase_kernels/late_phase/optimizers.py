@@ -1,12 +1,16 @@
 """Optimizers of an expanded model: parameters that move, and groups."""
 
 import copy
+import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..nn.member_module import MemberModule
 
@@ -23,12 +27,13 @@ _MIXING = ("Adafactor", "Lamb", "LAMB", "FusedLAMB", "Lars", "LARS", "LBFGS", "M
 def check_optimizers(
     model: nn.Module,
     optimizers: list,
+    schedulers: list,
     moved: dict[nn.Parameter, nn.Parameter],
     added: Gains,
     member_state: str,
     options: dict,
 ) -> None:
-    """Raise unless move_parameters can work on each optimizer.
+    """Raise unless move_parameters can work on each optimizer, and extend_scheduler on each scheduler.
 
     Raises:
         TypeError, ValueError, NotImplementedError: the message names the argument.
@@ -37,6 +42,12 @@ def check_optimizers(
         raise ValueError(f'expand: member_state must be "fresh" or "copy", got {member_state!r}')
     if not isinstance(options, dict):
         raise TypeError(f"expand: member_options must be a dict, got {type(options).__name__}")
+    for scheduler in schedulers:
+        if not any(getattr(scheduler, "optimizer", None) is optimizer for optimizer in optimizers):
+            raise ValueError(
+                f"expand: schedulers must be learning rate schedulers of the optimizers given, got "
+                f"{type(scheduler).__name__} of another one; give its optimizer as optimizers="
+            )
     own = set(model.parameters())
     for optimizer in optimizers:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -62,10 +73,11 @@ def check_optimizers(
                 f"expand: {type(optimizer).__name__} mixes the elements of a tensor and cannot hold replicated "
                 "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
             )
-        if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        unknown_scheduler = not any(scheduler.optimizer is optimizer for scheduler in schedulers)
+        if hasattr(optimizer.step, "_wrapped_by_lr_sched") and unknown_scheduler:
             warnings.warn(
-                f"expand: the {type(optimizer).__name__} has a learning rate scheduler, which may not know the "
-                "members' new groups; make it again after expand (with last_epoch=scheduler.last_epoch to go on)",
+                f"expand: the {type(optimizer).__name__} has a learning rate scheduler, which does not know the "
+                "members' new groups; give it as schedulers=",
                 stacklevel=3,
             )
         for parameter in held if member_state == "copy" else ():
@@ -88,14 +100,14 @@ def move_parameters(
     added: Gains,
     member_state: str,
     options: dict,
-) -> None:
+) -> list[int]:
     """Replace each plain parameter by its replicated one, in a new group behind the others for each group it left.
 
-    The gains of the weights in a group join that new group, and leave `added`.
+    The gains of the weights in a group join that new group, and leave `added`. Returns the numbers of the groups left.
     """
-    new_groups = []
+    new_groups, left = [], []
     takes_gains = type(optimizer).__name__ not in _MIXING
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
         positions = [i for i, parameter in enumerate(group["params"]) if parameter in moved]
         gains = [gain for parameter in group["params"] if takes_gains for gain in added.pop(parameter, ())]
         if not positions and not gains:
@@ -116,8 +128,75 @@ def move_parameters(
         for parameter in leaving:
             _move_state(optimizer, parameter, moved[parameter], member_state)
         new_groups.append(new)
+        left.append(number)
     for new in new_groups:
         optimizer.add_param_group(new)
+    return left
+
+
+# What schedulers, torch's and timm's, have for each group.
+_OF_GROUPS = (
+    "base_lrs",
+    "base_values",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
+
+
+def extend_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, left: list[int]) -> None:
+    """Make a scheduler treat each group that move_parameters added as it does the group left, whose number is given."""
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+        extend_scheduler(inner, optimizer, left)
+    if scheduler.optimizer is not optimizer:
+        return
+    groups = optimizer.param_groups
+    new = groups[len(groups) - len(left) :]
+    for name in _OF_GROUPS:
+        values = getattr(scheduler, name, None)
+        if not isinstance(values, list) or len(values) + len(left) != len(groups):
+            continue
+        key = {"base_lrs": "initial_lr", "base_values": "initial_lr", "_last_lr": "lr"}.get(name)
+        values += [group.get(key, values[number]) for group, number in zip(new, left)]
+
+
+# The call that has replaced a parameter, as an attribute of it: nothing trains it any more.
+_REPLACED_BY = "_latephase_replaced_by"
+_looked_at: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()  # since the last call that replaced any
+
+
+def mark_replaced(parameters: Iterable[nn.Parameter], by: str) -> None:
+    """Let every optimizer warn at its next step if it still holds one of these parameters."""
+    for parameter in parameters:
+        setattr(parameter, _REPLACED_BY, by)
+    _looked_at.clear()
+    _watch_steps()
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_warn_of_replaced)
+
+
+def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    if torch.compiler.is_compiling() or optimizer in _looked_at:
+        return
+    _looked_at.add(optimizer)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    replaced = [parameter for parameter in held if hasattr(parameter, _REPLACED_BY)]
+    if not replaced:
+        return
+    by = getattr(replaced[0], _REPLACED_BY)
+    remedy = "give live optimizers as expand(…, optimizers=)" if by == "expand" else "make a new optimizer after it"
+    warnings.warn(
+        f"{type(optimizer).__name__}.step: of the {len(held)} parameters that the optimizer holds, {by} has replaced "
+        f"{len(replaced)} in their model (the first is {list(replaced[0].shape)}), and this optimizer does not train "
+        f"what they became; {remedy}",
+        stacklevel=3,
+    )
 
 
 def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, member_state: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..nn.rank1_lstm import Rank1LSTM
 from ..nn.routing import routings_of
 from .batches import rows_of
 from .running import members as _members  # predict's argument has the same name
@@ -32,8 +33,15 @@ def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
     Raises:
         RuntimeError: model is not expanded.
         TypeError, ValueError: members is none of these, or an output's dim 0 is not the batch.
+        NotImplementedError: "all" with a recurrent layer whose batch is in dim 1.
     """
     num_members = routings_of("predict", model)[0].num_members
+    time_first = next((n for n, m in model.named_modules() if isinstance(m, Rank1LSTM) and not m.batch_first), None)
+    if members == "all" and time_first is not None:
+        raise NotImplementedError(
+            f'predict: members="all" repeats the samples in dim 0, but {time_first} has batch_first=False; '
+            "predict with one member after the other"
+        )
     if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
         raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
     with training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
@@ -45,7 +53,14 @@ def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
 
 
 def _by_member(output: Any, num_members: int, rows: int) -> Any:
-    if not isinstance(output, Tensor) or output.dim() == 0:
+    if not isinstance(output, Tensor):
+        if output is None or isinstance(output, (bool, int, float, str)):
+            return output
+        raise TypeError(
+            f'predict: with members="all" outputs must be tensors, or tuples, lists or dicts of them, got '
+            f"{type(output).__name__}; register it with torch.utils._pytree, or return a dict"
+        )
+    if output.dim() == 0:
         return output
     if rows and output.size(0) % (num_members * rows):
         raise ValueError(

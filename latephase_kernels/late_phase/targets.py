@@ -206,6 +206,11 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         rank1 |= multiplied
     rank1 -= found
     found |= rank1
+    uncalled = next((name for key, name in _uncalled(model).items() if key in found), None)
+    if uncalled is not None:
+        raise NotImplementedError(
+            f"expand: {uncalled} cannot be replicated: the module it is in reads its weight without calling it"
+        )
     _check_batch_dimension(model, found, rank1)
     if id(model) in found:
         raise ValueError(
@@ -245,7 +250,7 @@ def check_not_expanded(model: nn.Module) -> None:
     """Raise RuntimeError if model holds a module of an expanded model."""
     for name, module in model.named_modules():
         if isinstance(module, Routed):
-            at = name or type(module).__name__
+            at = f'at "{name}"' if name else type(module).__name__
             raise RuntimeError(f"expand: model is already expanded ({at}); collapse it first")
 
 

@@ -81,7 +81,9 @@ def replicate_parameter(
         noise = torch.randn(replicated.shape, generator=generator, device=device, dtype=dtype).to(parameter.device)
         rms = parameter.detach().to(dtype).square().mean().sqrt()
         replicated = (replicated.to(dtype) + noise_std * rms * noise).to(parameter.dtype)
-    return nn.Parameter(replicated, requires_grad=parameter.requires_grad)
+    replicated = nn.Parameter(replicated, requires_grad=parameter.requires_grad)
+    vars(replicated).update(vars(parameter))  # such as a mark that an optimizer's groups are made by
+    return replicated
 
 
 def check_standard_forward(module: nn.Module, plain_type: type, children: tuple[str, ...] = ()) -> None:

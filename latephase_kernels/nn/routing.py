@@ -3,6 +3,8 @@
 Shapes: K members. Members first … last−1 run on a stacked batch; "average" runs an ordinary batch on their average.
 """
 
+import copy
+
 from torch import nn
 
 
@@ -14,17 +16,30 @@ class Routing:
     """
 
     def __init__(self, model: nn.Module, num_members: int):
-        self.model = model
+        self.model: nn.Module | None = model  # None in a copy of a part: there each layer's own flag decides
         self.num_members = self.total_members = num_members
         self.first_member = 0
         self.override: str | range | None = None
         self.base_grad_scale = 1.0
 
-    def resolve(self) -> str | range:
-        """Return "average" or the range of members: the explicit choice, else by the root model's training flag."""
+    def __deepcopy__(self, memo: dict) -> "Routing":
+        """Return that of a copied model, which is in the memo, or of a part copied alone; no choice is copied."""
+        new = memo[id(self)] = copy.copy(self)
+        new.model, new.override = memo.get(id(self.model)), None
+        return new
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "override": None}
+
+    def resolve(self, training: bool) -> str | range:
+        """Return "average" or the range of members: the explicit choice, else by the root model's training flag.
+
+        `training` is the asking layer's flag.
+        """
         chosen = self.override
         if chosen is None:
-            chosen = range(self.num_members) if self.model.training else "average"
+            training = training if self.model is None else self.model.training
+            chosen = range(self.num_members) if training else "average"
         if chosen == "average":
             self.check_whole("members")
         return chosen
@@ -71,7 +86,7 @@ class Routed(nn.Module):
 
     def active_members(self) -> str | range:
         """Return "average" or the range of members to run as."""
-        return range(self.num_members) if self.routing is None else self.routing.resolve()
+        return range(self.num_members) if self.routing is None else self.routing.resolve(self.training)
 
 
 def routings_of(where: str, model: nn.Module) -> list[Routing]:

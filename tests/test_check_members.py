@@ -1,0 +1,138 @@
+"""check_members: models whose members are independent pass, and what mixes them is named."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import latephase_kernels as lp
+
+K, ROWS = 3, 2
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.between(self.norm(self.conv(x)).relu().mean((2, 3))))
+
+    def between(self, x):
+        return x
+
+
+class Centred(Convolutional):
+    def between(self, x):
+        return x - x.mean(0)
+
+
+class Shuffled(Convolutional):
+    def between(self, x):
+        return x.flip(0)
+
+
+class Random(Convolutional):
+    def between(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+class TwoViews(Convolutional):
+    def forward(self, x, other):
+        return super().forward(torch.cat([x, other])).chunk(2)
+
+
+class Characters(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.lstm = nn.LSTM(8, 8, num_layers=2, dropout=0.2, batch_first=batch_first)
+
+    def forward(self, text):
+        return self.head(self.lstm(self.embed(text))[0].flatten(0, 1)).unflatten(0, text.shape)
+
+
+def images(*shape):
+    return torch.randn(K * ROWS, *(shape or (3, 8, 8)), generator=torch.Generator().manual_seed(1))
+
+
+def text(*shape):
+    return torch.randint(11, shape, generator=torch.Generator().manual_seed(1))
+
+
+def with_a_new_norm():
+    model = lp.expand(Convolutional(), K, noise_std=0.3)
+    model.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    return model
+
+
+def encoder(batch_first):
+    return nn.Sequential(
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first), 1, enable_nested_tensor=False
+        ),
+        nn.Linear(8, 3),
+    )
+
+
+def expanded(model, *targets):
+    return lp.expand(model, K, targets=targets or ("batch_norm", "head"), noise_std=0.3)
+
+
+INDEPENDENT = {
+    "batch norm and head": (lambda: expanded(Convolutional()), (images(),), 0),
+    "fused": (lambda: lp.fuse(expanded(Convolutional())), (images(),), 0),
+    "LSTM, batch first": (lambda: expanded(Characters(True), "rank1", "head"), (text(K * ROWS, 5),), 0),
+    "LSTM alone, time first": (
+        lambda: expanded(Characters(False), lambda name, _: "rank1" if name == "lstm" else False),
+        (text(5, K * ROWS),),
+        1,
+    ),
+    "encoder": (lambda: expanded(encoder(True), "layer_norm", "head"), (images(5, 8),), 0),
+}
+MIXING = {
+    "statistics over the batch": (lambda: expanded(Centred()), (images(),), 0, r"head \(MemberLinear\)"),
+    "rows in another order": (lambda: expanded(Shuffled()), (images(),), 0, r"head \(MemberLinear\)"),
+    "two views": (lambda: expanded(TwoViews()), (images(), images()), 0, r"conv \(Conv2d\)"),
+    "a norm added later": (with_a_new_norm, (images(),), 0, r"head.1 \(BatchNorm1d\)"),
+    "time first": (lambda: expanded(Characters(False), "rank1", "head"), (text(9, K * ROWS),), 1, "head"),
+    "encoder, time first": (lambda: expanded(encoder(False), "head"), (images(9, 8).transpose(0, 1),), 1, "1 "),
+}
+
+
+@pytest.mark.parametrize("case", INDEPENDENT)
+@pytest.mark.parametrize("training", (True, False))
+def test_independent_members_pass(case, training):
+    make, arguments, dim = INDEPENDENT[case]
+    model = make().train(training)
+    state, flags = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    lp.check_members(model, *arguments, dim=dim)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert flags == [m.training for m in model.modules()] and torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("ignore:expand. .* has batch_first=False")
+@pytest.mark.parametrize("case", MIXING)
+def test_what_mixes_members_is_named(case):
+    make, arguments, dim, where = MIXING[case]
+    with pytest.raises(RuntimeError, match=f"check_members: member 0 answers differently .* first at {where}"):
+        lp.check_members(make(), *arguments, dim=dim)
+
+
+def test_arguments_by_name():
+    lp.check_members(expanded(Convolutional()), x=images())
+    with pytest.raises(RuntimeError, match=r"first at conv \(Conv2d\)"):
+        lp.check_members(expanded(TwoViews()), images(), other=images())
+
+
+def test_random_answers_are_an_error():
+    with pytest.raises(RuntimeError, match="answers the same batch differently each time"):
+        lp.check_members(expanded(Random()), images())
+
+
+def test_bad_arguments():
+    with pytest.raises(RuntimeError, match="check_members: model is not expanded; call expand first"):
+        lp.check_members(Convolutional(), images())
+    with pytest.raises(ValueError, match=r"samples of 3 members in dim 0, got tensors of \[5\] there"):
+        lp.check_members(expanded(Convolutional()), images()[:5])

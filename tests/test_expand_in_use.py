@@ -1,0 +1,248 @@
+"""expand and collapse amid what a script has made before: optimizers, schedulers, references, hooks, copies."""
+
+import copy
+import dataclasses
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import latephase_kernels as lp
+
+K = 3
+
+
+class Net(nn.Module):
+    """Calls its layers by way of a list, a tuple and a dict too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.steps = [self.conv, (self.norm, "relu"), {"head": self.head}]
+
+    def forward(self, x):
+        conv, (norm, activation), last = self.steps
+        return last["head"](getattr(norm(conv(x)), activation)().mean((2, 3)))
+
+
+def images(rows=2 * K):
+    return torch.randn(rows, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def expanded(**options):
+    return lp.expand(Net(), K, targets=("batch_norm", "head"), **options)
+
+
+# ---------------------------------------------------------------------------------------------- schedulers
+
+
+SCHEDULERS = {
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 6),
+    "CosineAnnealingLR": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 20),
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1.0, 20),
+    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.1, 1.0, step_size_up=4),
+    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, total_iters=3), lr_scheduler.CosineAnnealingLR(optimizer, 20)],
+        [7],
+    ),
+    "ChainedScheduler": lambda optimizer: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ExponentialLR(optimizer, 0.9), lr_scheduler.LinearLR(optimizer, total_iters=8)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_go_on(name):
+    """Every group has, step by step, the learning rate that the plain model's has."""
+    rates = []
+    for expands in (False, True):
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        for step in range(14):
+            if expands and step == 5:
+                lp.expand(model, K, optimizers=optimizer, schedulers=scheduler)
+                assert len(optimizer.param_groups) == 2
+            optimizer.step(), scheduler.step()
+            rates.append({group["lr"] for group in optimizer.param_groups})
+    assert rates[:14] == rates[14:] and all(len(different) == 1 for different in rates)
+
+
+def test_plateaus():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, min_lr=[0.05])
+    scheduler.step(1.0)
+    lp.expand(model, K, optimizers=optimizer, schedulers=[scheduler], member_options={"lr": 0.3})
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+def test_a_learning_rate_of_the_members_own():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step(), scheduler.step()
+    lp.expand(model, K, optimizers=optimizer, schedulers=scheduler, member_options={"lr": 0.1})
+    assert [(g["lr"], g["initial_lr"]) for g in optimizer.param_groups] == [(0.25, 0.5), (0.1, 0.1)]
+    assert scheduler.get_last_lr() == [0.25, 0.1]
+    optimizer.step(), scheduler.step()
+    assert scheduler.get_last_lr() == [0.125, 0.025]
+
+
+def test_schedulers_that_are_not_given():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scheduler = lr_scheduler.StepLR(optimizer, 3)
+    with pytest.raises(ValueError, match="schedulers must be .* of the optimizers given, got StepLR of another one"):
+        lp.expand(model, K, schedulers=scheduler)
+    assert type(model.norm) is nn.BatchNorm2d
+    with pytest.warns(UserWarning, match="SGD has a learning rate scheduler, which does not know .*; give it as sched"):
+        lp.expand(model, K, optimizers=optimizer)
+
+
+# ---------------------------------------------------------------------------------------------- optimizers
+
+
+def test_an_optimizer_that_trains_what_is_gone_warns_once():
+    model = Net()
+    old = torch.optim.SGD(model.parameters(), lr=0.1)
+    lp.expand(model, K)
+    model(images()).sum().backward()
+    with pytest.warns(
+        UserWarning, match=r"SGD.step: of the 6 parameters .* expand has replaced 2 .* \(the first is \[8\]"
+    ):
+        old.step()
+    new = torch.optim.AdamW(lp.param_groups(model, lr=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        old.step(), new.step()
+    lp.collapse(model)
+    with pytest.warns(UserWarning, match=r"AdamW.step: .* collapse has replaced 2 .*; make a new optimizer after it"):
+        new.step()
+
+
+def test_live_optimizers_do_not_warn():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lp.expand(model, K, optimizers=optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images()).sum().backward()
+        optimizer.step()
+
+
+def test_marks_go_over_and_hooks_warn():
+    model = Net()
+    model.norm.weight.no_decay = True
+    model.norm.bias.register_hook(lambda gradient: gradient)
+    with pytest.warns(UserWarning, match="the hooks of norm.bias do not go over to the replicated parameter"):
+        lp.expand(model, K)
+    assert model.norm.weight.no_decay and not hasattr(model.norm.bias, "no_decay")
+
+
+# ---------------------------------------------------------------------------------------------- references
+
+
+def test_modules_in_lists_are_replaced_too():
+    model = Net().double()
+    plain = copy.deepcopy(model).eval()
+    lp.expand(model, K, targets=("batch_norm", "head"))
+    assert model.steps[1] == (model.norm, "relu") and model.steps[2]["head"] is model.head
+    lp.check_members(model, images())
+    model(images().double()).sum().backward()
+    assert model.norm.weight.grad.shape == (K, 8) and model.head.weight.grad.shape == (K, 4, 8)
+    lp.collapse(model.eval())
+    assert [type(m) for m in (model.steps[0], model.steps[1][0], model.steps[2]["head"])] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.Linear,
+    ]
+    assert torch.equal(model.conv.weight, plain.conv.weight)
+
+
+def test_copies_of_parts_follow_their_own_flags():
+    model = expanded()
+    part = copy.deepcopy(model.norm)
+    rows = torch.randn(5, 8, 2, 2)
+    assert part.eval()(rows).shape == rows.shape  # any batch: the average, although the model is in train mode
+    with pytest.raises(ValueError, match="is not divisible by num_members=3"):
+        part.train()(rows)
+    model.eval()
+    assert model.norm(rows).shape == rows.shape
+
+
+@pytest.mark.parametrize(
+    "copied", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("deep", "pickle")
+)
+def test_a_choice_of_members_is_not_copied(copied):
+    model = expanded()
+    with lp.members(model, "average"):
+        other = copied(model)
+        assert model(images(5)).shape == (5, 4)
+    with pytest.raises(ValueError, match="is not divisible by num_members=3"):
+        other(images(5))
+
+
+def test_heads_whose_weight_is_read_are_refused():
+    class LowRank(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.change = nn.Linear(8, 4), nn.Parameter(torch.zeros(4, 8))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.base.weight + self.change, self.base.bias)
+
+    model = nn.Sequential(nn.Flatten(), LowRank())
+    with pytest.raises(
+        NotImplementedError, match="1.base cannot be replicated: .* reads its weight without calling it"
+    ):
+        lp.expand(model, K, targets="head")
+
+
+# ---------------------------------------------------------------------------------------------- sequences, predictions
+
+
+class Characters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+def test_time_in_front_is_a_warning():
+    with pytest.warns(
+        UserWarning, match="lstm has batch_first=False. If time is in dim 0 of what reaches head, the mem"
+    ):
+        lp.expand(Characters(), K, targets="head")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = lp.expand(Characters(), K, targets=lambda name, _: "rank1" if name == "lstm" else False)
+    with pytest.raises(
+        NotImplementedError, match='members="all" repeats the samples in dim 0, but lstm has batch_first'
+    ):
+        lp.predict(model, torch.randn(4, 2, 8), members="all")
+    assert lp.predict(model, torch.randn(4, 2, 8)).shape == (4, 2, 5)
+
+
+def test_answers_that_cannot_be_divided_are_refused():
+    @dataclasses.dataclass
+    class Answer:
+        logits: torch.Tensor
+
+    class Wrapped(Net):
+        def forward(self, x):
+            return Answer(super().forward(x))
+
+    model = lp.expand(Wrapped(), K)
+    assert lp.predict(model, images()).logits.shape == (6, 4)
+    with pytest.raises(TypeError, match="outputs must be tensors, or tuples, lists or dicts of them, got Answer"):
+        lp.predict(model, images(), members="all")
