@@ -507,7 +507,8 @@ def test_refused_by_name(case):
 
 
 def test_a_head_behind_attention_is_no_matter_of_its_layout():
-    model = lp.expand(nn.Sequential(Attention()), K, targets="head")
+    with pytest.warns(UserWarning, match="0.attention has batch_first=False"):  # its head takes a token: of a row each
+        model = lp.expand(nn.Sequential(Attention()), K, targets="head")
     assert model(torch.randn(5, K * B, 4)).shape == (K * B, 3)
 
 

@@ -269,7 +269,7 @@ def test_members_do_not_meet(way):
 
 
 def test_member_order(way):
-    # 12 rows of 33 values: every member begins at a multiple of 16 bytes, on which the bits of MKL's products may depend.
+    # 12 rows of 33 values: every member begins at a multiple of 16 bytes, on which the bits of a BLAS may depend.
     inputs = make_inputs((12, 4), 4, 33, 18, bias="per member", dtype=torch.float32)
     order = torch.tensor([2, 0, 3, 1])
     permuted = {n: t if n == "weight" else t.unflatten(0, (4, -1))[order].flatten(0, 1) for n, t in inputs.items()}

@@ -483,7 +483,8 @@ def test_what_rank1_targets():
     model = nn.Sequential(nn.LSTM(C, H), nn.Linear(H, H), nn.Linear(H, 2))
     with pytest.raises(NotImplementedError, match="0 has batch_first=False, but 1 takes dim 0 for the batch"):
         lp.expand(model, K, targets="rank1")
-    lp.expand(model, K, targets=("head", lambda name, module: "rank1" if name == "0" else False))
+    with pytest.warns(UserWarning, match="0 has batch_first=False. If time is in dim 0 of what reaches 2"):
+        lp.expand(model, K, targets=("head", lambda name, module: "rank1" if name == "0" else False))
     assert [type(module) for module in model] == [Rank1LSTM, nn.Linear, MemberLinear]
     for plain, message in {
         nn.LSTM(C, H, bidirectional=True): "0: Rank1LSTM.from_module: bidirectional must be False",
