@@ -233,6 +233,24 @@ def test_time_in_front_is_a_warning():
     assert lp.predict(model, torch.randn(4, 2, 8)).shape == (4, 2, 5)
 
 
+def test_predictions_of_several_arguments():
+    class Weighted(Net):
+        def forward(self, x, weights, *, scale):
+            return super().forward(x) * weights.unsqueeze(1) * scale
+
+    model = lp.expand(Weighted(), K, noise_std=0.3)
+    x, weights, scale = images(5), torch.arange(5.0), torch.tensor([2.0, 1.0, 0.0, 1.0])
+    together = lp.predict(model, x, weights, members="all", scale=scale)
+    for member in range(K):
+        alone = lp.predict(model, x, weights, members=member, scale=scale)
+        torch.testing.assert_close(together[member], alone)
+
+
+def test_minibatches_of_several_shapes():
+    with pytest.raises(ValueError, match=r"must have one shape, got \[3\] and \[4\]; pad them to one length"):
+        next(iter(lp.stack_batches([torch.zeros(2, 4), torch.zeros(2, 3)], 2)))
+
+
 def test_answers_that_cannot_be_divided_are_refused():
     @dataclasses.dataclass
     class Answer:

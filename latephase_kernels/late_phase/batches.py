@@ -36,6 +36,12 @@ def concatenate(batches: list) -> Any:
     """Join equal structures of tensors along dim 0; lists of samples that are no tensors are appended."""
     first = batches[0]
     if isinstance(first, Tensor):
+        shapes = {tuple(batch.shape[1:]) for batch in batches if isinstance(batch, Tensor)}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"stack_batches: samples of minibatches that stand together must have one shape, got "
+                f"{' and '.join(str(list(shape)) for shape in sorted(shapes)[:2])}; pad them to one length"
+            )
         return torch.cat(batches) if first.dim() else torch.stack(batches)
     if isinstance(first, np.ndarray):
         return np.concatenate(batches) if first.ndim else np.stack(batches)
@@ -123,6 +129,7 @@ def stack_batches(loader: Iterable, num_members: int) -> StackedBatches:
         An iterable with len(), of the loader's structures with tensors [K·B, …].
 
     Raises:
-        TypeError, ValueError: num_members does not fit; while iterating: a batch without tensors, or longer ones.
+        TypeError, ValueError: num_members does not fit; while iterating: a batch without tensors, longer ones, or
+            samples of several shapes.
     """
     return StackedBatches(loader, num_members)

@@ -19,12 +19,13 @@ from .running import repeat, training_flags_kept
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
+def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average", **kwargs: Any) -> Any:
     """Return an expanded model's answer to an ordinary batch, in eval mode and without gradients.
 
     Args:
         model: expanded; its training flags are the same afterwards.
-        x: [N, …], or a tuple, list or dict of such tensors, given to the model as its one argument.
+        x: [N, …], or a tuple, list or dict of such tensors: the model's first argument.
+        args, kwargs: its other ones. Of these, too, tensors with N rows belong to the samples.
         members: "average" (what the collapsed model answers), "all", or one member.
 
     Returns:
@@ -47,9 +48,14 @@ def predict(model: nn.Module, x: Any, *, members: str | int = "average") -> Any:
     with training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
         model.eval()
         if members != "all":
-            return model(x)
-        output = model(repeat(x, num_members))
-    return tree_map(functools.partial(_by_member, num_members=num_members, rows=rows_of(x)), output)
+            return model(x, *args, **kwargs)
+        rows = rows_of(x)
+        args, kwargs = tree_map(
+            lambda t: repeat(t, num_members) if isinstance(t, Tensor) and t.dim() and t.size(0) == rows else t,
+            (args, kwargs),
+        )
+        output = model(repeat(x, num_members), *args, **kwargs)
+    return tree_map(functools.partial(_by_member, num_members=num_members, rows=rows), output)
 
 
 def _by_member(output: Any, num_members: int, rows: int) -> Any:
