@@ -233,6 +233,17 @@ def test_time_in_front_is_a_warning():
     assert lp.predict(model, torch.randn(4, 2, 8)).shape == (4, 2, 5)
 
 
+def test_norms_put_in_after_expand():
+    model = expanded()
+    model.head = nn.Sequential(model.head, nn.BatchNorm1d(4))
+    with pytest.warns(UserWarning, match=r"head.1 \(BatchNorm1d\) was put into the model after expand"):
+        lp.collapse(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(expanded())
+    with pytest.raises(RuntimeError, match=r"norm \(SyncBatchNorm\) has the weights of all members, \[3, 8\]"):
+        lp.collapse(model)
+    assert type(model.head) is not nn.Linear
+
+
 def test_predictions_of_several_arguments():
     class Weighted(Net):
         def forward(self, x, weights, *, scale):

@@ -233,7 +233,7 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     Raises:
         TypeError: model is wrapped or no module.
         ValueError: an unknown mode, or model itself is a member module.
-        RuntimeError: model is not expanded, or other ranks have members of it.
+        RuntimeError: model is not expanded, other ranks have members of it, or SyncBatchNorm was put in after expand.
     """
     check_not_wrapped("collapse", model)
     check_mode(mode)
@@ -245,6 +245,7 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     for _, module in expanded:
         if module.routing is not None:
             module.routing.check_whole("collapse")
+    _check_foreign_norms(model)
     replacements = {id(module): module.collapse(mode) for _, module in expanded}
     _tie_plain(expanded, replacements)
     mark_replaced(
@@ -254,6 +255,23 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     _replace(model, replacements)
     open_fast_paths(model)
     return model
+
+
+def _check_foreign_norms(model: nn.Module) -> None:
+    """Warn of a batch norm that was put into the model after expand; raise if it holds the members' weights."""
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or isinstance(module, Routed):
+            continue
+        kind = type(module).__name__
+        if module.weight is not None and module.weight.dim() > 1:
+            raise RuntimeError(
+                f"collapse: {name} ({kind}) has the weights of all members, {list(module.weight.shape)}, but normalizes "
+                "them together; use convert_sync_batchnorm before expand"
+            )
+        warnings.warn(
+            f"collapse: {name} ({kind}) was put into the model after expand; in training it has mixed the members",
+            stacklevel=3,
+        )
 
 
 def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: dict[int, nn.Module]) -> None:
