@@ -27,6 +27,54 @@ class Centred(Convolutional):
         return x - x.mean(0)
 
 
+class HiddenInABranch(Convolutional):
+    """What mixes goes into a last layer that is zero yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 8)
+        nn.init.zeros_(self.last.weight)
+
+    def between(self, x):
+        return x + self.last(x - x.mean(0))
+
+
+class MixedInTraining(Convolutional):
+    def between(self, x):
+        return x.flip(0) if self.training else x
+
+
+class Noisy(Convolutional):
+    """Noise that a flag switches off, a state that every call moves, and an input changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.noise = nn.Dropout(0.5), nn.RReLU()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x.mul_(2))
+
+    def between(self, x):
+        return self.noise(self.drop(x)) + self.calls
+
+
+class Loss(Convolutional):
+    def forward(self, x):
+        return super().forward(x).mean()
+
+
+class Infinite(Convolutional):
+    def forward(self, x):
+        return super().forward(x) * torch.nan
+
+
+class Single(Convolutional):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
 class Shuffled(Convolutional):
     def between(self, x):
         return x.flip(0)
@@ -61,7 +109,7 @@ def text(*shape):
 
 
 def with_a_new_norm():
-    model = lp.expand(Convolutional(), K, noise_std=0.3)
+    model = lp.expand(Convolutional(), K)
     model.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     return model
 
@@ -76,11 +124,12 @@ def encoder(batch_first):
 
 
 def expanded(model, *targets):
-    return lp.expand(model, K, targets=targets or ("batch_norm", "head"), noise_std=0.3)
+    return lp.expand(model, K, targets=targets or ("batch_norm", "head"))
 
 
 INDEPENDENT = {
     "batch norm and head": (lambda: expanded(Convolutional()), (images(),), 0),
+    "noise and state": (lambda: expanded(Noisy()), (images(),), 0),
     "fused": (lambda: lp.fuse(expanded(Convolutional())), (images(),), 0),
     "LSTM, batch first": (lambda: expanded(Characters(True), "rank1", "head"), (text(K * ROWS, 5),), 0),
     "LSTM alone, time first": (
@@ -92,6 +141,8 @@ INDEPENDENT = {
 }
 MIXING = {
     "statistics over the batch": (lambda: expanded(Centred()), (images(),), 0, r"head \(MemberLinear\)"),
+    "in a branch that is zero yet": (lambda: expanded(HiddenInABranch()), (images(),), 0, r"last \(MemberLinear\)"),
+    "in training alone": (lambda: expanded(MixedInTraining()).eval(), (images(),), 0, r"head \(MemberLinear\)"),
     "rows in another order": (lambda: expanded(Shuffled()), (images(),), 0, r"head \(MemberLinear\)"),
     "two views": (lambda: expanded(TwoViews()), (images(), images()), 0, r"conv \(Conv2d\)"),
     "a norm added later": (with_a_new_norm, (images(),), 0, r"head.1 \(BatchNorm1d\)"),
@@ -126,9 +177,18 @@ def test_arguments_by_name():
         lp.check_members(expanded(TwoViews()), images(), other=images())
 
 
-def test_random_answers_are_an_error():
-    with pytest.raises(RuntimeError, match="answers the same batch differently each time"):
-        lp.check_members(expanded(Random()), images())
+@pytest.mark.parametrize(
+    "model, message",
+    (
+        (Random, "answers the same batch differently each time"),
+        (Loss, r"must hold a tensor with the 6 samples in dim 0, got \[\[\]\]"),
+        (Infinite, "answer has no finite value"),
+        (Single, "fails on this batch in float64 .*: .*(type|dtype)"),
+    ),
+)
+def test_models_that_cannot_be_checked(model, message):
+    with pytest.raises(RuntimeError, match=f"check_members: .*{message}"):
+        lp.check_members(expanded(model()), images())
 
 
 def test_bad_arguments():

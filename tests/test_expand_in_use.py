@@ -73,6 +73,31 @@ def test_schedulers_go_on(name):
     assert rates[:14] == rates[14:] and all(len(different) == 1 for different in rates)
 
 
+@pytest.mark.parametrize("name", ("CosineLRScheduler", "PlateauLRScheduler"))
+def test_timms_schedulers_go_on_in_their_warmup(name):
+    scheduler_of = getattr(pytest.importorskip("timm.scheduler"), name)
+    options = {"t_initial": 20} if name == "CosineLRScheduler" else {"patience_t": 0, "decay_rate": 0.5}
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = scheduler_of(optimizer, warmup_t=7, warmup_lr_init=0.01, **options)
+    for epoch in range(12):
+        if epoch == 3:
+            lp.expand(model, K, optimizers=optimizer, schedulers=scheduler)
+        scheduler.step(epoch, metric=1.0)
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+    assert optimizer.param_groups[1]["lr"] not in (0.1, 0.01)
+
+
+def test_two_optimizers_with_schedulers():
+    model = Net()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((model.norm, 0.1), (model.head, 1.0))]
+    schedulers = [lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step) for optimizer in optimizers]
+    lp.expand(model, K, targets=("batch_norm", "head"), optimizers=optimizers, schedulers=schedulers)
+    for optimizer, scheduler in zip(optimizers, schedulers):
+        optimizer.step(), scheduler.step()
+    assert [scheduler.get_last_lr() for scheduler in schedulers] == [[0.05, 0.05], [0.5, 0.5]]
+
+
 def test_plateaus():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -145,6 +170,33 @@ def test_marks_go_over_and_hooks_warn():
     with pytest.warns(UserWarning, match="the hooks of norm.bias do not go over to the replicated parameter"):
         lp.expand(model, K)
     assert model.norm.weight.no_decay and not hasattr(model.norm.bias, "no_decay")
+    lp.collapse(model)
+    assert model.norm.weight.no_decay and not hasattr(model.norm.weight, "num_members")
+    model.head.weight.register_hook(lambda gradient: gradient)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lp.expand(model, K, targets="rank1")  # the weight itself stays
+
+
+def test_a_norm_of_two_models():
+    """What one model's expand replaced is new to an optimizer of the other's."""
+    first, second = Net(), Net()
+    second.norm = first.norm
+    second.steps[1] = first.steps[1]
+    lp.expand(first, K), lp.expand(second, K)
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second(images()).sum().backward()
+        optimizer.step()
+
+
+def test_collapse_replaces_the_weights_of_rank1_layers():
+    model = lp.expand(Net(), K, targets="rank1")
+    optimizer = torch.optim.SGD([model.conv.weight], lr=0.1)
+    lp.collapse(model)
+    with pytest.warns(UserWarning, match=r"of the 1 parameters .* collapse has replaced 1"):
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------- references
@@ -190,6 +242,16 @@ def test_a_choice_of_members_is_not_copied(copied):
         other(images(5))
 
 
+def test_heads_whose_weight_is_asked_for_its_type():
+    class Cast(Net):
+        def forward(self, x):  # self.head.weight stays as it is
+            if isinstance(self.head.weight, torch.Tensor) and self.head.weight.is_floating_point():
+                x = x.to(self.head.weight.dtype)
+            return super().forward(x)
+
+    assert type(lp.expand(Cast(), K, targets="head").head) is lp.nn.MemberLinear
+
+
 def test_heads_whose_weight_is_read_are_refused():
     class LowRank(nn.Module):
         def __init__(self):
@@ -230,6 +292,14 @@ def test_time_in_front_is_a_warning():
         NotImplementedError, match='members="all" repeats the samples in dim 0, but lstm has batch_first'
     ):
         lp.predict(model, torch.randn(4, 2, 8), members="all")
+
+    class Transposed(Characters):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1))[-1]
+
+    other = lp.expand(Transposed(), K, targets=lambda name, _: "rank1" if name == "lstm" else False, noise_std=0.3)
+    x = torch.randn(2, 4, 8)
+    torch.testing.assert_close(lp.predict(other, x, members="all")[1], lp.predict(other, x, members=1))
     assert lp.predict(model, torch.randn(4, 2, 8)).shape == (4, 2, 5)
 
 

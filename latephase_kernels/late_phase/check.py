@@ -17,61 +17,68 @@ _TOLERANCE = 1e-6  # of the largest value, in float64
 def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> None:
     """Raise if something in an expanded model's forward mixes its members, or gives one the samples of another.
 
-    A copy of the model runs in float64 and in train mode without dropout, on the stacked batch and then member by
-    member. Worth a call once for every model, before it is trained; the model, its buffers and random numbers stay.
+    A copy of the model with all parameters moved a little runs in float64 and in train mode without dropout, on the
+    stacked batch and then member by member. Worth a call once for every model, before it is trained; the model, its
+    buffers and random numbers stay.
 
     Args:
         model: expanded; not yet wrapped or compiled.
-        args, kwargs: the model's arguments: a small stacked batch [K·B, …], member-major; floating tensors become
-            float64, and what is no tensor, or a tensor without the K·B samples in `dim`, is given to all alike.
+        args, kwargs: the model's arguments: a small stacked batch [K·B, …], member-major, of samples that differ.
+            Floating tensors become float64. What has not the most samples in `dim` is given to all members alike.
         dim: of the samples in what comes in and goes out; 1 for sequences [T, K·B, …].
 
     Raises:
         RuntimeError: model is not expanded; a member's answers differ (the message names the first module where they
-            do); or the model answers the same batch differently each time.
+            do); the model answers the same batch differently each time, with nothing finite, with no tensor that has
+            the samples, or not at all in float64.
         ValueError: no argument has samples for every member in `dim`.
     """
     num_members = routings_of("check_members", model)[0].num_members
-    copied = copy.deepcopy(model).double()
-    if not copied.training:
-        copied.train()
-    for module in copied.modules():
-        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or "Drop" in type(module).__name__:
-            module.eval()  # what their flag says is dropout alone
     args, kwargs = tree_map(_to_double, (args, kwargs))
     sizes = [x.size(dim) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > dim]
-    samples = next((size for size in sizes if size and size % num_members == 0), 0)
+    samples = max((size for size in sizes if size % num_members == 0), default=0)
     if samples == 0:
         raise ValueError(
             f"check_members: the model's arguments must have the samples of {num_members} members in dim {dim}, got "
             f"tensors of {sizes} there"
         )
-    rows = samples // num_members
-
-    def run(which: str | int) -> tuple[list, list]:
-        def of_members(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x.dim() <= dim or x.size(dim) != samples:
-                return x
-            return x.clone() if isinstance(which, str) else x.narrow(dim, which * rows, rows).clone()
-
-        with members(copied, which):
-            return _recorded(copied, lambda: copied(*tree_map(of_members, args), **tree_map(of_members, kwargs)))
-
     devices = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        together, again = run("stacked"), run("stacked")
-        if not all(_agree(a, b) for a, b in zip(together[0], again[0], strict=True)):
+        copied = _prepared(model)
+        buffers = [(buffer, buffer.clone()) for buffer in copied.buffers()]
+
+        def run(which: str | int) -> tuple[list, list]:
+            def of_members(x: Any) -> Any:
+                if not isinstance(x, Tensor) or x.dim() <= dim or x.size(dim) != samples:
+                    return x
+                rows = samples // num_members
+                return x.clone() if isinstance(which, str) else x.narrow(dim, which * rows, rows).clone()
+
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            with members(copied, which):
+                return _recorded(copied, lambda: copied(*tree_map(of_members, args), **tree_map(of_members, kwargs)))
+
+        try:
+            together, calls = run("stacked")
+        except RuntimeError as error:
             raise RuntimeError(
-                "check_members: the model answers the same batch differently each time (dropout by a function?); "
-                "switch that off for this call"
+                "check_members: the model fails on this batch in float64 (is another type written into its code?): "
+                f"{error}"
+            ) from error
+        if not all(_agree(a, b) for a, b in zip(together, run("stacked")[0], strict=True)):
+            raise RuntimeError(
+                "check_members: the model answers the same batch differently each time (a function's dropout, or other "
+                "noise?); switch that off for this call"
             )
+        _check_answers(together, samples, dim)
         for member in range(num_members):
-            alone = run(member)
-            if all(_agrees(a, b, member, num_members, dim) for a, b in zip(together[0], alone[0], strict=True)):
+            alone, alone_calls = run(member)
+            if all(_agrees(a, b, member, num_members, dim) for a, b in zip(together, alone, strict=True)):
                 continue
             parted = (
                 f"{name} ({kind})"
-                for (name, kind, a), (_, _, b) in zip(together[1], alone[1])
+                for (name, kind, a), (_, _, b) in zip(calls, alone_calls)
                 if not _agrees(a, b, member, num_members, dim)
             )
             raise RuntimeError(
@@ -79,6 +86,40 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
                 f"{next(parted, 'the output')}; before or in it something mixes the samples of a batch, or dim {dim} "
                 "is not the batch in order"
             )
+
+
+_NOISY = ("Drop", "StochasticDepth", "RReLU")  # in the names of classes whose training flag switches noise alone
+
+
+def _prepared(model: nn.Module) -> nn.Module:
+    """Return a copy in float64 and train mode, without noise, whose members and branches all tell."""
+    copied = copy.deepcopy(model).double()
+    if not copied.training:
+        copied.train()
+    for module in copied.modules():
+        noisy = any(word in type(module).__name__ for word in _NOISY)
+        if noisy or isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            module.eval()
+    for parameter in copied.parameters():  # members may be equal yet, and a branch's last weight zero
+        if parameter.is_floating_point():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return copied
+
+
+def _check_answers(answers: list, samples: int, dim: int) -> None:
+    compared = [
+        x
+        for x in answers
+        if isinstance(x, Tensor) and x.dim() and samples in (x.size(min(dim, x.dim() - 1)), x.size(0))
+    ]
+    if not compared:
+        raise RuntimeError(
+            f"check_members: the model's answer must hold a tensor with the {samples} samples in dim {dim}, got "
+            f"{[list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in answers]}; give it the part of "
+            "the model before its loss"
+        )
+    if not any(torch.isfinite(x).any() for x in compared):
+        raise RuntimeError("check_members: the model's answer has no finite value")
 
 
 def _to_double(x: Any) -> Any:
@@ -117,7 +158,8 @@ def _agree(a: Any, b: Any) -> bool:
         return True
     if a.shape != b.shape:
         return False
-    if a.numel() == 0:
-        return True
-    a, b = a.double().nan_to_num(), b.double().nan_to_num()
-    return bool((a - b).abs().max() <= _TOLERANCE * max(a.abs().max().item(), b.abs().max().item()))
+    a, b = a.double(), b.double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    a, b = a.nan_to_num(posinf=0.0, neginf=0.0), b.nan_to_num(posinf=0.0, neginf=0.0)
+    return a.numel() == 0 or bool((a - b).abs().max() <= _TOLERANCE * max(a.abs().max().item(), b.abs().max().item()))

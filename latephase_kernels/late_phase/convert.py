@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members
+from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members, copy_marks
 from ..nn.routing import Routed, Routing
 from .fuse import unfuse
 from .mixing import check_not_mixing
@@ -107,11 +107,11 @@ def expand(
             replacements[id(module)] = build(name, module, SHARED_TYPES, num_members)
     check_batch_first(model, {key: replacements[key] for key in targeted})
     check_ties(model, targeted, rank1)
-    _warn_of_time_first(model, targeted, rank1)
-    _warn_of_hooks(model, targeted)
     moved, added = _tie(targeted, replacements), _gains(model, rank1, replacements)
     optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-    schedulers = [schedulers] if hasattr(schedulers, "optimizer") else list(schedulers)
+    schedulers = [schedulers] if hasattr(schedulers, "optimizer") else list(schedulers or ())
+    _warn_of_time_first(model, targeted, rank1)
+    _warn_of_hooks(model, moved)
     check_optimizers(model, optimizers, schedulers, moved, added, member_state, member_options or {})
 
     routing = Routing(model, num_members)
@@ -145,7 +145,8 @@ def _warn_of_time_first(model: nn.Module, targeted: dict[int, nn.Module], rank1:
     """Warn if the model has sequences with time in dim 0, which a replicated layer would take for the batch."""
     sequential = (nn.RNNBase, nn.MultiheadAttention)
     found = next((n for n, m in model.named_modules() if isinstance(m, sequential) and not m.batch_first), None)
-    other = next((n for n, m in model.named_modules() if id(m) in targeted.keys() - rank1), None)
+    free = {id(m) for m in targeted.values() if isinstance(m, _BatchNorm)}  # usually of what comes before a sequence
+    other = next((n for n, m in model.named_modules() if id(m) in targeted.keys() - rank1 - free), None)
     if found is not None and other is not None:
         warnings.warn(
             f"expand: {found} has batch_first=False. If time is in dim 0 of what reaches {other}, the members get one "
@@ -154,17 +155,16 @@ def _warn_of_time_first(model: nn.Module, targeted: dict[int, nn.Module], rank1:
         )
 
 
-def _warn_of_hooks(model: nn.Module, targeted: dict[int, nn.Module]) -> None:
-    """Warn if parameters that are about to be replaced have hooks of their own."""
-    for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items() if id(module) in targeted else ():
-            if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
-                warnings.warn(
-                    f"expand: the hooks of {module_name}.{name} do not go over to the replicated parameter; register "
-                    "them again",
-                    stacklevel=3,
-                )
-                return
+def _warn_of_hooks(model: nn.Module, moved: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Warn if a parameter that is about to be replaced has hooks of its own."""
+    for name, parameter in model.named_parameters():
+        hooks = parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if parameter in moved and any(hooks):
+            warnings.warn(
+                f"expand: the hooks of {name} do not go over to the replicated parameter; register them again",
+                stacklevel=3,
+            )
+            return
 
 
 def _trained_by_none(model: nn.Module, replicated: Iterable[nn.Parameter], optimizers: list) -> list[str]:
@@ -210,9 +210,10 @@ def _replaced(value: Any, replacements: dict[int, nn.Module], depth: int = 5) ->
             new = _replaced(item, replacements, depth - 1)
             if new is not item:
                 value[key] = new
-    elif depth and type(value) is tuple:
-        new = tuple(_replaced(item, replacements, depth - 1) for item in value)
-        return new if any(a is not b for a, b in zip(new, value)) else value
+    elif depth and isinstance(value, tuple):
+        items = [_replaced(item, replacements, depth - 1) for item in value]
+        if any(a is not b for a, b in zip(items, value)):
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 
@@ -247,13 +248,16 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
             module.routing.check_whole("collapse")
     _check_foreign_norms(model)
     replacements = {id(module): module.collapse(mode) for _, module in expanded}
+    for _, module in expanded:
+        for name, new in replacements[id(module)]._parameters.items():
+            old = module._parameters.get(name)
+            if old is not None and new is not None and old is not new:
+                copy_marks(old, new)
     _tie_plain(expanded, replacements)
-    mark_replaced(
-        (p for _, m in expanded if isinstance(m, MemberModule) for p in m.replicated_parameters().values()), "collapse"
-    )
     unfuse(model)
     _replace(model, replacements)
     open_fast_paths(model)
+    mark_replaced({p for _, module in expanded for p in module.parameters()}.difference(model.parameters()), "collapse")
     return model
 
 
@@ -265,8 +269,8 @@ def _check_foreign_norms(model: nn.Module) -> None:
         kind = type(module).__name__
         if module.weight is not None and module.weight.dim() > 1:
             raise RuntimeError(
-                f"collapse: {name} ({kind}) has the weights of all members, {list(module.weight.shape)}, but normalizes "
-                "them together; use convert_sync_batchnorm before expand"
+                f"collapse: {name} ({kind}) has the weights of all members, {list(module.weight.shape)}, but "
+                "normalizes them together; use convert_sync_batchnorm before expand"
             )
         warnings.warn(
             f"collapse: {name} ({kind}) was put into the model after expand; in training it has mixed the members",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..nn.member_module import MemberModule
+from ..nn.member_module import REPLACED_BY, MemberModule
 
 # ---------------------------------------------------------------------------------------------- live optimizers
 
@@ -136,21 +136,20 @@ def move_parameters(
 
 # What schedulers, torch's and timm's, have for each group.
 _OF_GROUPS = (
-    "base_lrs",
-    "base_values",
-    "_last_lr",
-    "lr_lambdas",
-    "min_lrs",
-    "max_lrs",
-    "base_momentums",
-    "max_momentums",
+    *("base_lrs", "base_values", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs"),
+    *("base_momentums", "max_momentums", "warmup_steps"),
 )
 
 
 def extend_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, left: list[int]) -> None:
     """Make a scheduler treat each group that move_parameters added as it does the group left, whose number is given."""
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
-        extend_scheduler(inner, optimizer, left)
+    inner = [
+        *getattr(scheduler, "_schedulers", ()),
+        getattr(scheduler, "lr_scheduler", None),
+    ]  # torch's, timm's plateau
+    for other in inner:
+        if other is not None:
+            extend_scheduler(other, optimizer, left)
     if scheduler.optimizer is not optimizer:
         return
     groups = optimizer.param_groups
@@ -163,15 +162,13 @@ def extend_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, left: lis
         values += [group.get(key, values[number]) for group, number in zip(new, left)]
 
 
-# The call that has replaced a parameter, as an attribute of it: nothing trains it any more.
-_REPLACED_BY = "_latephase_replaced_by"
 _looked_at: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()  # since the last call that replaced any
 
 
 def mark_replaced(parameters: Iterable[nn.Parameter], by: str) -> None:
     """Let every optimizer warn at its next step if it still holds one of these parameters."""
     for parameter in parameters:
-        setattr(parameter, _REPLACED_BY, by)
+        setattr(parameter, REPLACED_BY, by)
     _looked_at.clear()
     _watch_steps()
 
@@ -186,10 +183,10 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dic
         return
     _looked_at.add(optimizer)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    replaced = [parameter for parameter in held if hasattr(parameter, _REPLACED_BY)]
+    replaced = [parameter for parameter in held if hasattr(parameter, REPLACED_BY)]
     if not replaced:
         return
-    by = getattr(replaced[0], _REPLACED_BY)
+    by = getattr(replaced[0], REPLACED_BY)
     remedy = "give live optimizers as expand(…, optimizers=)" if by == "expand" else "make a new optimizer after it"
     warnings.warn(
         f"{type(optimizer).__name__}.step: of the {len(held)} parameters that the optimizer holds, {by} has replaced "

@@ -3,8 +3,10 @@
 Shapes: K members, N rows of an ordinary batch.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,12 +39,6 @@ def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average"
         NotImplementedError: "all" with a recurrent layer whose batch is in dim 1.
     """
     num_members = routings_of("predict", model)[0].num_members
-    time_first = next((n for n, m in model.named_modules() if isinstance(m, Rank1LSTM) and not m.batch_first), None)
-    if members == "all" and time_first is not None:
-        raise NotImplementedError(
-            f'predict: members="all" repeats the samples in dim 0, but {time_first} has batch_first=False; '
-            "predict with one member after the other"
-        )
     if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
         raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
     with training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
@@ -54,18 +50,39 @@ def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average"
             lambda t: repeat(t, num_members) if isinstance(t, Tensor) and t.dim() and t.size(0) == rows else t,
             (args, kwargs),
         )
-        output = model(repeat(x, num_members), *args, **kwargs)
+        with _rows_in_front(model, num_members * rows):
+            output = model(repeat(x, num_members), *args, **kwargs)
     return tree_map(functools.partial(_by_member, num_members=num_members, rows=rows), output)
+
+
+@contextlib.contextmanager
+def _rows_in_front(model: nn.Module, rows: int) -> Iterator[None]:
+    """Inside, raise if a recurrent layer whose batch is in dim 1 has not that many rows there."""
+
+    def check(name: str, layer: nn.Module, inputs: tuple) -> None:
+        if inputs[0].dim() == 3 and inputs[0].size(1) != rows:
+            raise NotImplementedError(
+                f'predict: members="all" repeats the samples in dim 0, but {name} has batch_first=False and got '
+                f"{list(inputs[0].shape)}; predict with one member after the other"
+            )
+
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Rank1LSTM) and not m.batch_first]
+    hooks = [layer.register_forward_pre_hook(functools.partial(check, name)) for name, layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _by_member(output: Any, num_members: int, rows: int) -> Any:
     if not isinstance(output, Tensor):
-        if output is None or isinstance(output, (bool, int, float, str)):
-            return output
-        raise TypeError(
-            f'predict: with members="all" outputs must be tensors, or tuples, lists or dicts of them, got '
-            f"{type(output).__name__}; register it with torch.utils._pytree, or return a dict"
-        )
+        if any(isinstance(value, Tensor) for value in getattr(output, "__dict__", {}).values()):
+            raise TypeError(
+                f'predict: with members="all" outputs must be tensors, or tuples, lists or dicts of them, got '
+                f"{type(output).__name__}; register it with torch.utils._pytree, or return a dict"
+            )
+        return output
     if output.dim() == 0:
         return output
     if rows and output.size(0) % (num_members * rows):

@@ -101,7 +101,9 @@ def _reads_weight(parent: type, name: str) -> bool:
         source = inspect.getsource(parent.forward)
     except (OSError, TypeError):
         return False
-    return re.search(rf"self\.{re.escape(name)}\.weight(?!\.(dtype|device|shape))\b", source) is not None
+    asked = r"\.(dtype|device|shape|is_\w+|requires_grad|numel|size|ndim|dim)\b"  # of it, rather than computed with it
+    read = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{asked})"
+    return re.search(read, re.sub("#.*", "", source)) is not None
 
 
 def _uncalled(model: nn.Module) -> dict[int, str]:

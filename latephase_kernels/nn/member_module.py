@@ -82,8 +82,17 @@ def replicate_parameter(
         rms = parameter.detach().to(dtype).square().mean().sqrt()
         replicated = (replicated.to(dtype) + noise_std * rms * noise).to(parameter.dtype)
     replicated = nn.Parameter(replicated, requires_grad=parameter.requires_grad)
-    vars(replicated).update(vars(parameter))  # such as a mark that an optimizer's groups are made by
+    copy_marks(parameter, replicated)
     return replicated
+
+
+# The call that has replaced a parameter in its model, as an attribute of it: nothing trains it any more.
+REPLACED_BY = "_latephase_replaced_by"
+
+
+def copy_marks(old: Tensor, new: Tensor) -> None:
+    """Give a parameter that replaces another its attributes, such as those that groups of optimizers are made by."""
+    vars(new).update({key: value for key, value in vars(old).items() if key not in ("num_members", REPLACED_BY)})
 
 
 def check_standard_forward(module: nn.Module, plain_type: type, children: tuple[str, ...] = ()) -> None:
