@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn.routing import routings_of
-from .running import members
+from .running import members, random_numbers_kept
 
 _TOLERANCE = 1e-6  # of the largest value, in float64
 
@@ -42,8 +42,7 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
             f"check_members: the model's arguments must have the samples of {num_members} members in dim {dim}, got "
             f"tensors of {sizes} there"
         )
-    devices = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+    with torch.no_grad(), random_numbers_kept(model):
         copied = _prepared(model)
         buffers = [(buffer, buffer.clone()) for buffer in copied.buffers()]
 

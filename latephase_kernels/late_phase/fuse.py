@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..nn.routing import Routed
 from .fuse_block import FusedForward, analyze, find_blocks, fuse_block, unfuse_block
 from .fuse_graph import ADD_RELU, RELU
+from .running import random_numbers_kept
 from .targets import check_not_wrapped
 
 _log = logging.getLogger("latephase_kernels")
@@ -125,8 +126,7 @@ def _check_expanded(where: str, model: nn.Module) -> None:
 def _without_effect(model: nn.Module) -> Iterator[None]:
     """Inside, run model without gradients; buffers and random numbers are as before afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
-    with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+    with torch.no_grad(), random_numbers_kept(model):
         try:
             yield
         finally:

@@ -143,10 +143,7 @@ _OF_GROUPS = (
 
 def extend_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, left: list[int]) -> None:
     """Make a scheduler treat each group that move_parameters added as it does the group left, whose number is given."""
-    inner = [
-        *getattr(scheduler, "_schedulers", ()),
-        getattr(scheduler, "lr_scheduler", None),
-    ]  # torch's, timm's plateau
+    inner = [*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "lr_scheduler", None)]  # the last: timm's
     for other in inner:
         if other is not None:
             extend_scheduler(other, optimizer, left)

@@ -42,6 +42,12 @@ def members(model: nn.Module, which: str | int | range) -> Iterator[nn.Module]:
             routing.override = override
 
 
+def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager:
+    """A context behind which the random number generators of the CPU and of model's devices are as before."""
+    devices = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
+    return torch.random.fork_rng(sorted(devices))
+
+
 @contextlib.contextmanager
 def training_flags_kept(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
