@@ -107,8 +107,11 @@ class ProductOf {
     const A* factor = static_cast<const A*>(call_.x_factor) + row * call_.depth + first;
     const A* gain = static_cast<const A*>(call_.x_gain) + at;
     A sums[kDepth], factor_sums[kDepth];
+    A* total = static_cast<A*>(call_.x_sums) + at;
+    A* factor_total = static_cast<A*>(call_.x_factor_sums) + at;
     const int64_t depth = depths_.length(d);
-    for (int64_t begin = 0; begin == 0 || begin < rows; begin += kSummedRows) {
+    if (call_.x_sums != nullptr) std::fill_n(total, depth, A(0)), std::fill_n(factor_total, depth, A(0));
+    for (int64_t begin = 0; begin < rows; begin += kSummedRows) {
       if (call_.x_sums != nullptr) std::fill_n(sums, depth, A(0)), std::fill_n(factor_sums, depth, A(0));
       const int64_t end = std::min(begin + kSummedRows, rows);
       for (int64_t i = begin; i < end; ++i, x += call_.depth, factor += call_.depth, scaled += kRowStride<A>)
@@ -122,13 +125,8 @@ class ProductOf {
           store(factor_sums + p, fma(value, load(factor + p, count), load(factor_sums + p, count)), count);
         });
       if (call_.x_sums == nullptr) continue;
-      add_or_copy(sums, depth, static_cast<A*>(call_.x_sums) + at, begin > 0);
-      add_or_copy(factor_sums, depth, static_cast<A*>(call_.x_factor_sums) + at, begin > 0);
+      for (int64_t p = 0; p < depth; ++p) total[p] += sums[p], factor_total[p] += factor_sums[p];
     }
-  }
-
-  static void add_or_copy(const A* from, int64_t count, A* to, bool adds) {
-    for (int64_t p = 0; p < count; ++p) to[p] = adds ? to[p] + from[p] : from[p];
   }
 
   // All tiles of some rows in panel i, of part d.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn.routing import routings_of
-from .running import members, random_numbers_kept
+from .running import buffers_kept, members, random_numbers_kept
 
 _TOLERANCE = 1e-6  # of the largest value, in float64
 
@@ -44,7 +44,6 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
         )
     with torch.no_grad(), random_numbers_kept(model):
         copied = _prepared(model)
-        buffers = [(buffer, buffer.clone()) for buffer in copied.buffers()]
 
         def run(which: str | int) -> tuple[list, list]:
             def of_members(x: Any) -> Any:
@@ -53,9 +52,7 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
                 rows = samples // num_members
                 return x.clone() if isinstance(which, str) else x.narrow(dim, which * rows, rows).clone()
 
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            with members(copied, which):
+            with members(copied, which), buffers_kept(copied):
                 return _recorded(copied, lambda: copied(*tree_map(of_members, args), **tree_map(of_members, kwargs)))
 
         try:

@@ -4,9 +4,7 @@ The output gain of a rank-1 layer directly before a batch norm becomes part of t
 one directly behind it, or behind its ReLU, a factor of its output.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..nn.routing import Routed
 from .fuse_block import FusedForward, analyze, find_blocks, fuse_block, unfuse_block
 from .fuse_graph import ADD_RELU, RELU
-from .running import random_numbers_kept
+from .running import buffers_kept, random_numbers_kept
 from .targets import check_not_wrapped
 
 _log = logging.getLogger("latephase_kernels")
@@ -122,21 +120,9 @@ def _check_expanded(where: str, model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- the example
 
 
-@contextlib.contextmanager
-def _without_effect(model: nn.Module) -> Iterator[None]:
-    """Inside, run model without gradients; buffers and random numbers are as before afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.no_grad(), random_numbers_kept(model):
-        try:
-            yield
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
 def _answer(model: nn.Module, example: Any) -> list:
-    """Return the leaves of model's answer to a copy of example."""
-    with _without_effect(model):
+    """Return the leaves of model's answer to a copy of example; buffers and random numbers are as before afterwards."""
+    with torch.no_grad(), random_numbers_kept(model), buffers_kept(model):
         return tree_leaves(model(tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example)))
 
 

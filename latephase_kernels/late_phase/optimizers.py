@@ -134,6 +134,21 @@ def move_parameters(
     return left
 
 
+def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, member_state: str) -> None:
+    state = optimizer.state.pop(old, {})
+    if member_state == "fresh" or not state:
+        return
+    optimizer.state[new] = {
+        key: value.detach().expand(new.shape).clone()
+        if isinstance(value, Tensor) and value.shape == old.shape
+        else _copied(value)
+        for key, value in state.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------- schedulers
+
+
 # What schedulers, torch's and timm's, have for each group.
 _OF_GROUPS = (
     *("base_lrs", "base_values", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs"),
@@ -157,6 +172,9 @@ def extend_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, left: lis
             continue
         key = {"base_lrs": "initial_lr", "base_values": "initial_lr", "_last_lr": "lr"}.get(name)
         values += [group.get(key, values[number]) for group, number in zip(new, left)]
+
+
+# ---------------------------------------------------------------------------------------------- replaced
 
 
 _looked_at: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()  # since the last call that replaced any
@@ -191,18 +209,6 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dic
         f"what they became; {remedy}",
         stacklevel=3,
     )
-
-
-def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, member_state: str) -> None:
-    state = optimizer.state.pop(old, {})
-    if member_state == "fresh" or not state:
-        return
-    optimizer.state[new] = {
-        key: value.detach().expand(new.shape).clone()
-        if isinstance(value, Tensor) and value.shape == old.shape
-        else _copied(value)
-        for key, value in state.items()
-    }
 
 
 # ---------------------------------------------------------------------------------------------- groups

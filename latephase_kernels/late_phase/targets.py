@@ -146,11 +146,6 @@ def _select(model: nn.Module, target: str | Callable) -> tuple[set[int], set[int
         if strange is not None:
             raise ValueError(f'expand: a callable target must return a bool or "rank1", got {strange!r}')
         rank1 = {key for key, answer in answers.items() if isinstance(answer, str)}
-        uncalled = next((name for key, name in _uncalled(model).items() if key in rank1), None) if rank1 else None
-        if uncalled is not None:
-            raise NotImplementedError(
-                f"expand: {uncalled} cannot have rank-1 gains: the module it is in reads its weight without calling it"
-            )
         return {key for key, answer in answers.items() if answer} - rank1, rank1
     if target not in _NAMED:
         names = ", ".join(f'"{name}"' for name in _NAMED)
@@ -182,8 +177,8 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
 
     Raises:
         TypeError, ValueError: an unknown target, or the root itself is one.
-        NotImplementedError: rank-1 gains for a layer whose parent does not call it, or for an LSTM whose batch is in
-            dim 1, beside layers that have theirs in dim 0.
+        NotImplementedError: a layer whose parent does not call it, or rank-1 gains for an LSTM whose batch is in dim 1,
+            beside layers that have theirs in dim 0.
     """
     if isinstance(targets, str) or callable(targets):
         targets = (targets,)
@@ -208,11 +203,12 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         rank1 |= multiplied
     rank1 -= found
     found |= rank1
-    uncalled = next((name for key, name in _uncalled(model).items() if key in found), None)
-    if uncalled is not None:
-        raise NotImplementedError(
-            f"expand: {uncalled} cannot be replicated: the module it is in reads its weight without calling it"
-        )
+    for key, name in _uncalled(model).items():
+        if key in found:
+            what = "have rank-1 gains" if key in rank1 else "be replicated"
+            raise NotImplementedError(
+                f"expand: {name} cannot {what}: the module it is in reads its weight without calling it"
+            )
     _check_batch_dimension(model, found, rank1)
     if id(model) in found:
         raise ValueError(

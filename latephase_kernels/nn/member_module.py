@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .routing import Routed
 
+# The call that has replaced a parameter in its model, as an attribute of it: nothing trains it any more.
+REPLACED_BY = "_latephase_replaced_by"
 _ROUTED_ATTRIBUTES = ("num_members", "routing", "plain_type", "statistics_group")
 _OWN_ATTRIBUTES = (*_ROUTED_ATTRIBUTES, "activation")
 MODES = ("exact", "weights")
@@ -70,6 +72,11 @@ def replicate(tensor: Tensor, num_members: int) -> Tensor:
     return tensor.detach().unsqueeze(0).repeat(num_members, *[1] * tensor.dim())
 
 
+def copy_marks(old: Tensor, new: Tensor) -> None:
+    """Give a parameter that replaces another its attributes, such as those that groups of optimizers are made by."""
+    vars(new).update({key: value for key, value in vars(old).items() if key not in ("num_members", REPLACED_BY)})
+
+
 def replicate_parameter(
     parameter: Tensor, num_members: int, noise_std: float, generator: torch.Generator | None
 ) -> nn.Parameter:
@@ -84,15 +91,6 @@ def replicate_parameter(
     replicated = nn.Parameter(replicated, requires_grad=parameter.requires_grad)
     copy_marks(parameter, replicated)
     return replicated
-
-
-# The call that has replaced a parameter in its model, as an attribute of it: nothing trains it any more.
-REPLACED_BY = "_latephase_replaced_by"
-
-
-def copy_marks(old: Tensor, new: Tensor) -> None:
-    """Give a parameter that replaces another its attributes, such as those that groups of optimizers are made by."""
-    vars(new).update({key: value for key, value in vars(old).items() if key not in ("num_members", REPLACED_BY)})
 
 
 def check_standard_forward(module: nn.Module, plain_type: type, children: tuple[str, ...] = ()) -> None:
