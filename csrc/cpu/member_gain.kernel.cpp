@@ -14,8 +14,6 @@ namespace {
 using namespace latephase::member_gain;
 
 constexpr int64_t kTile = 64;
-template <class T>
-constexpr int64_t kAhead = 1024 / sizeof(T);  // from what is read to what is prefetched, at least
 
 // What the activation lets through of one register, decided by the output x · gain + bias as stored.
 template <class T, bool relu, class A = typename Accumulation<T>::type>
@@ -104,20 +102,35 @@ struct LongRuns {
 
 // ---- short runs: rows of `columns` values, C·S apart
 
+// Calls step(row, rows) over [begin, end); `rows` is known when compiled. Rows that lie apart come several at once,
+// which share what is loaded of a column; rows side by side one by one, in the order of the memory.
+template <class Step>
+inline void for_rows(int64_t begin, int64_t end, bool apart, const Step& step) {
+  constexpr int kAtOnce = 4;
+  int64_t row = begin;
+  if (apart)
+    for (; row + kAtOnce <= end; row += kAtOnce) step(row, std::integral_constant<int, kAtOnce>{});
+  for (; row < end; ++row) step(row, std::integral_constant<int, 1>{});
+}
+
 template <class T, bool relu>
 struct ShortRuns {
   using A = typename Accumulation<T>::type;
 
   static void forward(const Call& call, const Part<T>& part) {
-    for (int64_t row = 0; row < part.rows; ++row) {
+    const int64_t stride = call.sizes.C * call.sizes.S;
+    for_rows(0, part.rows, stride > part.columns, [&](int64_t row, auto rows) {
       const int64_t at = part.offset(call.sizes, row);
       const T* x = static_cast<const T*>(call.x) + at;
       T* y = static_cast<T*>(call.y) + at;
       for_columns<A>(0, part.columns, [&](int64_t j, auto count) {
-        const Vec<A> z = fma(load(x + j, count), load(part.gain + j), load(part.bias + j));
-        store(y + j, gated<T, relu>(z, z), count);
+        const Vec<A> gain = load(part.gain + j), bias = load(part.bias + j);
+        for (int r = 0; r < rows; ++r) {
+          const Vec<A> z = fma(load(x + r * stride + j, count), gain, bias);
+          store(y + r * stride + j, gated<T, relu>(z, z), count);
+        }
       });
-    }
+    });
   }
 
   // sums[c] += the S values of channel c.
@@ -130,31 +143,35 @@ struct ShortRuns {
   }
 
   static void backward(const Call& call, const Part<T>& part, double* dgain, double* dbias) {
-    const int64_t S = call.sizes.S, ahead = (kAhead<T> / part.columns + 1) * call.sizes.C * S;
+    const int64_t stride = call.sizes.C * call.sizes.S;
     std::fill_n(dgain, part.channels, 0.0);
     std::fill_n(dbias, part.channels, 0.0);
     for (int64_t begin = 0; begin < part.rows; begin += kTile) {
-      A product[kMaxColumns], total[kMaxColumns];
-      std::fill_n(product, part.padded(), A(0));
-      std::fill_n(total, part.padded(), A(0));
-      for (int64_t row = begin; row < std::min(begin + kTile, part.rows); ++row) {
+      A products[kMaxColumns], totals[kMaxColumns];
+      std::fill_n(products, part.padded(), A(0));
+      std::fill_n(totals, part.padded(), A(0));
+      for_rows(begin, std::min(begin + kTile, part.rows), stride > part.columns, [&](int64_t row, auto rows) {
         const int64_t at = part.offset(call.sizes, row);
         const T* x = static_cast<const T*>(call.x) + at;
         const T* dy = static_cast<const T*>(call.dy) + at;
         T* dx = static_cast<T*>(call.dx) + at;
         for_columns<A>(0, part.columns, [&](int64_t j, auto count) {
-          __builtin_prefetch(x + j + ahead);
-          __builtin_prefetch(dy + j + ahead);
-          __builtin_prefetch(dx + j + ahead, 1);
-          const Vec<A> value = load(x + j, count), gain = load(part.gain + j);
-          const Vec<A> dz = gated<T, relu>(load(dy + j, count), fma(value, gain, load(part.bias + j)));
-          store(dx + j, dz * gain, count);
-          store(product + j, fma(dz, value, load(product + j)));
-          store(total + j, load(total + j) + dz);
+          const Vec<A> gain = load(part.gain + j), bias = load(part.bias + j);
+          Vec<A> product = load(products + j), total = load(totals + j);
+          for (int r = 0; r < rows; ++r) {
+            const int64_t i = r * stride + j;
+            const Vec<A> value = load(x + i, count);
+            const Vec<A> dz = gated<T, relu>(load(dy + i, count), fma(value, gain, bias));
+            store(dx + i, dz * gain, count);
+            product = fma(dz, value, product);
+            total += dz;
+          }
+          store(products + j, product);
+          store(totals + j, total);
         });
-      }
-      add_runs(product, part.channels, S, dgain);
-      add_runs(total, part.channels, S, dbias);
+      });
+      add_runs(products, part.channels, call.sizes.S, dgain);
+      add_runs(totals, part.channels, call.sizes.S, dbias);
     }
   }
 };
