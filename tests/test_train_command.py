@@ -1,5 +1,6 @@
 """`latephase train` as a process: finished, interrupted, killed, refused; on the bundled digits."""
 
+import copy
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from latephase_kernels.cli import main
-from latephase_kernels.train.build import build_data, build_network
+from latephase_kernels.train.build import build_data, build_network, check_network
 from latephase_kernels.train.recipe import Data, Model
 from latephase_kernels.train.run_training import load_model
 from latephase_kernels.train.runs import read_metrics
@@ -189,6 +190,23 @@ def test_a_diverging_run_says_so(tmp_path, capsys):
     assert not (folder / "model.safetensors").exists() and not list((folder / "checkpoints").iterdir())
 
 
+def test_a_network_that_was_checked_is_the_same():
+    torch.manual_seed(0)
+    network = build_network(Model("small_resnet", {"widths": [4, 4], "dropout": 0.5}), 10, 1)
+    before, random_numbers = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    check_network(network, "small_resnet", (1, 8, 8), 10)
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_numbers) and network.training
+
+
+@pytest.mark.parametrize("answer, found", [(lambda x: x, r"\[2, 1, 8, 8\]"), (lambda x: (x, x), "tuple")])
+def test_a_network_must_answer_with_logits(answer, found):
+    network = torch.nn.BatchNorm2d(1)
+    network.forward = answer
+    with pytest.raises(ValueError, match=rf"mine must answer 2 images of 1 × 8 × 8 with .* \[2, 10\], got {found}; "):
+        check_network(network, "mine", (1, 8, 8), 10)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -202,6 +220,10 @@ def test_a_diverging_run_says_so(tmp_path, capsys):
         ),
         (["digits", "--model.options.depth=3"], "model small_resnet with options .*depth"),
         (["digits", "--model.name=torchvision:resnet7"], "resnet7"),
+        (
+            ["digits_base", "--model.name=torchvision:alexnet"],
+            "model.name torchvision:alexnet does not run on this data's images of 1 × 8 × 8: .*3 channels.*; choose",
+        ),
         (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, digits"),
         (["cifar10", "--data.folder=nowhere"], "nowhere"),
         (["digits", "--output=file"], r"\[Errno 17\] File exists: 'file'"),

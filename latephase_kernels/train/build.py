@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import late_phase as lp
 from ..data import (
@@ -19,6 +19,7 @@ from ..data import (
     load_text,
 )
 from ..data.digits import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, load_digits, split_digits
+from ..late_phase.running import buffers_kept, random_numbers_kept
 from ..models import CharLSTM, HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 
@@ -104,6 +105,37 @@ def build_network(model: Model, num_classes: int, in_channels: int) -> nn.Module
         "train: model.name must be wide_resnet, hyper_wide_resnet, small_resnet, torchvision:NAME or timm:NAME, "
         f"got {model.name!r}"
     )
+
+
+@torch.no_grad()
+def check_network(network: nn.Module, name: str, image_sizes: Sequence[int], num_classes: int) -> None:
+    """Run a network once as in training, so that one that does not fit the data is refused before training begins.
+
+    Args:
+        network: on its device, in training mode; it is the same afterwards.
+        name: model.name of the recipe.
+        image_sizes: channels, height, width.
+        num_classes: how many logits an image must get.
+
+    Raises:
+        ValueError: it fails on such images, or its answer is not one tensor of logits.
+    """
+    images = torch.zeros(2, *image_sizes, device=next(network.parameters()).device)
+    shape = " × ".join(map(str, image_sizes))
+    try:
+        with buffers_kept(network), random_numbers_kept(network):
+            answer = network(images)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # each network has its own
+        raise ValueError(
+            f"train: model.name {name} does not run on this data's images of {shape}: {error}; choose another network, "
+            "or set its model.options"
+        ) from error
+    if not isinstance(answer, Tensor) or answer.shape != (2, num_classes):
+        found = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(
+            f"train: model.name {name} must answer 2 images of {shape} with one tensor [2, {num_classes}], got "
+            f"{found}; choose another network, or set its model.options"
+        )
 
 
 def build_language_model(model: Model, num_symbols: int) -> nn.Module:

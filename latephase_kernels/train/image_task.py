@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import late_phase as lp
 from ..data import EvaluationImages, ImageBatches, ImageFiles, ImageSet
-from .build import build_network
+from .build import build_network, check_network
 from .evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
 from .image_input import evaluation_images, memory_format_of, training_batches
 from .recipe import Recipe
@@ -47,8 +47,13 @@ class ImageTask(Task):
         self.batches = training_batches(self.recipe, self._train, self.device, rank=rank, num_ranks=num_ranks)
 
     def build_network(self) -> nn.Module:
-        network = build_network(self.recipe.model, self.num_classes, self.in_channels)
-        return network.to(self.device).to(memory_format=memory_format_of(self.recipe))
+        model, images = self.recipe.model, self._train
+        network = build_network(model, self.num_classes, self.in_channels)
+        network = network.to(self.device).to(memory_format=memory_format_of(self.recipe))
+        size = self.recipe.images.size
+        sizes = (self.in_channels, size, size) if isinstance(images, ImageFiles) else tuple(images.images.shape[1:])
+        check_network(network, model.name, sizes, self.num_classes)
+        return network
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
         with autocast(self.device, self.recipe.precision):
