@@ -46,19 +46,17 @@ class Channels {
 
  public:
   static void forward(const Forward& f, const Parallel& parallel) {
-    with_step<T>(f, [&](const auto& step) {
-      const auto apply = [&](int64_t k, int64_t i0, int64_t i1, const Coefficients<A*>& at) {
+    with_step<T>(f, [&](const auto& shared) {
+      const auto apply = [&](int64_t k, int64_t i0, int64_t i1, Coefficients<A*> at) {
+        const auto step = shared;
         for_groups(f.sizes, k, i0, i1, [&](int64_t i, auto rows) {
-          for_columns<A>(0, f.sizes.C, [&](int64_t c, auto count) {
+          for_columns<A>(0, step.columns, [&](int64_t c, auto count) {
             const Coefficients<Vec<A>> values = read(at, c);
-            for (int64_t u = 0; u < rows; ++u) {
-              uint8_t* mask = f.mask ? f.mask + (i + u) * f.sizes.mask_row_bytes() : nullptr;
-              step((i + u) * f.sizes.C + c, mask, c, count, values);
-            }
+            for (int64_t u = 0; u < rows; ++u) step(i + u, c, count, values);
           });
         });
       };
-      const auto sum = [&](int64_t k, int64_t i0, int64_t i1, A* sums, const Coefficients<A*>&) {
+      const auto sum = [&](int64_t k, int64_t i0, int64_t i1, A* sums, Coefficients<A*>) {
         statistics(f, k, i0, i1, sums);
       };
       for_members<3>(f, 1, f.compute_statistics, f.y != nullptr, parallel, sum, merge_statistics, apply);
@@ -66,27 +64,28 @@ class Channels {
   }
 
   static void backward(const Backward& b, const Parallel& parallel) {
-    with_step<T>(b, [&](const auto& step) {
-      const auto mask_of = [&](int64_t i) { return b.mask ? b.mask + i * b.sizes.mask_row_bytes() : nullptr; };
-      const auto apply = [&](int64_t k, int64_t i0, int64_t i1, const Coefficients<A*>& at) {
+    with_step<T>(b, [&](const auto& shared) {
+      const auto apply = [&](int64_t k, int64_t i0, int64_t i1, Coefficients<A*> at) {
+        const auto step = shared;
         for_groups(b.sizes, k, i0, i1, [&](int64_t i, auto rows) {
-          for_columns<A>(0, b.sizes.C, [&](int64_t c, auto count) {
+          for_columns<A>(0, step.columns, [&](int64_t c, auto count) {
             const Coefficients<Vec<A>> values = read(at, c);
-            for (int64_t u = 0; u < rows; ++u) step((i + u) * b.sizes.C + c, mask_of(i + u), c, count, values);
+            for (int64_t u = 0; u < rows; ++u) step(i + u, c, count, values);
           });
         });
       };
-      const auto sum = [&](int64_t k, int64_t i0, int64_t i1, A* sums, const Coefficients<A*>& at) {
+      const auto sum = [&](int64_t k, int64_t i0, int64_t i1, A* sums, Coefficients<A*> at) {
+        const auto step = shared;
         A *totals = sums, *products = sums + width(b.sizes);
         for_groups(b.sizes, k, i0, i1, [&](int64_t i, auto rows) {
-          for_columns<A>(0, b.sizes.C, [&](int64_t c, auto count) {
+          for_columns<A>(0, step.columns, [&](int64_t c, auto count) {
             const Coefficients<Vec<A>> values = read(at, c);
             Vec<A> total{}, product{};
             for (int64_t u = 0; u < rows; ++u) {
-              ask_for_next_group(step.x + (i + u) * b.sizes.C + c, b.sizes);
-              ask_for_next_group(step.dy + (i + u) * b.sizes.C + c, b.sizes);
+              ask_for_next_group(step.x + (i + u) * step.columns + c, step.columns);
+              ask_for_next_group(step.dy + (i + u) * step.columns + c, step.columns);
               Vec<A> centred;
-              const Vec<A> dz = step.gradient((i + u) * b.sizes.C + c, mask_of(i + u), c, count, values, centred);
+              const Vec<A> dz = step.gradient(i + u, c, count, values, centred);
               total += dz;
               product = fma(dz, centred, product);
             }
@@ -142,7 +141,7 @@ class Channels {
 
   // The processor's own prefetching does not see that eight rows read side by side go on with the next eight. Past the
   // end of the tensor nothing happens.
-  static void ask_for_next_group(const T* value, const Sizes& s) { __builtin_prefetch(value + kGroup * s.C, 0, 2); }
+  static void ask_for_next_group(const T* value, int64_t C) { __builtin_prefetch(value + kGroup * C, 0, 2); }
 
   // sum(k, first row, end row, sums, coefficients) over all tiles of a wave, merge(arguments, k, first channel,
   // channels, sums of the member's tiles) over its channels, then apply(k, first row, end row, coefficients) over the
@@ -196,14 +195,14 @@ class Channels {
 
   // A tile's sums: its mean in A (the shift), Σd and Σd² of d = x − shift.
   static void statistics(const Forward& f, int64_t k, int64_t i0, int64_t i1, A* sums) {
-    const Sizes& s = f.sizes;
+    const Sizes s = f.sizes;  // a copy of its own, as of a step
     const T* x = static_cast<const T*>(f.x);
     A *shifts = sums, *totals = sums + width(s), *squares = totals + width(s);
     for_groups(s, k, i0, i1, [&](int64_t i, auto rows) {
       for_columns<A>(0, s.C, [&](int64_t c, auto count) {
         Vec<A> total{};
         for (int64_t u = 0; u < rows; ++u) {
-          ask_for_next_group(x + (i + u) * s.C + c, s);
+          ask_for_next_group(x + (i + u) * s.C + c, s.C);
           total += load(x + (i + u) * s.C + c, count);
         }
         store(shifts + c, total + load(shifts + c));

@@ -19,32 +19,19 @@ class Spatial {
 
  public:
   static void forward(const Forward& f, const Parallel& parallel) {
-    with_step<T>(f, [&](const auto& step) {
+    with_step<T>(f, [&](const auto& shared) {
       for_items(f.sizes, parallel, [&](int64_t k, int64_t c) {
         if (f.compute_statistics) statistics(f, k, c);
-        if (!f.y) return;
-        const Coefficients<Vec<A>> at = coefficients(f, k, c);
-        for_rows(f.sizes, k, c, 0, f.sizes.B, [&](int64_t row) {
-          uint8_t* mask = f.mask ? f.mask + row / f.sizes.S * f.sizes.mask_row_bytes() : nullptr;
-          for_columns<A>(0, f.sizes.S, [&](int64_t j, auto count) { step(row + j, mask, j, count, at); });
-        });
+        if (f.y) apply(shared, f, k, c);
       });
     });
   }
 
   static void backward(const Backward& b, const Parallel& parallel) {
-    with_step<T>(b, [&](const auto& step) {
+    with_step<T>(b, [&](const auto& shared) {
       for_items(b.sizes, parallel, [&](int64_t k, int64_t c) {
-        const auto mask_of = [&](int64_t row) {
-          return b.mask ? b.mask + row / b.sizes.S * b.sizes.mask_row_bytes() : nullptr;
-        };
-        if (b.compute_sums) reduce(b, step, k, c, mask_of);
-        if (!b.dx) return;
-        const Coefficients<Vec<A>> at = coefficients(b, k, c);
-        for_rows(b.sizes, k, c, 0, b.sizes.B, [&](int64_t row) {
-          const uint8_t* mask = mask_of(row);
-          for_columns<A>(0, b.sizes.S, [&](int64_t j, auto count) { step(row + j, mask, j, count, at); });
-        });
+        if (b.compute_sums) reduce(b, shared, k, c);
+        if (b.dx) apply(shared, b, k, c);
       });
     });
   }
@@ -57,10 +44,19 @@ class Spatial {
     });
   }
 
-  // Calls body(index of the row's first value) for rows b0 … b1 of an item.
+  // Calls body(row) for rows b0 … b1 of an item.
   template <class Body>
   static void for_rows(const Sizes& s, int64_t k, int64_t c, int64_t b0, int64_t b1, const Body& body) {
-    for (int64_t b = b0; b < b1; ++b) body(((k * s.B + b) * s.C + c) * s.S);
+    for (int64_t b = b0; b < b1; ++b) body((k * s.B + b) * s.C + c);
+  }
+
+  template <class Step, class Arguments>
+  static void apply(const Step& shared, const Arguments& arguments, int64_t k, int64_t c) {
+    const Step step = shared;
+    const Coefficients<Vec<A>> at = coefficients(arguments, k, c);
+    for_rows(arguments.sizes, k, c, 0, arguments.sizes.B, [&](int64_t row) {
+      for_columns<A>(0, step.columns, [&](int64_t j, auto count) { step(row, j, count, at); });
+    });
   }
 
   // Calls tile(first row, end row, first column, end column) over an item in tiles of about kTile values.
@@ -95,10 +91,11 @@ class Spatial {
 
   // Asks for a row of a few cache lines: the processor's own prefetching finds no order in so many short ones.
   template <int kForWriting>
-  static void ask_for_row(const T* row, const Sizes& s) {
-    const int64_t bytes = s.S * static_cast<int64_t>(sizeof(T));
+  static void ask_for_row(const T* data, int64_t row, int64_t S) {
+    const int64_t bytes = S * static_cast<int64_t>(sizeof(T));
     if (bytes < 256 || bytes > 1024) return;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(row) + i, kForWriting, 2);
+    const char* first = reinterpret_cast<const char*>(data + row * S);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(first + i, kForWriting, 2);
   }
 
   // The mean of an item's first values: often near that of all.
@@ -111,6 +108,7 @@ class Spatial {
 
   static void statistics(const Forward& f, int64_t k, int64_t c) {
     const T* x = static_cast<const T*>(f.x);
+    const int64_t S = f.sizes.S;
     double mean = 0, m2 = 0, before = 0;
     for_tiles(f.sizes, [&](int64_t b0, int64_t b1, int64_t j0, int64_t j1) {
       const double m = static_cast<double>((b1 - b0) * (j1 - j0));
@@ -118,10 +116,10 @@ class Spatial {
       const auto sums = [&](A shift) {
         DoubleSum<A> total, square;
         for_rows(f.sizes, k, c, b0, b1, [&](int64_t row) {
-          ask_for_row<0>(x + row + f.sizes.S, f.sizes);  // the next item's
-          if (f.y) ask_for_row<1>(static_cast<const T*>(f.y) + row, f.sizes);
+          ask_for_row<0>(x, row + 1, S);  // the next item's
+          if (f.y) ask_for_row<1>(static_cast<const T*>(f.y), row, S);
           add_products(j0, j1, total, square, [&](int64_t j, auto count, Vec<A>& d) {
-            d = keep<A>(load(x + row + j, count) - shift, first_lanes<A>(count));
+            d = keep<A>(load(x + row * S + j, count) - shift, first_lanes<A>(count));
             return d;
           });
         });
@@ -140,18 +138,16 @@ class Spatial {
     write_statistics<A>(f, k * f.sizes.C + c, mean, m2 / before);
   }
 
-  template <class Step, class MaskOf>
-  static void reduce(const Backward& b, const Step& step, int64_t k, int64_t c, const MaskOf& mask_of) {
+  template <class Step>
+  static void reduce(const Backward& b, const Step& step, int64_t k, int64_t c) {
     const Coefficients<Vec<A>> at = coefficients(b, k, c);
     DoubleSum<A> sum_dz, sum_dz_centred;
     for_rows(b.sizes, k, c, 0, b.sizes.B, [&](int64_t row) {
-      const uint8_t* mask = mask_of(row);
-      ask_for_row<0>(step.x + row + b.sizes.S, b.sizes);
-      ask_for_row<0>(step.dy + row + b.sizes.S, b.sizes);
-      if (b.dx) ask_for_row<1>(step.dx + row, b.sizes);
-      add_products(0, b.sizes.S, sum_dz, sum_dz_centred, [&](int64_t j, auto count, Vec<A>& centred) {
-        return step.gradient(row + j, mask, j, count, at, centred);
-      });
+      ask_for_row<0>(step.x, row + 1, step.columns);
+      ask_for_row<0>(step.dy, row + 1, step.columns);
+      if (b.dx) ask_for_row<1>(step.dx, row, step.columns);
+      add_products(0, step.columns, sum_dz, sum_dz_centred,
+                   [&](int64_t j, auto count, Vec<A>& centred) { return step.gradient(row, j, count, at, centred); });
     });
     const int64_t i = k * b.sizes.C + c;
     static_cast<A*>(b.sum_dz)[i] = static_cast<A>(sum_dz.total());

@@ -73,24 +73,34 @@ void fill_correction(const Coefficients<A*>& out, const Backward& b, int64_t k, 
 // How a ReLU shows: not at all, recomputed from x, or in a mask that the forward pass wrote.
 enum class Relu { None, FromX, FromMask };
 
+// Both steps see the data as rows of s.columns() values, one of mask bits for each. Kernels work with a copy of their
+// own: stores to the data could change one that others see, and it would be read again after each.
 template <class T, Relu kRelu, bool kResidual>
 struct ForwardStep {
   using A = typename Accumulation<T>::type;
   const T* x;
   const T* residual;
   T* y;
+  uint8_t* mask;
+  int64_t columns, mask_row_bytes;
 
   explicit ForwardStep(const Forward& f)
-      : x(static_cast<const T*>(f.x)), residual(static_cast<const T*>(f.residual)), y(static_cast<T*>(f.y)) {}
+      : x(static_cast<const T*>(f.x)),
+        residual(static_cast<const T*>(f.residual)),
+        y(static_cast<T*>(f.y)),
+        mask(f.mask),
+        columns(f.sizes.columns()),
+        mask_row_bytes(f.sizes.mask_row_bytes()) {}
 
   template <class Count>
-  inline void operator()(int64_t at, uint8_t* mask, int64_t column, Count count, const Coefficients<Vec<A>>& c) const {
+  inline void operator()(int64_t row, int64_t column, Count count, const Coefficients<Vec<A>>& c) const {
+    const int64_t at = row * columns + column;
     Vec<A> z = fma(load(x + at, count) - c.mean, c.scale, c.bias);
     if constexpr (kResidual) z += load(residual + at, count);
     if constexpr (kRelu != Relu::None) {
       const Mask<A> passed = ~(z <= splat<A>(kRoundsToZero<T>));
       z = keep<A>(z, passed);
-      if constexpr (kRelu == Relu::FromMask) write_mask<A>(mask, column, passed, count);
+      if constexpr (kRelu == Relu::FromMask) write_mask<A>(mask + row * mask_row_bytes, column, passed, count);
     }
     store(y + at, z * c.factor, count);
   }
@@ -103,6 +113,8 @@ struct BackwardStep {
   const T* dy;
   T* dx;
   T* dresidual;
+  const uint8_t* mask;
+  int64_t columns, mask_row_bytes;
   bool constant;
 
   explicit BackwardStep(const Backward& b)
@@ -110,24 +122,28 @@ struct BackwardStep {
         dy(static_cast<const T*>(b.dy)),
         dx(static_cast<T*>(b.dx)),
         dresidual(static_cast<T*>(b.dresidual)),
+        mask(b.mask),
+        columns(b.sizes.columns()),
+        mask_row_bytes(b.sizes.mask_row_bytes()),
         constant(std::isinf(b.count)) {}
 
   // dz = dy where the activation passed; also returns x − mean.
   template <class Count>
-  inline Vec<A> gradient(int64_t at, const uint8_t* mask, int64_t column, Count count, const Coefficients<Vec<A>>& c,
+  inline Vec<A> gradient(int64_t row, int64_t column, Count count, const Coefficients<Vec<A>>& c,
                          Vec<A>& centred) const {
+    const int64_t at = row * columns + column;
     centred = load(x + at, count) - c.mean;
     const Vec<A> dz = load(dy + at, count);
     if constexpr (kRelu == Relu::None) return dz;
-    if constexpr (kRelu == Relu::FromMask) return keep<A>(dz, read_mask<A>(mask, column, count));
+    if constexpr (kRelu == Relu::FromMask) return keep<A>(dz, read_mask<A>(mask + row * mask_row_bytes, column, count));
     return keep<A>(dz, ~(fma(centred, c.scale, c.bias) <= splat<A>(kRoundsToZero<T>)));
   }
 
   template <class Count>
-  inline void operator()(int64_t at, const uint8_t* mask, int64_t column, Count count,
-                         const Coefficients<Vec<A>>& c) const {
+  inline void operator()(int64_t row, int64_t column, Count count, const Coefficients<Vec<A>>& c) const {
+    const int64_t at = row * columns + column;
     Vec<A> centred;
-    const Vec<A> dz = gradient(at, mask, column, count, c, centred);
+    const Vec<A> dz = gradient(row, column, count, c, centred);
     // Constant statistics pass no gradient on, so that a NaN elsewhere does not come in through 0 · NaN.
     store(dx + at, constant ? dz * c.factor : fma(dz, c.factor, -fma(centred, c.slope, c.offset)), count);
     if (dresidual) store(dresidual + at, dz, count);
