@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -265,135 +266,81 @@ def check(recipe: Recipe) -> Recipe:
     Raises:
         ValueError: the message names the option.
     """
+    data, images, text, optimizer = recipe.data, recipe.images, recipe.text, recipe.optimizer
     late, swa, schedule, parallel = recipe.late, recipe.swa, recipe.schedule, recipe.parallel
-    demands: Sequence[tuple[bool, str, object, str]] = (
-        (recipe.data.crop_padding >= 0, "data.crop_padding", recipe.data.crop_padding, "at least 0"),
-        (recipe.data.cutout >= 0, "data.cutout", recipe.data.cutout, "at least 0"),
-        (recipe.batch_size >= 1, "batch_size", recipe.batch_size, "at least 1"),
-        (recipe.accumulate >= 1, "accumulate", recipe.accumulate, "at least 1"),
-        (recipe.images.size >= 1, "images.size", recipe.images.size, "at least 1"),
-        (
-            recipe.images.resize >= recipe.images.size,
-            "images.resize",
-            recipe.images.resize,
-            f"at least images.size ({recipe.images.size})",
-        ),
-        (
-            recipe.images.workers is None or recipe.images.workers >= 0,
-            "images.workers",
-            recipe.images.workers,
-            "null or at least 0",
-        ),
-        (recipe.images.decoder in ("auto", "cpu", "gpu"), "images.decoder", recipe.images.decoder, "auto, cpu or gpu"),
-        (recipe.images.corrupt in ("error", "replace"), "images.corrupt", recipe.images.corrupt, "error or replace"),
-        (schedule.anneal_start >= 0, "schedule.anneal_start", schedule.anneal_start, "at least 0"),
-        (schedule.end_lr >= 0, "schedule.end_lr", schedule.end_lr, "at least 0"),
-        (
-            all(epoch >= 0 for epoch in schedule.drop_epochs),
-            "schedule.drop_epochs",
-            schedule.drop_epochs,
-            "epochs, none below 0",
-        ),
-        (schedule.drop_factor > 0, "schedule.drop_factor", schedule.drop_factor, "more than 0"),
-        (recipe.epochs >= 1, "epochs", recipe.epochs, "at least 1"),
+    an_epoch = f"null or an epoch from 0 to below epochs ({recipe.epochs})"
+    demands: Sequence[tuple[bool, str, str]] = (
+        (data.crop_padding >= 0, "data.crop_padding", "at least 0"),
+        (data.cutout >= 0, "data.cutout", "at least 0"),
+        (recipe.batch_size >= 1, "batch_size", "at least 1"),
+        (recipe.accumulate >= 1, "accumulate", "at least 1"),
+        (images.size >= 1, "images.size", "at least 1"),
+        (images.resize >= images.size, "images.resize", f"at least images.size ({images.size})"),
+        (images.workers is None or images.workers >= 0, "images.workers", "null or at least 0"),
+        (images.decoder in ("auto", "cpu", "gpu"), "images.decoder", "auto, cpu or gpu"),
+        (images.corrupt in ("error", "replace"), "images.corrupt", "error or replace"),
+        (schedule.anneal_start >= 0, "schedule.anneal_start", "at least 0"),
+        (schedule.end_lr >= 0, "schedule.end_lr", "at least 0"),
+        (all(epoch >= 0 for epoch in schedule.drop_epochs), "schedule.drop_epochs", "epochs, none below 0"),
+        (schedule.drop_factor > 0, "schedule.drop_factor", "more than 0"),
+        (recipe.epochs >= 1, "epochs", "at least 1"),
         (
             parallel.member_ranks >= 1 and late.members % parallel.member_ranks == 0,
             "parallel.member_ranks",
-            parallel.member_ranks,
             f"at least 1, and divide late.members ({late.members})",
         ),
+        (parallel.batch_norm in ("local", "synchronized"), "parallel.batch_norm", "local or synchronized"),
+        (parallel.timeout_seconds > 0, "parallel.timeout_seconds", "more than 0"),
+        (recipe.evaluate_every >= 1, "evaluate_every", "at least 1"),
+        (recipe.dropout_passes >= 0, "dropout_passes", "at least 0"),
+        (recipe.checkpoint_minutes >= 0, "checkpoint_minutes", "at least 0"),
+        (0 <= recipe.label_smoothing < 1, "label_smoothing", "at least 0 and below 1"),
+        (recipe.keep_checkpoints >= 1, "keep_checkpoints", "at least 1"),
+        (recipe.precision in ("float32", "bfloat16"), "precision", "float32 or bfloat16"),
+        (optimizer.name in ("sgd", "adamw"), "optimizer.name", "sgd or adamw"),
+        (optimizer.lr > 0, "optimizer.lr", "more than 0"),
+        (optimizer.weight_decay >= 0, "optimizer.weight_decay", "at least 0"),
+        (optimizer.momentum >= 0, "optimizer.momentum", "at least 0"),
         (
-            parallel.batch_norm in ("local", "synchronized"),
-            "parallel.batch_norm",
-            parallel.batch_norm,
-            "local or synchronized",
-        ),
-        (parallel.timeout_seconds > 0, "parallel.timeout_seconds", parallel.timeout_seconds, "more than 0"),
-        (recipe.evaluate_every >= 1, "evaluate_every", recipe.evaluate_every, "at least 1"),
-        (recipe.dropout_passes >= 0, "dropout_passes", recipe.dropout_passes, "at least 0"),
-        (recipe.checkpoint_minutes >= 0, "checkpoint_minutes", recipe.checkpoint_minutes, "at least 0"),
-        (0 <= recipe.label_smoothing < 1, "label_smoothing", recipe.label_smoothing, "at least 0 and below 1"),
-        (recipe.keep_checkpoints >= 1, "keep_checkpoints", recipe.keep_checkpoints, "at least 1"),
-        (recipe.precision in ("float32", "bfloat16"), "precision", recipe.precision, "float32 or bfloat16"),
-        (recipe.optimizer.name in ("sgd", "adamw"), "optimizer.name", recipe.optimizer.name, "sgd or adamw"),
-        (recipe.optimizer.lr > 0, "optimizer.lr", recipe.optimizer.lr, "more than 0"),
-        (
-            recipe.optimizer.weight_decay >= 0,
-            "optimizer.weight_decay",
-            recipe.optimizer.weight_decay,
-            "at least 0",
-        ),
-        (recipe.optimizer.momentum >= 0, "optimizer.momentum", recipe.optimizer.momentum, "at least 0"),
-        (
-            recipe.optimizer.name != "sgd" or recipe.optimizer.momentum > 0 or not recipe.optimizer.nesterov,
+            optimizer.name != "sgd" or optimizer.momentum > 0 or not optimizer.nesterov,
             "optimizer.nesterov",
-            recipe.optimizer.nesterov,
             "false where optimizer.momentum is 0",
         ),
+        (optimizer.clip_norm is None or optimizer.clip_norm > 0, "optimizer.clip_norm", "null or more than 0"),
+        (text.window >= 1, "text.window", "at least 1"),
+        (text.evaluation_streams >= 1, "text.evaluation_streams", "at least 1"),
+        (swa.per_epoch >= 1, "swa.per_epoch", "at least 1"),
+        (late.members >= 1, "late.members", "at least 1"),
+        (0 <= late.noise_std < math.inf, "late.noise_std", "finite and at least 0"),
         (
-            recipe.optimizer.clip_norm is None or recipe.optimizer.clip_norm > 0,
-            "optimizer.clip_norm",
-            recipe.optimizer.clip_norm,
-            "null or more than 0",
-        ),
-        (recipe.text.window >= 1, "text.window", recipe.text.window, "at least 1"),
-        (
-            recipe.text.evaluation_streams >= 1,
-            "text.evaluation_streams",
-            recipe.text.evaluation_streams,
-            "at least 1",
-        ),
-        (swa.per_epoch >= 1, "swa.per_epoch", swa.per_epoch, "at least 1"),
-        (late.members >= 1, "late.members", late.members, "at least 1"),
-        (0 <= late.noise_std < math.inf, "late.noise_std", late.noise_std, "finite and at least 0"),
-        (
-            math.isfinite(late.base_grad_scale)
-            if not isinstance(late.base_grad_scale, str)
-            else late.base_grad_scale in ("sum", "mean"),
+            late.base_grad_scale in ("sum", "mean")
+            if isinstance(late.base_grad_scale, str)
+            else math.isfinite(late.base_grad_scale),
             "late.base_grad_scale",
-            late.base_grad_scale,
             "sum, mean or a finite number",
         ),
-        (late.lr is None or late.lr >= 0, "late.lr", late.lr, "null or at least 0"),
-        (
-            late.weight_decay is None or late.weight_decay >= 0,
-            "late.weight_decay",
-            late.weight_decay,
-            "null or at least 0",
-        ),
-        (late.member_state in ("fresh", "copy"), "late.member_state", late.member_state, "fresh or copy"),
+        (late.lr is None or late.lr >= 0, "late.lr", "null or at least 0"),
+        (late.weight_decay is None or late.weight_decay >= 0, "late.weight_decay", "null or at least 0"),
+        (late.member_state in ("fresh", "copy"), "late.member_state", "fresh or copy"),
         (
             schedule.anneal_start <= schedule.anneal_end,
             "schedule.anneal_end",
-            schedule.anneal_end,
             f"anneal_start ({schedule.anneal_start}) or later",
         ),
-        (
-            late.start is None or 0 <= late.start < recipe.epochs,
-            "late.start",
-            late.start,
-            f"null or an epoch from 0 to below epochs ({recipe.epochs})",
-        ),
-        (
-            swa.start is None or 0 <= swa.start < recipe.epochs,
-            "swa.start",
-            swa.start,
-            f"null or an epoch from 0 to below epochs ({recipe.epochs})",
-        ),
+        (late.start is None or 0 <= late.start < recipe.epochs, "late.start", an_epoch),
+        (swa.start is None or 0 <= swa.start < recipe.epochs, "swa.start", an_epoch),
         (
             swa.start is None or late.start is None or swa.start >= late.start,
             "swa.start",
-            swa.start,
             f"late.start ({late.start}) or later: plain weights and members have no common average",
         ),
         (
             late.member_chunk is None or 1 <= late.member_chunk <= late.members,
             "late.member_chunk",
-            late.member_chunk,
             f"null or from 1 to late.members ({late.members})",
         ),
     )
-    for holds, option, value, expected in demands:
+    for holds, option, expected in demands:
         if not holds:
-            raise ValueError(f"train: {option} must be {expected}, got {value}")
+            raise ValueError(f"train: {option} must be {expected}, got {attrgetter(option)(recipe)}")
     return recipe
