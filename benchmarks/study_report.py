@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from latephase_kernels.train.figures import new_figure
 from latephase_kernels.train.runs import write_whole
 
 Summary = dict[str, dict[str, dict[str, float]]]
@@ -79,14 +80,10 @@ def insert_table(file: Path, name: str, table: str) -> None:
 
 def draw(summary: Summary, compared: Mapping[str, str], quantities: Mapping[str, tuple[str, int]], path: Path) -> bool:
     """Draw the differences with bars of two standard errors, one panel a quantity; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     titles = [title for title in summary if compared[title] != title]
-    figure = Figure(figsize=(3.2 + 3.6 * len(quantities), 0.34 * len(titles) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.2 + 3.6 * len(quantities), 0.34 * len(titles) + 1.0)
+    if figure is None:
+        return False
     panels = figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0]
     for axes, (quantity, (heading, _)) in zip(panels, quantities.items()):
         found = [summary[title][quantity] for title in titles]

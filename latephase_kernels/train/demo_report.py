@@ -6,6 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .figures import new_figure
 from .runs import write_whole
 
 METHODS = {
@@ -128,13 +129,9 @@ def _points(curves: list[Curve], quantity: str, since: int = 0, until: float = m
 
 def draw_curves(results: dict[str, list[MethodResult]], t0: int, path: Path) -> bool:
     """Draw accuracy and NLL over the images seen, mean and standard error over the seeds; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(11, 4.2)
+    if figure is None:
         return False
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.5}
     labels = {"accuracy": "test accuracy, %", "nll": "test NLL"}
     for axes, (quantity, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):

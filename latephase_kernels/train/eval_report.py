@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .figures import new_figure
 from .quantities import format_metrics, format_number, format_table
 
 _BINS = 40
@@ -66,15 +67,11 @@ def draw_entropies(entropies: Mapping[str, Mapping[str, Tensor]], num_classes: i
         num_classes: bounds the entropy by its logarithm.
         path: the PNG file to write.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     inside, largest = entropies["test"], math.log(num_classes)
     foreign = [name for name in entropies if name != "test"]
-    figure = Figure(figsize=(max(3.6 * len(foreign), 5.0), 3.0 * len(inside) + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(max(3.6 * len(foreign), 5.0), 3.0 * len(inside) + 0.4)
+    if figure is None:
+        return False
     grid = figure.subplots(len(inside), len(foreign), squeeze=False, sharex=True, sharey=True)
     style = {"bins": _BINS, "range": (0.0, largest), "histtype": "stepfilled", "alpha": 0.55}
     for row, way in zip(grid, inside):

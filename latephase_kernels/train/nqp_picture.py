@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .figures import new_figure
 from .nqp import Problem, Rule, expected_losses, late_mask
 from .nqp_report import Cell
 
@@ -20,14 +21,10 @@ def draw_losses(
         order: which coordinates are late, see `late_mask`.
         path: the PNG file to write.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(16, 6.2)
+    if figure is None:
         return False
     panels = _Panels(problem, cells, order)
-    figure = Figure(figsize=(16, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
     over_members, over_steps, over_shares = figure.subplots(1, 3)
     panels.over_members(over_members, multiplicative)
     panels.over_steps(over_steps)

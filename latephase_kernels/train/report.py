@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .figures import new_figure
 from .quantities import KINDS, QUANTITIES, kind_of
 from .runs import write_whole
 from .train_command import parse_recipe
@@ -229,17 +230,13 @@ def draw_report(summary: Summary, path: Path, changed: Collection[str] = ()) -> 
     Runs of one kind whose names begin alike, up to the first "_", share their panels: those of one data set, as the
     recipes are named.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     families: dict[tuple[str, Sequence[str]], list[tuple[str, str]]] = defaultdict(list)
     for (name, way), quantities in summary.items():
         families[name.partition("_")[0], kind_of(quantities)].append((name, way))
     heights = [len(rows) + 1.5 for rows in families.values()]
-    figure = Figure(figsize=(12, 0.5 * sum(heights) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 0.5 * sum(heights) + 0.6)
+    if figure is None:
+        return False
     grid = figure.subplots(
         len(families), 2, sharey="row", squeeze=False, gridspec_kw={"height_ratios": heights, "width_ratios": (3, 2)}
     )

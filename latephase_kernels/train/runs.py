@@ -26,6 +26,7 @@ import torch
 
 from .. import __version__
 from .checkpoints import CheckpointFolder, RunError
+from .figures import new_figure
 
 try:
     import fcntl
@@ -266,11 +267,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def draw_metrics(records: Iterable[dict[str, Any]], path: Path) -> bool:
     """Draw every metric but the bookkeeping over the epochs, one panel a metric; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in records:
         for key, value in record.items():
@@ -279,9 +275,11 @@ def draw_metrics(records: Iterable[dict[str, Any]], path: Path) -> bool:
                 panels.setdefault(quantity, {}).setdefault(split, []).append((record.get("epoch", 0.0), value))
     if not panels:
         return False
-    figure = Figure(figsize=(4.5 * min(len(panels), 3), 3.6 * math.ceil(len(panels) / 3)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(math.ceil(len(panels) / 3), min(len(panels), 3), squeeze=False)
+    rows, columns = math.ceil(len(panels) / 3), min(len(panels), 3)
+    figure = new_figure(4.5 * columns, 3.6 * rows)
+    if figure is None:
+        return False
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (quantity, curves) in zip(grid.flat, panels.items()):
         for split, points in curves.items():
             axes.plot(*zip(*points, strict=True), label=split or quantity, marker=".", linewidth=1.2)
