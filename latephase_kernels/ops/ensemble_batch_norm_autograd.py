@@ -6,7 +6,7 @@ from torch import Tensor
 from ..reference import ensemble_batch_norm as reference
 from ..reference.precision import working_dtype
 from . import registry
-from .double_backward import aliases
+from .double_backward import aliases, differentiate, is_differentiated
 from .layout import dense_like, rows_of_channels
 
 
@@ -21,9 +21,7 @@ def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
     """Return the gradients of (input, weight, bias, residual, output_gain) for the context that _save filled."""
     input, weight, bias, output_gain, mean, rstd, mask = ctx.saved_tensors
     needs_input, needs_weight, needs_bias, needs_residual, needs_gain, *_ = ctx.needs
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (dy, input, weight, bias, output_gain)
-    ):
+    if is_differentiated((dy, input, weight, bias, output_gain)):
         return _differentiable_gradients(ctx, dy)
     training, _, num_members, activation = ctx.settings
     if dy.stride() != input.stride():
@@ -70,13 +68,13 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
         input, mean, running_var, weight, bias, None, training, eps, num_members, "none"
     )
     *needs, needs_residual, needs_gain = ctx.needs[:5]
-    *gradients, dgain, dz = differentiate(
+    *gradients, dgain, dz = gradients_before(
         y, dy, mask, activation, (input, weight, bias, output_gain), (*needs, needs_gain), output_gain
     )
     return *gradients, dz if needs_residual else None, dgain
 
 
-def differentiate(
+def gradients_before(
     y: Tensor,
     dy: Tensor,
     mask: Tensor,
@@ -98,13 +96,7 @@ def differentiate(
     else:
         passed = ~(y.detach() <= 0) if activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
     y, dz = reference.finish(y.to(working_dtype(y)), "none", output_gain, y.dtype), dy * passed
-    inputs = [t if t is not None and needed else None for t, needed in zip(tensors, needs)]
-    found = (
-        iter(torch.autograd.grad(y, [t for t in inputs if t is not None], dz, create_graph=True))
-        if any(t is not None for t in inputs)
-        else iter(())
-    )
-    return *(None if t is None else next(found) for t in inputs), dz
+    return *differentiate(y, tensors, needs, dz), dz
 
 
 def unpack_mask(mask: Tensor, input: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from ..reference import member_gain as gain_reference
 from . import registry
-from .double_backward import aliases
-from .ensemble_batch_norm_autograd import differentiate, through_gain
+from .double_backward import aliases, is_differentiated
+from .ensemble_batch_norm_autograd import gradients_before, through_gain
 from .layout import contiguous, dense, dense_like
 
 
@@ -61,9 +61,7 @@ class _GainBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         input, mean, var, rstd, bias, mask, gain, shift, weight, output_gain = ctx.saved_tensors
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (dy, input, gain, weight, bias, output_gain)
-        ):
+        if is_differentiated((dy, input, gain, weight, bias, output_gain)):
             return _differentiable_gradients(ctx, dy)
         dy = dense_like(dy, input)
         _, _, needs_gain, needs_shift, needs_weight, needs_bias, needs_residual, needs_output, *_ = ctx.needs_input_grad
@@ -109,7 +107,7 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     z = gain_reference.member_gain(input, gain, None, 1, "none")
     y, _, _ = reference.ensemble_batch_norm(z, None, None, weight, bias, None, True, ctx.eps, num_members, "none")
     _, needs_input, needs_gain, needs_shift, *needs_affine, needs_residual, needs_output, _, _, _ = ctx.needs_input_grad
-    dx, dgain, dweight, dbias, doutput, dz = differentiate(
+    dx, dgain, dweight, dbias, doutput, dz = gradients_before(
         y, dy, mask, activation, (input, gain, weight, bias, output_gain),
         (needs_input, needs_gain, *needs_affine, needs_output), output_gain,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from .. import backend as _backend
 from ..reference import member_gain as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
-from .double_backward import aliases
+from .double_backward import aliases, differentiate, is_differentiated
 from .layout import dense, dense_like
 from .member_gain_checks import check_arguments
 
@@ -69,7 +69,7 @@ def _save(ctx, input: Tensor, gain: Tensor, bias: Tensor | None, channel_dim: in
 def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
     """Return the gradients of (input, gain, bias) for the context that _save filled."""
     input, gain, bias = ctx.saved_tensors
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, input, gain, bias)):
+    if is_differentiated((dy, input, gain, bias)):
         return _differentiable_gradients(ctx, dy)
     dx, dgain, dbias = registry.op(namespace, "member_gain_backward")(
         dense_like(dy, input), input, gain, bias, ctx.channel_dim, ctx.activation
@@ -84,9 +84,7 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
     input, gain, bias = aliases(ctx.saved_tensors)
     y = reference.member_gain(input, gain, bias, ctx.channel_dim, ctx.activation)
-    needed = [t for t, needs in zip((input, gain, bias), ctx.needs) if needs]
-    found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
-    return tuple(next(found) if needs else None for needs in ctx.needs)
+    return differentiate(y, (input, gain, bias), ctx.needs, dy)
 
 
 class _MemberGain(torch.autograd.Function):

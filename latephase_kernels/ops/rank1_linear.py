@@ -29,7 +29,7 @@ from . import rank1_linear_tiled as tiled
 from . import rank1_linear_tiled_rows as tiled_rows
 from . import registry
 from .autocast import autocast_dtype, without_autocast
-from .double_backward import aliases
+from .double_backward import aliases, differentiate, is_differentiated
 from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
@@ -151,7 +151,7 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
     if dy is None:
         return (None,) * len(arguments)
     needs = [bool(need) for need in ctx.needs_input_grad[-len(arguments) :]]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, *arguments)):
+    if is_differentiated((dy, *arguments)):
         return _differentiable_gradients(dy, arguments, needs)
     return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, product, needs), needs))
 
@@ -159,10 +159,8 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
 def _differentiable_gradients(dy: Tensor, arguments, needs: Sequence[bool]) -> tuple:
     """The same gradients by the reference formula, so that they can be differentiated again."""
     arguments = aliases(arguments)
-    needed = [argument for argument, need in zip(arguments, needs) if need]
     with without_autocast(dy.device):
-        found = iter(torch.autograd.grad(reference.rank1_linear(*arguments), needed, dy, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
+        return differentiate(reference.rank1_linear(*arguments), arguments, needs, dy)
 
 
 class _Rank1Linear(torch.autograd.Function):

@@ -20,7 +20,7 @@ from ..reference.precision import accumulation_dtype
 from . import rank1_linear_folded, registry
 from .autocast import autocast_dtype, without_autocast
 from .checks import check_input
-from .double_backward import aliases
+from .double_backward import aliases, differentiate, is_differentiated
 from .rank1_lstm_checks import check_arguments
 from .rank1_lstm_steps import run_steps, run_steps_backward
 
@@ -143,7 +143,7 @@ def _gradients(ctx, dy, dc_n, *_):
     if dy is None and dc_n is None:
         return (None,) * len(arguments)
     needs = [bool(need) for need in ctx.needs_input_grad]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (dy, dc_n, *arguments)):
+    if is_differentiated((dy, dc_n, *arguments)):
         return _differentiable_gradients(dy, dc_n, arguments, needs)
     backward = torch.ops.latephase_kernels.rank1_lstm_backward.default
     with without_autocast(output.device):
@@ -155,10 +155,8 @@ def _differentiable_gradients(dy, dc_n, arguments: list, needs: Sequence[bool]) 
     """The same gradients by the reference formula, so that they can be differentiated again."""
     arguments = aliases(arguments)
     outputs = [(y, d) for y, d in zip(reference.rank1_lstm(*arguments), (dy, dc_n)) if d is not None]
-    needed = [argument for argument, need in zip(arguments, needs) if need]
     ys, ds = zip(*outputs)
-    found = iter(torch.autograd.grad(ys, needed, ds, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
+    return differentiate(ys, arguments, needs, ds)
 
 
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup_context)
