@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..nn.member_module import check_num_members
+from ..ops.checks import check_num_members
 
 
 def rows_of(batch: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn.member_module import MemberModule, check_mode, check_noise_std, check_num_members, copy_marks
+from ..nn.member_module import MemberModule, check_mode, check_replication, copy_marks
 from ..nn.routing import Routed, Routing
 from .fuse import unfuse
 from .mixing import check_not_mixing
@@ -86,8 +86,7 @@ def expand(
     Source: von Oswald et al., ICLR 2021, section 2.
     """
     check_not_wrapped("expand", model)
-    check_num_members("expand", num_members)
-    check_noise_std("expand", noise_std)
+    check_replication("expand", num_members, noise_std)
     check_not_expanded(model)
     targeted, rank1, empty = find_targets(model, targets)
     for target in empty if targeted else ():

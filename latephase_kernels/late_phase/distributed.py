@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
-from ..nn.member_module import check_mode, check_num_members
+from ..nn.member_module import check_mode
 from ..nn.routing import Routed
+from ..ops.checks import check_num_members
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from .convert import collapse, expand
 from .gradient_reduction import BUCKET_BYTES, GradientReduction

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..nn.member_module import check_num_members
 from ..nn.routing import routings_of
+from ..ops.checks import check_num_members
 from .batches import StackedBatches, concatenate
 
 

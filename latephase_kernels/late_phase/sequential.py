@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.member_module import check_num_members
+from ..ops.checks import check_num_members
 from .convert import expand
 from .gradients import base_grad_factor
 

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops.checks import check_activation, check_num_members
 from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_running
-from ..ops.ensemble_batch_norm_checks import check_activation, check_arguments
+from ..ops.ensemble_batch_norm_checks import check_arguments
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from ..reference.ensemble_batch_norm import accumulation_dtype
 from .member_module import (
     MemberModule,
     carry_over,
     check_mode,
-    check_noise_std,
-    check_num_members,
-    check_standard_forward,
+    check_plain,
+    check_replication,
     member_mean,
     plain_parameter,
     replicate,
@@ -28,13 +28,6 @@ from .member_module import (
 )
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def check_plain_batch_norm(where: str, module: nn.Module, accepted: type) -> None:
-    """Raise unless module computes what the torch.nn class `accepted` does."""
-    if not isinstance(module, accepted):
-        raise TypeError(f"{where}: module must be a {accepted.__name__}, got {type(module).__name__}")
-    check_standard_forward(module, accepted)
 
 
 class _EnsembleBatchNorm(MemberModule, _BatchNorm):
@@ -244,7 +237,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
 
     @classmethod
     def _check_plain(cls, where: str, module: nn.Module) -> None:
-        check_plain_batch_norm(where, module, cls._plain)
+        check_plain(where, module, cls._plain)
 
     @classmethod
     def from_module(
@@ -268,8 +261,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_num_members(where, num_members)
-        check_noise_std(where, noise_std)
+        check_replication(where, num_members, noise_std)
         cls._check_plain(where, module)
         new = cls(
             module.num_features,

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_num_members
 from .member_module import (
     MemberModule,
     check_mode,
-    check_noise_std,
-    check_num_members,
+    check_replication,
     check_rows,
     member_mean,
     plain_parameter,
@@ -275,8 +275,7 @@ class _MemberHyper(MemberModule, HyperLayer):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_num_members(where, num_members)
-        check_noise_std(where, noise_std)
+        check_replication(where, num_members, noise_std)
         plain = cls._plain
         if not isinstance(module, plain):
             raise TypeError(f"{where}: module must be a {plain.__name__}, got {type(module).__name__}")

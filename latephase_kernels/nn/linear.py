@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_num_members
 from .member_module import (
     MemberModule,
     carry_over,
     check_mode,
-    check_noise_std,
-    check_num_members,
+    check_plain,
+    check_replication,
     check_rows,
-    check_standard_forward,
     member_mean,
     plain_parameter,
     replicate_parameter,
@@ -110,16 +110,8 @@ class MemberLinear(MemberModule):
             NotImplementedError: it computes more than nn.Linear does, or others read its weight.
             ValueError: num_members or noise_std does not fit.
         """
-        check_num_members("MemberLinear.from_module", num_members)
-        check_noise_std("MemberLinear.from_module", noise_std)
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"MemberLinear.from_module: module must be a Linear, got {type(module).__name__}")
-        check_standard_forward(module, nn.Linear)
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise NotImplementedError(
-                "MemberLinear.from_module: module is the projection of an nn.MultiheadAttention, which reads its "
-                "weight without calling it; choose another target"
-            )
+        check_replication("MemberLinear.from_module", num_members, noise_std)
+        check_plain("MemberLinear.from_module", module, nn.Linear)
         new = cls(module.in_features, module.out_features, num_members, module.bias is not None, device="meta")
         for name, parameter in module._parameters.items():
             if parameter is not None:

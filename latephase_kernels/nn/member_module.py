@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_num_members
 from .routing import Routed
 
 # The call that has replaced a parameter in its model, as an attribute of it: nothing trains it any more.
@@ -23,16 +24,9 @@ def check_mode(mode: str) -> None:
         raise ValueError(f'collapse: mode must be "exact" or "weights", got {mode!r}')
 
 
-def check_num_members(where: str, num_members: int) -> None:
-    """Raise unless num_members is an int ≥ 1."""
-    if isinstance(num_members, bool) or not isinstance(num_members, int):
-        raise TypeError(f"{where}: num_members must be an int, got {type(num_members).__name__}")
-    if num_members < 1:
-        raise ValueError(f"{where}: num_members must be at least 1, got {num_members}")
-
-
-def check_noise_std(where: str, noise_std: float) -> None:
-    """Raise unless noise_std is a finite number ≥ 0."""
+def check_replication(where: str, num_members: int, noise_std: float) -> None:
+    """Raise unless num_members is an int ≥ 1 and noise_std a finite number ≥ 0."""
+    check_num_members(where, num_members)
     if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
         raise TypeError(f"{where}: noise_std must be a float, got {type(noise_std).__name__}")
     if not math.isfinite(noise_std) or noise_std < 0:
@@ -122,6 +116,23 @@ def check_standard_forward(module: nn.Module, plain_type: type, children: tuple[
         raise NotImplementedError(
             f"{name} has other buffers than {plain_type.__name__}'s, which replacing it would lose; "
             "keep them in a module of their own"
+        )
+
+
+def check_plain(where: str, module: nn.Module, plain_type: type) -> None:
+    """Raise unless module is of the torch.nn class plain_type, and can be replaced by what does the same.
+
+    Raises:
+        TypeError: it is of another class.
+        NotImplementedError: it computes more than its class does, or others read its weight.
+    """
+    if not isinstance(module, plain_type):
+        raise TypeError(f"{where}: module must be a {plain_type.__name__}, got {type(module).__name__}")
+    check_standard_forward(module, plain_type)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise NotImplementedError(
+            f"{where}: module is the projection of an nn.MultiheadAttention, which reads its weight without "
+            "calling it; choose another target"
         )
 
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backend import backend_for
+from ..ops.checks import check_num_members
 from ..ops.member_gain import member_gain
 from .member_module import (
     MemberModule,
     check_mode,
-    check_noise_std,
-    check_num_members,
+    check_replication,
     check_rows,
     member_mean,
     plain_parameter,
@@ -129,8 +129,7 @@ class _EnsembleNorm(MemberModule):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_num_members(where, num_members)
-        check_noise_std(where, noise_std)
+        check_replication(where, num_members, noise_std)
         if not cls._accepts(module):
             raise TypeError(f"{where}: module must be a {cls._plain.__name__}, got {type(module).__name__}")
         _check_norm(where, module)

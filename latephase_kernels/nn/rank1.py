@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_num_members
 from ..ops.member_gain import member_gain
 from ..ops.rank1_linear import rank1_linear
 from .member_module import (
     MemberModule,
     check_mode,
-    check_noise_std,
-    check_num_members,
+    check_plain,
+    check_replication,
     check_rows,
-    check_standard_forward,
     member_mean,
     plain_parameter,
     replicate_parameter,
@@ -143,16 +143,8 @@ class _Rank1(MemberModule):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_num_members(where, num_members)
-        check_noise_std(where, noise_std)
-        if not isinstance(module, cls._plain):
-            raise TypeError(f"{where}: module must be a {cls._plain.__name__}, got {type(module).__name__}")
-        check_standard_forward(module, cls._plain)
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise NotImplementedError(
-                f"{where}: module is the projection of an nn.MultiheadAttention, which reads its weight without "
-                "calling it; choose another target"
-            )
+        check_replication(where, num_members, noise_std)
+        check_plain(where, module, cls._plain)
         new = twin(module, cls)
         new.num_members, new.plain_type, new.routing = num_members, type(module), None
         for name, size in zip(_GAINS, new._gain_sizes()):

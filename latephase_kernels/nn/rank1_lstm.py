@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..ops.checks import check_num_members
 from ..ops.rank1_lstm import rank1_lstm
 from .member_module import (
     MemberModule,
     check_mode,
-    check_noise_std,
-    check_num_members,
+    check_replication,
     member_mean,
     plain_parameter,
     replicate_parameter,
@@ -216,8 +216,7 @@ class Rank1LSTM(MemberModule, nn.LSTM):
             ValueError: num_members or noise_std does not fit.
         """
         where = "Rank1LSTM.from_module"
-        check_num_members(where, num_members)
-        check_noise_std(where, noise_std)
+        check_replication(where, num_members, noise_std)
         if not isinstance(module, nn.LSTM):
             raise TypeError(f"{where}: module must be an LSTM, got {type(module).__name__}")
         _check_options(where, module)

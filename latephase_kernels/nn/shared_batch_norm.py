@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..ops.checks import check_num_members
 from ..ops.ensemble_batch_norm import normalize, update_running
 from ..ops.ensemble_batch_norm_checks import check_arguments
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
-from .batch_norm import check_plain_batch_norm
-from .member_module import check_mode, check_num_members, twin
+from .member_module import check_mode, check_plain, twin
 from .routing import Routed
 
 
@@ -31,7 +31,7 @@ class _SharedBatchNorm(Routed, _BatchNorm):
 
     @classmethod
     def _check_plain(cls, where: str, module: nn.Module) -> None:
-        check_plain_batch_norm(where, module, cls._plain)
+        check_plain(where, module, cls._plain)
 
     @classmethod
     def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":

@@ -7,6 +7,14 @@ ACTIVATIONS = ("none", "relu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def check_num_members(op: str, num_members: int) -> None:
+    """Raise unless num_members is an int ≥ 1."""
+    if isinstance(num_members, bool) or not isinstance(num_members, (int, torch.SymInt)):
+        raise TypeError(f"{op}: num_members must be an int, got {type(num_members).__name__}")
+    if num_members < 1:
+        raise ValueError(f"{op}: num_members must be at least 1, got {num_members}")
+
+
 def check_activation(op: str, activation: str) -> None:
     """Raise unless activation is a known name."""
     if not isinstance(activation, str):

@@ -2,20 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor
 
-from .checks import check_activation, check_input, check_per_member
+from .checks import check_activation, check_input, check_num_members, check_per_member
 
 _OP = "ensemble_batch_norm"
-
-
-def check_num_members(op: str, num_members: int) -> None:
-    """Raise unless num_members is an int ≥ 1."""
-    if isinstance(num_members, bool) or not isinstance(num_members, (int, torch.SymInt)):
-        raise TypeError(f"{op}: num_members must be an int, got {type(num_members).__name__}")
-    if num_members < 1:
-        raise ValueError(f"{op}: num_members must be at least 1, got {num_members}")
 
 
 def check_eps(op: str, eps: float, training: bool) -> None:
