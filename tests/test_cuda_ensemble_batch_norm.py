@@ -6,7 +6,7 @@ from cuda_norm_cases import DTYPES, LAYOUTS, case_of, check, op_arguments, run
 
 from latephase_kernels import backend
 from latephase_kernels.ops import registry
-from latephase_kernels.ops.ensemble_batch_norm import mask_shape
+from latephase_kernels.ops.relu_mask import mask_shape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from accuracy import assert_close
 
 import latephase_kernels as lp
-from latephase_kernels.ops.ensemble_batch_norm_autograd import unpack_mask
+from latephase_kernels.ops.relu_mask import unpack_mask
 from latephase_kernels.reference import ensemble_batch_norm as reference
 
 ensemble_batch_norm = lp.functional.ensemble_batch_norm

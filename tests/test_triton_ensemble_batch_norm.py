@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import latephase_kernels as lp
 from latephase_kernels.functional import ensemble_batch_norm
 from latephase_kernels.ops import registry
-from latephase_kernels.ops.ensemble_batch_norm import mask_shape
+from latephase_kernels.ops.relu_mask import mask_shape
 from latephase_kernels.reference import ensemble_batch_norm as reference
 from latephase_kernels.triton_kernels import ensemble_batch_norm as kernels
 from latephase_kernels.triton_kernels import ensemble_batch_norm_resident as resident

@@ -31,22 +31,8 @@ from .ensemble_batch_norm_autograd import Normalize, NormalizeAndUpdate, backwar
 from .ensemble_batch_norm_checks import check_arguments
 from .ensemble_batch_norm_gain import forward_in_halves, normalize_with_gain
 from .ensemble_batch_norm_synchronized import StatisticsGroup, normalize_synchronized
-from .layout import contiguous, dense, dense_like, rows_of_channels
-
-# ---------------------------------------------------------------------------------------------- layout
-
-
-def mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[int]:
-    """Shape of the packed ReLU mask, [rows, ⌈columns / 8⌉]: a row is the run of memory that shares its first byte.
-
-    Contiguous input with S > 1: rows = K·B·C, columns = S. Otherwise rows = K·B·S, columns = C.
-    Bit j % 8 of byte j // 8 says whether column j passed the ReLU. [0] where no mask is needed.
-    """
-    if residual is None or activation == "none":
-        return [0]
-    columns = input.size(1) if rows_of_channels(input) else input.shape[2:].numel()
-    return [input.numel() // columns if columns else 0, (columns + 7) // 8]
-
+from .layout import contiguous, dense, dense_like
+from .relu_mask import mask_shape
 
 # ---------------------------------------------------------------------------------------------- schemas and fakes
 

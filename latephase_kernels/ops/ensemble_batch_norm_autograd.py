@@ -7,7 +7,8 @@ from ..reference import ensemble_batch_norm as reference
 from ..reference.precision import working_dtype
 from . import registry
 from .double_backward import aliases, differentiate, is_differentiated
-from .layout import dense_like, rows_of_channels
+from .layout import dense_like
+from .relu_mask import unpack_mask
 
 
 def _affine_grad(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -97,14 +98,6 @@ def gradients_before(
         passed = ~(y.detach() <= 0) if activation == "relu" else torch.ones_like(dy, dtype=torch.bool)
     y, dz = reference.finish(y.to(working_dtype(y)), "none", output_gain, y.dtype), dy * passed
     return *differentiate(y, tensors, needs, dz), dz
-
-
-def unpack_mask(mask: Tensor, input: Tensor) -> Tensor:
-    """Return the packed ReLU mask as booleans in input's shape."""
-    bits = (mask.unsqueeze(-1) >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
-    if rows_of_channels(input):
-        return bits.flatten(1)[:, : input.size(1)].reshape(input.movedim(1, -1).shape).movedim(-1, 1).bool()
-    return bits.flatten(1)[:, : input.shape[2:].numel()].reshape(input.shape).bool()
 
 
 def _save(ctx, saved: tuple, needs: tuple, settings: tuple) -> None:

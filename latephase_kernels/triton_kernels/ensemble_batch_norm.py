@@ -2,20 +2,20 @@
 
 Shapes: K members, B rows a member, C channels, S = product of the spatial sizes, n = B·S values a statistic.
 Per-member tensors are [K, C]. Memory is seen as rows × columns, in the two layouts of `tiles.py`, which `mask_shape` of
-ops/ensemble_batch_norm.py tells apart. A member's bits depend on that member alone. There are no atomics.
+ops/relu_mask.py tells apart. A member's bits depend on that member alone. There are no atomics.
 
     …_resident.py    on chip: one read, one launch        …_streaming.py   groups of any size
     …_formulas.py    the mathematics, once for both
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..ops.layout import contiguous
+from ..ops.layout import contiguous, rows_of_channels
+from ..ops.relu_mask import mask_shape
 from ..reference.precision import accumulation_dtype
 from .ensemble_batch_norm_resident import resident_backward_kernel, resident_forward_kernel, resident_plan
 from .ensemble_batch_norm_streaming import (
@@ -39,9 +39,8 @@ class _Running(NamedTuple):
 
 
 def _sizes(input: Tensor, num_members: int) -> Sizes:
-    spatial = math.prod(input.shape[2:])
-    rows_of_channels = spatial == 1 or not input.is_contiguous()
-    return Sizes(num_members, input.size(0) // num_members, input.size(1), spatial, rows_of_channels, input.dtype)
+    spatial, batch = input.shape[2:].numel(), input.size(0) // num_members
+    return Sizes(num_members, batch, input.size(1), spatial, rows_of_channels(input), input.dtype)
 
 
 def _statistic(input: Tensor, num_members: int) -> Tensor:
@@ -73,7 +72,7 @@ def _forward(
     y = mask = None
     if with_output and plan is not None:
         y = torch.empty_like(input)
-        mask = input.new_empty(_mask_shape(input, residual, activation), dtype=torch.uint8)
+        mask = input.new_empty(mask_shape(input, residual, activation), dtype=torch.uint8)
     if input.numel() == 0:
         mean.zero_(), var.zero_()
         if rstd is not None:
@@ -175,12 +174,6 @@ def _backward(
     return sum_dz, sum_dz_xhat, dx, dresidual
 
 
-def _mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[int]:
-    from ..ops.ensemble_batch_norm import mask_shape  # imported late: ops is what imports this file
-
-    return mask_shape(input, residual, activation)
-
-
 # ---------------------------------------------------------------------------------------------- ops
 
 
@@ -203,7 +196,7 @@ def ensemble_batch_norm_apply(
 ) -> tuple[Tensor, Tensor]:
     """Return y in input's layout and the packed bits of the ReLU ([0] where the backward recomputes them)."""
     y = torch.empty_like(input)
-    mask = input.new_empty(_mask_shape(input, residual, activation), dtype=torch.uint8)
+    mask = input.new_empty(mask_shape(input, residual, activation), dtype=torch.uint8)
     if input.numel() == 0:
         return y, mask
     sizes = _sizes(input, num_members)
