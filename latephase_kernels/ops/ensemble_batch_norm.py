@@ -23,7 +23,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from . import registry
 from .checks import DTYPES
@@ -92,7 +91,6 @@ def _fake_backward(
     return torch.empty_like(input), *_fake_statistics(input, num_members), dresidual
 
 
-_NAMESPACES = {"native": registry.NATIVE, "triton": registry.TRITON}
 _STATISTIC = {dtype: reference.accumulation_dtype(dtype) for dtype in DTYPES}  # the type of an input's statistics
 _SAVED = "Tensor dy, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor mask"
 # [K, C] or [C]; not with a residual. dweight, dbias and the sums are those of what it multiplies.
@@ -187,8 +185,8 @@ def normalize(
     if training and group is not None and group.size > 1:
         return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group, output_gain)
     running, settings = (running_mean, running_var), (training, eps, num_members, activation)
-    backend = _backend.backend_for(input)
-    if backend == "reference" or torch._C._are_functorch_transforms_active():
+    namespace = registry.namespace_for(input, "ensemble_batch_norm")
+    if namespace is None or torch._C._are_functorch_transforms_active():
         return reference.ensemble_batch_norm(
             input, *running, weight, bias, residual, training, eps, num_members, activation, output_gain
         )
@@ -196,7 +194,6 @@ def normalize(
     if residual is not None:
         residual = dense_like(residual, input)
     weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
-    namespace = registry.NATIVE if backend == "native" else registry.TRITON
     if torch.compiler.is_compiling():
         operands = (input, *running, weight, bias, residual)
         y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(*operands, *settings, output_gain)
@@ -323,7 +320,7 @@ def normalize_and_update(
     except (RuntimeError, TypeError, AttributeError):
         check_arguments(input, *arguments, ranks, output_gain)
         raise
-    torch.autograd.graph.increment_version(_present(running))
+    torch.autograd.graph.increment_version([tensor for tensor in running if tensor is not None])
     return y
 
 
@@ -343,11 +340,6 @@ def _normalize_then_update(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return y
-
-
-def _present(running: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-    mean, var, num_batches_tracked = running
-    return (mean, var) if num_batches_tracked is None else (mean, var, num_batches_tracked)
 
 
 def _one_op(input, running_mean, running_var, residual, momentum, num_members) -> str | None:
@@ -373,8 +365,7 @@ def _one_op(input, running_mean, running_var, residual, momentum, num_members) -
         or (residual is not None and (not isinstance(residual, Tensor) or residual.shape != input.shape))
     ):
         return None
-    backend = _backend.backend_for(input, "ensemble_batch_norm_update")
-    return _NAMESPACES.get(backend)
+    return registry.namespace_for(input, "ensemble_batch_norm_update")
 
 
 def update_running(running: Tensor, new: Tensor, momentum: float | Tensor) -> None:

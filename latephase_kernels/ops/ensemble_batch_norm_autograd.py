@@ -11,7 +11,7 @@ from .layout import dense_like
 from .relu_mask import unpack_mask
 
 
-def _affine_grad(grad: Tensor, parameter: Tensor) -> Tensor:
+def affine_grad(grad: Tensor, parameter: Tensor) -> Tensor:
     """Turn a [K, C] sum into the gradient of a [K, C] or shared [C] parameter."""
     if parameter.dim() == 1:
         grad = grad.sum(0)
@@ -36,8 +36,8 @@ def _gradients(ctx, namespace: str, dy: Tensor) -> tuple:
         dgain, dweight, dbias = through_gain(output_gain, weight, bias, dweight, dbias)
     return (
         dx if needs_input else None,
-        _affine_grad(dweight, weight) if needs_weight else None,
-        _affine_grad(dbias, bias) if needs_bias else None,
+        affine_grad(dweight, weight) if needs_weight else None,
+        affine_grad(dbias, bias) if needs_bias else None,
         (dresidual if write_dresidual else dy) if needs_residual else None,
         dgain if needs_gain else None,
     )
@@ -57,7 +57,7 @@ def through_gain(
     if bias is not None:
         dgain = dgain + total * bias
     wide = gain.to(product.dtype)
-    return _affine_grad(dgain, gain), product * wide, total * wide
+    return affine_grad(dgain, gain), product * wide, total * wide
 
 
 def _differentiable_gradients(ctx, dy: Tensor) -> tuple:

@@ -16,12 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from ..reference import member_gain as gain_reference
 from . import registry
 from .double_backward import aliases, is_differentiated
-from .ensemble_batch_norm_autograd import gradients_before, through_gain
+from .ensemble_batch_norm_autograd import affine_grad, gradients_before, through_gain
 from .layout import contiguous, dense, dense_like
 
 
@@ -78,21 +77,17 @@ class _GainBatchNorm(torch.autograd.Function):
         if output_gain is not None:
             scale = rstd if weight is None else rstd * weight
             doutput, product, total = through_gain(output_gain, scale, bias, product, total)
-
-        def of(parameter: Tensor, gradient: Tensor) -> Tensor:
-            return (gradient if parameter.dim() == 2 else gradient.sum(0)).to(parameter.dtype)
-
         dgain = None
         if needs_gain:
             dgain = ctx.eps * _deviation(gain.to(var.dtype), var, ctx.eps).pow(3) * product
-            dgain = of(gain, dgain if weight is None else dgain * weight)
+            dgain = affine_grad(dgain if weight is None else dgain * weight, gain)
         return (
             None,
             dx,
             dgain,
             torch.zeros_like(shift) if needs_shift else None,
-            of(weight, rstd * product) if needs_weight else None,
-            of(bias, total) if needs_bias else None,
+            affine_grad(rstd * product, weight) if needs_weight else None,
+            affine_grad(total, bias) if needs_bias else None,
             (dresidual if write_dresidual else dy) if needs_residual else None,
             doutput if needs_output else None,
             *(None,) * 3,
@@ -131,14 +126,13 @@ def normalize_with_gain(
 
     Saved for backward: input, a few [K, C] and, with residual and ReLU, one bit a value.
     """
-    backend = _backend.backend_for(input)
+    namespace = registry.namespace_for(input, "ensemble_batch_norm")
     settings = (eps, num_members, activation)
-    if backend == "reference" or torch._C._are_functorch_transforms_active():
+    if namespace is None or torch._C._are_functorch_transforms_active():
         z = gain_reference.member_gain(input, gain, shift, 1, "none")
         return reference.ensemble_batch_norm(z, None, None, weight, bias, residual, True, *settings, output_gain)
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
-    namespace = registry.NATIVE if backend == "native" else registry.TRITON
     weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
     gain = gain.contiguous()
     return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, output_gain, *settings)

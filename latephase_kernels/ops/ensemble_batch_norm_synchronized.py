@@ -11,10 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import backend as _backend
 from ..reference import ensemble_batch_norm as reference
 from . import registry
-from .ensemble_batch_norm_autograd import through_gain
+from .ensemble_batch_norm_autograd import affine_grad, through_gain
 from .layout import contiguous, dense, dense_like
 
 MOST_GATHERED = 16  # ranks: one gathering is sooner done than two reductions, but grows with the ranks
@@ -117,14 +116,10 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         dgain = None
         if output_gain is not None:
             dgain, dweight, dbias = through_gain(output_gain, weight, bias, dweight, dbias)
-
-        def of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
-            if parameter is None:
-                return None
-            return (gradient if parameter.dim() == 2 else gradient.sum(0)).to(parameter.dtype)
-
+        dweight = None if weight is None else affine_grad(dweight, weight)
+        dbias = None if bias is None else affine_grad(dbias, bias)
         dresidual = (dresidual if write_dresidual else dy) if needs_residual else None
-        return None, None, dx, of(weight, dweight), of(bias, dbias), dresidual, dgain, None, None, None
+        return None, None, dx, dweight, dbias, dresidual, dgain, None, None, None
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -149,16 +144,9 @@ def _reference(
     own_mean, own_var = reference.statistics(input, num_members)
     mean = _SumOverRanks.apply(own_mean, group) / group.size
     var = _SumOverRanks.apply(own_var + (own_mean - mean).square(), group) / group.size
-    z = (input.to(mean.dtype) - reference.per_row(mean, input)) * reference.per_row((var + eps).rsqrt(), input)
-    if weight is not None:
-        z = z * reference.per_row(weight.to(z.dtype), input)
-    if bias is not None:
-        z = z + reference.per_row(bias.to(z.dtype), input)
-    if residual is not None:
-        z = z + residual.to(z.dtype)
-    statistic = reference.accumulation_dtype(input.dtype)
-    y = reference.finish(z, activation, output_gain, input.dtype)
-    return y, mean.to(statistic), var.to(statistic)
+    return reference.ensemble_batch_norm(
+        input, mean, var, weight, bias, residual, False, eps, num_members, activation, output_gain
+    )
 
 
 @torch.compiler.disable
@@ -182,13 +170,12 @@ def normalize_synchronized(
         Up to 16 ranks: R·(2·K·C + 1) values gathered forward, 2·K·C reduced backward; more ranks: K·C reduced twice
         forward.
     """
-    backend = _backend.backend_for(input)
+    namespace = registry.namespace_for(input, "ensemble_batch_norm")
     settings = (eps, num_members, activation)
-    if backend == "reference":
+    if namespace is None:
         return _reference(input, weight, bias, residual, *settings, group, output_gain)
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
-    namespace = registry.NATIVE if backend == "native" else registry.TRITON
     weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
     return _SynchronizedBatchNorm.apply(namespace, group, input, weight, bias, residual, output_gain, *settings)

@@ -11,12 +11,11 @@ dense, contiguous or channels_last; gain and bias are contiguous; channel_dim co
 import torch
 from torch import Tensor
 
-from .. import backend as _backend
 from ..reference import member_gain as reference
 from ..reference.precision import accumulation_dtype
 from . import registry
 from .double_backward import aliases, differentiate, is_differentiated
-from .layout import dense, dense_like
+from .layout import contiguous, dense, dense_like
 from .member_gain_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- schemas and fakes
@@ -150,12 +149,10 @@ def member_gain(
     Source: von Oswald et al., ICLR 2021, section 2 (rank-1 late-phase weights, as in BatchEnsemble: Wen et al., 2020).
     """
     channel_dim = check_arguments(input, gain, bias, channel_dim, activation)
-    backend = _backend.backend_for(input, "member_gain")
-    if backend == "reference" or torch._C._are_functorch_transforms_active():
+    namespace = registry.namespace_for(input, "member_gain")
+    if namespace is None or torch._C._are_functorch_transforms_active():
         return reference.member_gain(input, gain, bias, channel_dim, activation)
-    input, gain = dense(input), gain.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    namespace = registry.NATIVE if backend == "native" else registry.TRITON
+    input, gain, bias = dense(input), gain.contiguous(), contiguous(bias)
     if torch.compiler.is_compiling():
         return registry.op(namespace, "member_gain")(input, gain, bias, channel_dim, activation)
     return _MemberGain.apply(namespace, input, gain, bias, channel_dim, activation)

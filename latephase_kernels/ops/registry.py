@@ -15,6 +15,7 @@ from .. import backend
 
 NATIVE = "latephase_kernels"
 TRITON = "latephase_kernels_triton"
+_NAMESPACES = {"native": NATIVE, "triton": TRITON, "reference": None}  # by backend
 
 _libraries = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in (NATIVE, TRITON)}
 _ops: dict[tuple[str, str], torch._ops.OpOverload] = {}
@@ -77,4 +78,4 @@ def op(namespace: str, name: str) -> torch._ops.OpOverload:
 
 def namespace_for(tensor: Tensor, name: str) -> str | None:
     """The namespace of the backend that `name` runs on for this tensor; None: the reference."""
-    return {"native": NATIVE, "triton": TRITON, "reference": None}[backend.backend_for(tensor, name)]
+    return _NAMESPACES[backend.backend_for(tensor, name)]
