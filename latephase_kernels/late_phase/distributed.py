@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from ..nn.member_module import check_mode
-from ..nn.routing import Routed
+from ..nn.routing import Routed, is_expanded
 from ..ops.checks import check_num_members
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from .convert import collapse, expand
@@ -179,7 +179,7 @@ class Distributed:
                 tensor.copy_(value)
             self._prepare_plain()
             raise
-        if not any(isinstance(module, Routed) for module in self.model.modules()):
+        if not is_expanded(self.model):
             self._prepare_plain()
             raise ValueError("Distributed.expand: targets must match modules of the model, but match none")
         check_same_on_ranks("Distributed.expand", self.model.state_dict().items(), self._all)

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .fuse_graph import BATCH_NORMS, Chains, is_observed, why_not
+from ..nn.member_module import is_observed
+from .fuse_graph import BATCH_NORMS, Chains, why_not
 from .fuse_trace import Trace, trace_forward
 from .fuse_watch import Absent, Silent, subclass
 

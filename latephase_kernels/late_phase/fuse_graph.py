@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn.batch_norm import _EnsembleBatchNorm
+from ..nn.member_module import is_observed
 from ..nn.rank1 import Rank1Conv2d, Rank1Linear
 from ..nn.rank1_batch_norm import Gain, input_gain_for, without_output_gain
 from ..nn.shared_batch_norm import _SharedBatchNorm
@@ -55,17 +56,6 @@ def batch_norm_add_relu(
     ):
         return norm(input, residual, "relu", input_gain)
     return F.relu(_ADDS[add](norm(input, input_gain=input_gain), residual))
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether somebody watches the calls of module, by hooks or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def why_not(norm: nn.Module) -> str:

@@ -8,7 +8,6 @@ Shapes: K members, T templates, S slices, B rows a member. Stacked input is [K·
 Source: Savarese & Maire, ICLR 2019 (soft parameter sharing); von Oswald et al., ICLR 2021, section 2.
 """
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.autocast import without_autocast
 from ..ops.checks import check_num_members
 from .member_module import (
     MemberModule,
@@ -86,7 +86,8 @@ class TemplateBank(nn.Module):
         leading = embedding.dim() - 2
         *members, _, num_slices = embedding.shape
         coefficients = embedding.mT.reshape(-1, embedding.size(-2))  # [K·S, T]
-        with _without_autocast(embedding.device.type):
+        # Members differ by less than bfloat16 resolves: mix before rounding, and let the layer round the weight.
+        with without_autocast(embedding.device):
             mixed = coefficients @ self.templates.flatten(1)
             weight = mixed.view(*members, num_slices, *self.templates.shape[1:])
             weight = weight.movedim(leading, leading + 1).flatten(leading + 1, leading + 2)
@@ -96,13 +97,6 @@ class TemplateBank(nn.Module):
     def _apply(self, fn, recurse=True):
         # As matrices: model.to(memory_format=channels_last), meant for four dimensions, raises at five.
         return super()._apply(lambda t: fn(t.flatten(1)).unflatten(1, t.shape[1:]), recurse)
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """Members differ by less than bfloat16 resolves: mix before rounding, and let the layer round the weight."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 @torch.no_grad()

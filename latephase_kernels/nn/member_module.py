@@ -136,6 +136,17 @@ def check_plain(where: str, module: nn.Module, plain_type: type) -> None:
         )
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody watches the calls of module, by hooks or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def twin(module: nn.Module, cls: type) -> nn.Module:
     """Return a module of another class that shares module's parameters, buffers, children, hooks and attributes."""
     new = cls.__new__(cls)

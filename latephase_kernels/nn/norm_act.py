@@ -9,7 +9,7 @@ Known by name: timm is never imported.
 from torch import Tensor, nn
 
 from .batch_norm import EnsembleBatchNorm2d
-from .member_module import check_standard_forward
+from .member_module import check_standard_forward, is_observed
 from .shared_batch_norm import SharedBatchNorm2d
 from .sync_batch_norm import EnsembleSyncBatchNorm, SharedSyncBatchNorm
 
@@ -27,13 +27,7 @@ def norm_act_class(module: nn.Module) -> type | None:
 
 def _is_plain(module: nn.Module | None, cls: type) -> bool:
     """Whether module is of exactly this class, unchanged, and nobody watches its calls by hooks."""
-    return type(module) is cls and not (
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return type(module) is cls and not is_observed(module)
 
 
 class _NormAct:

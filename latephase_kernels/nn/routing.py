@@ -89,6 +89,11 @@ class Routed(nn.Module):
         return range(self.num_members) if self.routing is None else self.routing.resolve(self.training)
 
 
+def is_expanded(model: nn.Module) -> bool:
+    """Return whether a model has members."""
+    return any(isinstance(module, Routed) and module.routing is not None for module in model.modules())
+
+
 def routings_of(where: str, model: nn.Module) -> list[Routing]:
     """Return the routings that model's modules follow, each once.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import late_phase as lp
-from ..nn.routing import Routed
+from ..nn.routing import is_expanded
 from .recipe import Recipe
 
 
@@ -33,7 +33,7 @@ class DeepEnsemble(nn.Module):
 
 def _plain(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
-    return lp.collapse(model) if any(isinstance(module, Routed) for module in model.modules()) else model
+    return lp.collapse(model) if is_expanded(model) else model
 
 
 def deep_ensemble_recipe(recipes: Sequence[Recipe]) -> Recipe:

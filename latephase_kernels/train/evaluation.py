@@ -15,16 +15,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from .. import late_phase as lp
 from ..data import DeviceImages, EvaluationImages
 from ..late_phase.running import training_flags_kept
-from ..nn.routing import Routed
+from ..nn.routing import is_expanded
 from .deep_ensemble import DeepEnsemble
 
 CALIBRATION_BINS = 15
 IMAGES_AT_ONCE = 4096  # whose probabilities are in float64: a thousand classes and ten members take 330 MB
-
-
-def is_expanded(model: nn.Module) -> bool:
-    """Return whether a model has members."""
-    return any(isinstance(module, Routed) and module.routing is not None for module in model.modules())
 
 
 def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:

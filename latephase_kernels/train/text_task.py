@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .. import late_phase as lp
 from ..data import TextBatches, TextSet
-from ..nn.routing import routings_of
+from ..late_phase.running import training_flags_kept
+from ..nn.routing import is_expanded, routings_of
 from .build import build_language_model
-from .evaluation import is_expanded
 from .recipe import Recipe
 from .task import Evaluation, Task, autocast
 
@@ -186,15 +186,13 @@ def _answers(model: nn.Module, windows: Iterator[tuple[Tensor, Tensor]], which: 
     """Yield logits [members, N, S, V] and targets [N, S] of consecutive windows, by "average" or "stacked" members."""
     expanded = is_expanded(model)
     members = routings_of("evaluation", model)[0].num_members if which == "stacked" else 1
-    training, state = model.training, None
-    try:
+    state = None
+    with training_flags_kept(model):
         model.eval()
         for inputs, targets in windows:
             with lp.members(model, which) if expanded else contextlib.nullcontext():
                 logits, state = model(inputs.repeat(members, 1), state)
             yield logits.unflatten(0, (members, -1)), targets
-    finally:
-        model.train(training)
 
 
 def bits_per_character(

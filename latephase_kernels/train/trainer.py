@@ -18,10 +18,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from .. import late_phase as lp
 from ..data import TextSet
+from ..nn.routing import is_expanded
 from .build import AnyData, build_optimizer, build_targets
 from .checkpoints import random_state, set_random_state
 from .cuda_graph import GraphedPasses
-from .evaluation import dropout_layers, is_expanded
+from .evaluation import dropout_layers
 from .image_task import ImageTask
 from .pretrained import load_pretrained
 from .ranks import Ranks
