@@ -14,7 +14,15 @@ from PIL import Image
 
 import latephase_kernels as lp
 from latephase_kernels.cli import main
-from latephase_kernels.data import CORRUPTIONS, EXTRA_CORRUPTIONS, cifar, cifar_corrupted, resized_images, svhn
+from latephase_kernels.data import (
+    CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    cifar,
+    cifar_corrupted,
+    downloads,
+    resized_images,
+    svhn,
+)
 from latephase_kernels.data.cifar import CIFAR10, CIFAR100, load_cifar
 from latephase_kernels.train.build import build_data, build_network
 from latephase_kernels.train.eval_command import read_recipe, run_eval
@@ -250,7 +258,7 @@ class small_sets:
         self.patch.setattr(resized_images, "_NUM_IMAGES", PICTURES)
         self.patch.setattr(svhn, "_NUM_TEST_IMAGES", HOUSES)
         # The publisher's checksum cannot be that of a file made here; tests of the loaders have it.
-        self.patch.setattr(svhn, "check_digest", lambda *_: None)
+        self.patch.setattr(downloads.Download, "check", lambda *_: None)
 
     def __exit__(self, *_):
         self.patch.undo()

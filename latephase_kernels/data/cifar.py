@@ -15,7 +15,7 @@ import torch
 from .archives import Limits, Member, iterate_members
 from .cifar_pickle import read_cifar_pickle
 from .downloads import DOWNLOADS
-from .files import check_digest, find_data
+from .files import find_data
 from .sets import ImageSet
 
 _IMAGE_SHAPE = (3, 32, 32)
@@ -141,8 +141,7 @@ def load_cifar(path: str | Path, layout: CifarFormat, *, train: bool = True, ver
     source = find_data(path, candidates, remedy)
     python = candidates.index(source.name) % 2 == 0
     if verify and source.is_file():
-        archive = archives[0 if python else 1]
-        check_digest(source, archive.algorithm, archive.digest, archive.size)
+        archives[0 if python else 1].check(source)
 
     ending = "" if python else ".bin"
     files: Sequence[str] = layout.train_files if train else (layout.test_file,)

@@ -11,8 +11,8 @@ import torch
 
 from .archives import Limits, Member, iterate_members
 from .cifar import CIFAR10, CIFAR100, CifarFormat
-from .downloads import DOWNLOADS
-from .files import ArchiveError, check_digest, find_data
+from .downloads import DOWNLOADS, how_to_get
+from .files import ArchiveError, find_data
 from .sets import ImageSet
 
 # The fifteen of the benchmark, and the four meant for validation.
@@ -53,10 +53,9 @@ def _load(path: str | Path, layout: CifarFormat, corruption: str, severity: int,
         raise ValueError(f"severity must be from 1 to {NUM_SEVERITIES}, got {severity!r}")
     name = f"{layout.name.lower()}-c"
     archive = DOWNLOADS[name]
-    remedy = f'get it with latephase_kernels.data.download("{name}", folder), from {archive.url}'
-    source = find_data(path, [f"{layout.name}-C", archive.file_name], remedy)
+    source = find_data(path, [f"{layout.name}-C", archive.file_name], how_to_get(name))
     if verify and source.is_file():
-        check_digest(source, archive.algorithm, archive.digest, archive.size)
+        archive.check(source)
     rows, num_rows = range((severity - 1) * _NUM_IMAGES, severity * _NUM_IMAGES), NUM_SEVERITIES * _NUM_IMAGES
     shapes = {f"{corruption}.npy": _IMAGE_SHAPE, "labels.npy": ()}
     found: dict[str, np.ndarray] = {}

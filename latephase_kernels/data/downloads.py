@@ -14,7 +14,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
-from .files import ArchiveError, check_digest
+from .files import ArchiveError, check_digest, sync_folder
 
 _CHUNK = 1 << 20
 
@@ -36,6 +36,10 @@ class Download:
     size: int
     algorithm: str
     digest: str
+
+    def check(self, path: Path) -> None:
+        """Raise ArchiveError unless the file at path has this size and digest; OSError if it cannot be read."""
+        check_digest(path, self.algorithm, self.digest, self.size)
 
 
 def _cifar(version: str, size: int, md5: str) -> Download:
@@ -85,6 +89,11 @@ _ELSEWHERE = (
     "LSUN_resize.tar.gz and Imagenet_resize.tar.gz have no stable address: https://github.com/facebookresearch/odin "
     "links to them; put them into the data folder as they are"
 )
+
+
+def how_to_get(name: str) -> str:
+    """Return what to do where the file of this name, a key of DOWNLOADS, is missing."""
+    return f'get it with latephase_kernels.data.download("{name}", folder), from {DOWNLOADS[name].url}'
 
 
 @contextmanager
@@ -163,7 +172,7 @@ def download(name: str, folder: str | Path, *, timeout: float = 60.0, progress: 
     folder = Path(folder)
     target = folder / wanted.file_name
     if target.exists():
-        check_digest(target, wanted.algorithm, wanted.digest, wanted.size)
+        wanted.check(target)
         return target
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -178,7 +187,7 @@ def download(name: str, folder: str | Path, *, timeout: float = 60.0, progress: 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(folder)
+        sync_folder(folder)
     except ConnectionError:
         raise
     except OSError as error:
@@ -188,14 +197,3 @@ def download(name: str, folder: str | Path, *, timeout: float = 60.0, progress: 
     finally:
         temporary.unlink(missing_ok=True)
     return target
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power failure, where the system lets a folder be opened."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,7 @@
 """Files of data sets: where they lie, whether they are the published ones, and errors that name them."""
 
 import hashlib
+import os
 import struct
 import tarfile
 import zipfile
@@ -72,6 +73,18 @@ def check_digest(path: str | Path, algorithm: str, expected: str, size: int | No
             f"{path} is damaged or another file: its {algorithm} is {digest.hexdigest()}, expected {expected}; delete "
             "it and get it again"
         )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable; not every system lets a folder be opened."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_data(path: str | Path, candidates: Sequence[str], remedy: str) -> Path:

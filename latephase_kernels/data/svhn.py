@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .downloads import DOWNLOADS
-from .files import ArchiveError, check_digest, find_data
+from .downloads import DOWNLOADS, how_to_get
+from .files import ArchiveError, find_data
 from .sets import ImageSet
 
 _NUM_TEST_IMAGES = 26_032
@@ -97,11 +97,9 @@ def load_svhn(path: str | Path, *, verify: bool = True) -> ImageSet:
         OSError: it cannot be read.
     """
     file = DOWNLOADS["svhn-test"]
-    source = find_data(
-        path, [file.file_name], f'get it with latephase_kernels.data.download("svhn-test", folder), from {file.url}'
-    )
+    source = find_data(path, [file.file_name], how_to_get("svhn-test"))
     if verify:
-        check_digest(source, file.algorithm, file.digest, file.size)
+        file.check(source)
     with open(source, "rb") as stream:
         content = stream.read(_MAX_BYTES)
     try:

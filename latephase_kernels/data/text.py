@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from .archives import Limits, iterate_members
-from .downloads import DOWNLOADS
+from .downloads import DOWNLOADS, how_to_get
 from .files import ArchiveError, check_digest, find_data
 from .sets import TextSet
 
@@ -80,7 +80,7 @@ def load_enwik8(path: str | Path, *, verify: bool = True) -> TextSet:
         ValueError: it is damaged or another file.
         OSError: it cannot be read.
     """
-    remedy = f'get it with latephase_kernels.data.download("enwik8", folder), from {_ARCHIVE.url}'
+    remedy = how_to_get("enwik8")
     source = find_data(path, _FILES, remedy)
     if source.is_dir():  # many keep it as enwik8/enwik8 or enwik8/enwik8.zip
         source = next((source / name for name in _FILES if (source / name).is_file()), source)
@@ -93,7 +93,7 @@ def load_enwik8(path: str | Path, *, verify: bool = True) -> TextSet:
             content = file.read(ENWIK8_BYTES + 1)
     else:
         if verify:
-            check_digest(source, _ARCHIVE.algorithm, _ARCHIVE.digest, _ARCHIVE.size)
+            _ARCHIVE.check(source)
         content = _zipped_text(source)
     if len(content) != ENWIK8_BYTES:
         raise ArchiveError(f"{source} holds no text of {ENWIK8_BYTES} bytes, as enwik8 is; get it again")

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.files import sync_folder
+
 _NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{32})(\.pt)?")
 _UNFINISHED = "unfinished.pt"
 
@@ -148,18 +150,6 @@ def _is_whole(path: Path) -> bool:
 
 def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every system lets a folder be opened."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------- random state

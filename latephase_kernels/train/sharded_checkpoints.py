@@ -25,7 +25,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from .checkpoints import CheckpointFolder, RunError, sync_folder
+from ..data.files import sync_folder
+from .checkpoints import CheckpointFolder, RunError
 from .ranks import RankError, SeveralRanks
 
 _UNFINISHED = "unfinished"
