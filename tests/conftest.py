@@ -22,6 +22,28 @@ def _seed():
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def poison_unwritten_memory():
+    """In deterministic mode torch fills its new tensors with NaN; the ops' own are filled by GLIBC_TUNABLES."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def native_backend():
+    lp.set_backend("native")
+    yield
+    lp.set_backend("auto")
+
+
+@pytest.fixture
+def triton_backend():
+    lp.set_backend("triton")
+    yield
+    lp.set_backend("auto")
+
+
 def pytest_sessionstart(session):
     required = os.environ.get("LATEPHASE_REQUIRE_BACKENDS", "").split()
     if "native" in required and lp.backend_for(torch.zeros(1)) != "native":

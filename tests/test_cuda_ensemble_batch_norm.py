@@ -4,11 +4,13 @@ import pytest
 import torch
 from cuda_norm_cases import DTYPES, LAYOUTS, case_of, check, op_arguments, run
 
-from latephase_kernels import backend
 from latephase_kernels.ops import registry
 from latephase_kernels.ops.relu_mask import mask_shape
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("native_backend"),
+]
 
 # (K, B, C, spatial): sizes that are multiples of nothing, one split and many, few channels and more than a block's.
 SHAPES = (
@@ -25,13 +27,6 @@ SHAPES = (
     (2, 2, 6, (3, 4, 10)),
     (1, 300, 1, (5, 3)),
 )
-
-
-@pytest.fixture(autouse=True)
-def _native():
-    backend.set_backend("native")
-    yield
-    backend.set_backend("auto")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

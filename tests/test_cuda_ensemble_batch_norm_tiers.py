@@ -6,11 +6,13 @@ import pytest
 import torch
 from cuda_norm_cases import DTYPES, LAYOUTS, ONE_CASE, TIERS, case_of, check, normal, op_arguments, run
 
-from latephase_kernels import backend
 from latephase_kernels.ops import registry
 from latephase_kernels.reference import ensemble_batch_norm as reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("native_backend"),
+]
 
 # Groups beside the edges of the tiers on devices with 228 KiB of shared memory a multiprocessor: one block or a cluster
 # of two, of four, of sixteen with half and with all of a multiprocessor a block, and too large for the chip.
@@ -23,13 +25,6 @@ LARGE_SHAPES = (
     (1, 8, 1, (500, 500)),
     (2, 40, 72, (14, 14)),  # channels_last: slabs of 64 channels, of which the second has 8
 )
-
-
-@pytest.fixture(autouse=True)
-def _native():
-    backend.set_backend("native")
-    yield
-    backend.set_backend("auto")
 
 
 @pytest.fixture(params=TIERS)

@@ -4,12 +4,14 @@ import pytest
 import torch
 from cuda_graphs import check_replay
 
-from latephase_kernels import backend
 from latephase_kernels.ops import registry
 from latephase_kernels.ops.member_gain import member_gain
 from latephase_kernels.reference import member_gain as reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("native_backend"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -34,13 +36,6 @@ SHAPES = (
     (1, (300, 1, 5, 3), 1),
     (70000, (70000, 3, 2), 1),
 )
-
-
-@pytest.fixture(autouse=True)
-def _native():
-    backend.set_backend("native")
-    yield
-    backend.set_backend("auto")
 
 
 def _memory_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:

@@ -15,13 +15,7 @@ from latephase_kernels.reference import ensemble_batch_norm as reference
 
 ensemble_batch_norm = lp.functional.ensemble_batch_norm
 
-
-@pytest.fixture(autouse=True)
-def poison_unwritten_memory():
-    """In deterministic mode torch fills its new tensors with NaN; the ops' own are filled by GLIBC_TUNABLES."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison_unwritten_memory")
 
 
 @pytest.fixture(params=["native", "reference"], autouse=True)

@@ -11,13 +11,7 @@ import latephase_kernels as lp
 
 member_gain = lp.functional.member_gain
 
-
-@pytest.fixture(autouse=True)
-def poison_unwritten_memory():
-    """In deterministic mode torch fills every new tensor with NaN: what a kernel leaves unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison_unwritten_memory")
 
 
 @pytest.fixture(params=["native", "reference"], autouse=True)

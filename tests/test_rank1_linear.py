@@ -18,14 +18,7 @@ from latephase_kernels.ops import rank1_linear_tiled_rows as tiled_rows
 rank1_linear = lp.functional.rank1_linear
 NAMES = ("x", "weight", "s", "r", "bias")
 
-
-@pytest.fixture(autouse=True)
-def poison_unwritten_memory():
-    """In deterministic mode torch fills its new tensors with NaN; the ops' own are filled by GLIBC_TUNABLES."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
+pytestmark = pytest.mark.usefixtures("poison_unwritten_memory")
 
 WAYS = {"folded": folded, "by rows": by_rows, "tiled": tiled, "tiled rows": tiled_rows}
 

@@ -16,13 +16,7 @@ FORMULAS = {
 # a group of rows, and one that is larger than a group.
 SIZES = [(1, 1, 1, 1), (3, 85, 37, 33), (2, 300, 521, 97), (2, 7, 40, 1040), (70, 9, 600, 35), (3, 0, 3, 4)]
 
-
-@pytest.fixture(autouse=True)
-def poison_unwritten_memory():
-    """In deterministic mode torch fills its new tensors with NaN; the ops' own are filled by GLIBC_TUNABLES."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison_unwritten_memory")
 
 
 def make_calls(sizes, dtype):

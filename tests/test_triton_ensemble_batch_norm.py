@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 import torch
 import torch.nn.functional as F
 
-import latephase_kernels as lp
 from latephase_kernels.functional import ensemble_batch_norm
 from latephase_kernels.ops import registry
 from latephase_kernels.ops.relu_mask import mask_shape
@@ -25,7 +24,10 @@ from latephase_kernels.triton_kernels import ensemble_batch_norm as kernels
 from latephase_kernels.triton_kernels import ensemble_batch_norm_resident as resident
 from latephase_kernels.triton_kernels.tiles import reduction
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the values that overflow
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of the values that overflow
+    pytest.mark.usefixtures("triton_backend"),
+]
 
 EPS = 1e-5
 NAMES = ("y", "input gradient", "weight gradient", "bias gradient", "residual gradient")
@@ -48,13 +50,6 @@ def tier(request, monkeypatch):
     """Send groups that fit on chip to the streaming tier, too."""
     if request.param == "streaming":
         monkeypatch.setattr(resident, "RESIDENT_TILE", 0)
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    lp.set_backend("triton")
-    yield
-    lp.set_backend("auto")
 
 
 def make(

@@ -13,12 +13,13 @@ pytest.importorskip("triton")
 
 import torch
 
-import latephase_kernels as lp
 from latephase_kernels.functional import member_gain
 from latephase_kernels.ops import registry
 from latephase_kernels.reference import member_gain as reference
 from latephase_kernels.triton_kernels import member_gain as kernels
 from latephase_kernels.triton_kernels.tiles import reduction
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
 
 CONTIGUOUS, LAST, LAST_3D = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 LAYOUTS = [  # K, shape, channel_dim, memory format
@@ -33,13 +34,6 @@ LAYOUTS = [  # K, shape, channel_dim, memory format
     (2, (4, 6, 2, 4, 3), 1, LAST_3D),
 ]
 SEVERAL_SPLITS = [(2, (4, 2, 110, 112), 1, CONTIGUOUS), (2, (4, 3, 50, 51), 1, LAST), (2, (4, 2600, 3), 2, CONTIGUOUS)]
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    lp.set_backend("triton")
-    yield
-    lp.set_backend("auto")
 
 
 def make(num_members, shape, channel_dim, memory_format=CONTIGUOUS, dtype=torch.float32, *, shared=False):

@@ -19,18 +19,10 @@ from latephase_kernels.ops import registry
 from latephase_kernels.triton_kernels import rank1_linear as kernels
 from latephase_kernels.triton_kernels.tiles import unit
 
+pytestmark = pytest.mark.usefixtures("triton_backend", "poison_unwritten_memory")
+
 rank1_linear = lp.functional.rank1_linear
 NAMES = ("x", "weight", "s", "r", "bias")
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    """The backend, and torch's mode that fills every new tensor with NaN: what is left unwritten shows."""
-    lp.set_backend("triton")
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    lp.set_backend("auto")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

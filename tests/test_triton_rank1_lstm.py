@@ -14,19 +14,14 @@ pytest.importorskip("triton")
 import test_rank1_lstm as op_tests
 import torch
 
-import latephase_kernels as lp
 from latephase_kernels.ops import rank1_lstm_steps as op
 from latephase_kernels.ops import registry
 from latephase_kernels.triton_kernels import rank1_lstm as kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # exp(large): σ is 0 or 1 there
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    lp.set_backend("triton")
-    yield
-    lp.set_backend("auto")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered"),  # exp(large): σ is 0 or 1 there
+    pytest.mark.usefixtures("triton_backend"),
+]
 
 
 @pytest.mark.parametrize("bias", ["shared", "own", "none"])
