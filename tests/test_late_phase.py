@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
@@ -312,3 +313,6 @@ def test_stack_batches_carries_leftovers_and_drops_the_short_batch():
     dicts = [{"x": torch.full((2, 1), float(i)), "name": [f"a{i}", f"b{i}"]} for i in range(K)]
     (batch,) = lp.stack_batches(dicts, K)
     assert batch["x"].flatten().tolist() == [0, 0, 1, 1, 2, 2] and batch["name"] == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    Meta = namedtuple("Meta", "name path")
+    (batch,) = lp.stack_batches([(torch.zeros(2), Meta(f"n{i}", "p")) for i in range(K)], K)
+    assert batch[1] == Meta(["n0", "n1", "n2"], "p")

@@ -50,10 +50,11 @@ def concatenate(batches: list) -> Any:
         return rebuild({key: concatenate([batch[key] for batch in batches]) for key in first})
     if isinstance(first, (list, tuple)):
         parts = (Tensor, np.ndarray, Mapping, list, tuple)
-        if first and not any(isinstance(part, parts) for part in first):
+        named = hasattr(first, "_fields")
+        if first and not named and not any(isinstance(part, parts) for part in first):
             return type(first)(sample for batch in batches for sample in batch)
         joined = [concatenate(list(parts_of_all)) for parts_of_all in zip(*batches)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
+        return type(first)(*joined) if named else type(first)(joined)
     return first if all(batch == first for batch in batches) else list(batches)
 
 
