@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 NUM_CLASSES = 10
-NUM_IMAGES = 1797
-IMAGE_SIZE = 8
 # Mean and standard deviation over all pixel values divided by 16.
 PIXEL_MEAN = 0.305260
 PIXEL_STD = 0.376049

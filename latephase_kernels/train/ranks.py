@@ -127,7 +127,8 @@ class SeveralRanks(Ranks):
         self._mesh = dist.init_device_mesh(
             device.type, (self.member_ranks, self.data_ranks), mesh_dim_names=("member", "data")
         )
-        self._steps_until_look, self._looked_at = 1, time.monotonic()
+        self._steps_until_look = self._steps_taken = 1
+        self._looked_at = time.monotonic()
 
     def take(self, model: nn.Module) -> None:
         self.distributed = lp.Distributed(model, self._mesh, batch_norm=self.batch_norm)
@@ -156,7 +157,7 @@ class SeveralRanks(Ranks):
         self._steps_until_look -= 1
         if self._steps_until_look > 0:
             return None, False
-        now, taken = time.monotonic(), max(self._steps_taken, 1)
+        now, taken = time.monotonic(), self._steps_taken
         steps = max(1, min(round(taken * LOOK_EVERY / max(now - self._looked_at, 1e-3)), 2 * taken))
         first = self.rank == 0
         look = torch.tensor([signal or 0, int(save and first), steps if first else 0])
@@ -164,8 +165,6 @@ class SeveralRanks(Ranks):
         received, save_now, self._steps_until_look = look.tolist()
         self._steps_taken, self._looked_at = self._steps_until_look, now
         return received or None, bool(save_now)
-
-    _steps_taken = 1
 
     def first_does(self, function: Callable[[], Answer]) -> Answer | None:
         answer, message = None, [None]

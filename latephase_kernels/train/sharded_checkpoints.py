@@ -17,6 +17,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ..data.files import sync_folder
 from .checkpoints import CheckpointFolder, RunError
-from .ranks import RankError, SeveralRanks
+from .ranks import Answer, RankError, SeveralRanks
 
 _UNFINISHED = "unfinished"
 _DIGESTS, _STRUCTURE = "digests.json", "structure.pt"
@@ -67,10 +68,7 @@ class ShardedCheckpointFolder(CheckpointFolder):
         written = [path for path in unfinished.glob(f"__{self.ranks.rank}_*")] + [unfinished / own]
         digests: list[Any] = [None] * self.ranks.num_ranks
         dist.all_gather_object(digests, {path.name: _digest_of(path) for path in written})
-        name = self._first(lambda: self._finish(unfinished, structure, digests, step))
-        found = [name]
-        dist.broadcast_object_list(found)
-        return self.folder / str(found[0])
+        return self.folder / self._first(lambda: self._finish(unfinished, structure, digests, step))
 
     def _finish(self, unfinished: Path, structure: Any, digests: list[dict[str, str]], step: int) -> str:
         """Complete and rename the checkpoint, remove old ones; return its name. The first rank's part."""
@@ -108,15 +106,17 @@ class ShardedCheckpointFolder(CheckpointFolder):
             RunError: there are checkpoints, and every one is damaged (on every rank).
             OSError: the folder cannot be read.
         """
-        found = [self._first(self.newest)]
-        dist.broadcast_object_list(found)
-        return None if found[0] is None else (self.read(found[0][1], device, self.ranks.layout), found[0][0])
+        newest = self._first(self.newest)
+        return None if newest is None else (self.read(newest[1], device, self.ranks.layout), newest[0])
 
-    def _first(self, function: Any) -> Any:
+    def _first(self, function: Callable[[], Answer]) -> Answer:
+        """Return, on every rank, what function returns on the first, which alone calls it."""
         try:
-            return self.ranks.first_does(function)
+            answer = [self.ranks.first_does(function)]
         except RankError as error:
             raise RunError(str(error)) from None
+        dist.broadcast_object_list(answer)
+        return answer[0]  # type: ignore[return-value]
 
 
 def is_whole(folder: Path, digest: str) -> bool:
