@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from .member_shards import member_tensor_names
 from .optimizers import member_parameters
@@ -21,11 +20,15 @@ def _sharded(distributed: "Distributed", tensor: Tensor) -> Tensor:
     """Return [k, …] as this rank's part of [K, …]."""
     if distributed.mesh is None or distributed.member_ranks == 1:
         return tensor
+    from torch.distributed.tensor import DTensor, Shard  # which imports sympy
+
     return DTensor.from_local(tensor, distributed.mesh["member"], [Shard(0)], run_check=False)
 
 
 def _own(distributed: "Distributed", tensor: Tensor) -> Tensor:
     """Return this rank's members of [K, …]."""
+    from torch.distributed.tensor import DTensor
+
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     members = distributed.members

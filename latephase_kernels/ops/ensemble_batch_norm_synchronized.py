@@ -149,7 +149,7 @@ def _reference(
     )
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable imports torch._dynamo, and that Triton, with this module
 def normalize_synchronized(
     input: Tensor,
     weight: Tensor | None,
