@@ -1,13 +1,12 @@
 """What `latephase demo` shows and writes: the table, the curves, results.json."""
 
-import json
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .figures import new_figure
-from .runs import write_whole
+from .runs import write_json
 
 METHODS = {
     "sgd": "SGD",
@@ -110,7 +109,7 @@ def write_results(results: dict[str, list[MethodResult]], facts: dict, path: Pat
             entry[quantity] = {"mean": mean, "standard_error": error}
         methods[method] = entry
     content = {**facts, "methods": methods}
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
     return content
 
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
-import math
 import statistics
 import sys
 import warnings
@@ -43,7 +41,7 @@ from .progress import Progress
 from .ranks import usable_device
 from .recipe import Recipe, check
 from .run_training import load_model
-from .runs import write_whole
+from .runs import write_json
 from .text_task import TextEvaluation
 from .train_command import parse_recipe
 from .trainer import Trainer
@@ -339,18 +337,8 @@ def run_eval(
         results.update(evaluation.results, left_out=evaluation.left_out)
         if len(evaluation.entropies) > 1:
             draw_entropies(evaluation.entropies, len(test.classes), target / "ood.png")
-    content = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
     for name in ("evaluation.json", "results.json") if several else ("evaluation.json",):
-        write_whole(target / name, content)
+        write_json(target / name, results)
     print(format_evaluation(results))
     print(f"written to {target / 'evaluation.json'}")
     return results
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that are not finite become null: JSON has none of them."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,5 @@
 """What `latephase nqp` shows and writes: the tables and results.json; `nqp_picture.py` has the picture."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .nqp import Problem, Rule, expected_losses, late_mask
-from .runs import write_whole
+from .runs import write_json
 
 # More standard errors than this between simulation and closed form is a failure.
 ALLOWED = 4.0
@@ -157,5 +156,5 @@ def write_results(cells: Sequence[Cell], multiplicative: Sequence[Cell], facts: 
         "cells": [asdict(cell) for cell in cells],
         "multiplicative": [asdict(cell) for cell in multiplicative],
     }
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
     return content

@@ -11,7 +11,7 @@ from typing import Any
 
 from .figures import new_figure
 from .quantities import KINDS, QUANTITIES, kind_of
-from .runs import write_whole
+from .runs import write_json, write_whole
 from .train_command import parse_recipe
 
 # By the run's name and way to predict: what it is, and the first quantity of its kind (test accuracy in %, bits per
@@ -168,7 +168,8 @@ def summarize(results: Sequence[dict[str, Any]]) -> Summary:
             for result in results:
                 if result["name"] == name and way in result["metrics"]:
                     for quantity in kind_of(result["metrics"][way]):
-                        values[name, way][quantity].append(result["metrics"][way][quantity])
+                        found = result["metrics"][way][quantity]
+                        values[name, way][quantity].append(math.nan if found is None else found)  # as write_json has it
     return {
         key: {
             quantity: (
@@ -293,7 +294,7 @@ def run_report(folders: Sequence[str | Path], output: str | Path) -> None:
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     write_whole(target / "report.md", table + "\n")
-    write_whole(target / "report.json", json.dumps(_as_json(summary, changed), indent=2, allow_nan=False) + "\n")
+    write_json(target / "report.json", _as_json(summary, changed))
     drawn = draw_report(summary, target / "report.png", changed)
     print(table)
     print(
@@ -303,18 +304,16 @@ def run_report(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def _as_json(summary: Summary, changed: Mapping[str, dict[str, list[Any]]]) -> list[dict[str, Any]]:
-    """The summary, one entry a row of the table; numbers that are not finite become null."""
+    """The summary, one entry a row of the table."""
     content = []
     for (name, way), quantities in summary.items():
         entry: dict[str, Any] = {"run": name, "prediction": way}
         if name in changed:
             entry["changed"] = changed[name]
         for quantity, (mean, deviation, count) in quantities.items():
-            finite = [value if math.isfinite(value) else None for value in (mean, deviation)]
-            entry[quantity] = {"mean": finite[0], "std": finite[1], "seeds": count}
+            entry[quantity] = {"mean": mean, "std": deviation, "seeds": count}
         if (name, way) in PUBLISHED:
             title, mean, deviation = PUBLISHED[name, way]
-            std = deviation if math.isfinite(deviation) else None
-            entry["published"] = {"what": title, kind_of(quantities)[0]: {"mean": mean, "std": std, "seeds": 5}}
+            entry["published"] = {"what": title, kind_of(quantities)[0]: {"mean": mean, "std": deviation, "seeds": 5}}
         content.append(entry)
     return content

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from .progress import Progress
 from .rank_folder import AnyFolder, open_run_folder
 from .ranks import start_ranks
 from .recipe import Recipe, check
-from .runs import RunFolder, write_whole
+from .runs import RunFolder, write_json, write_whole
 from .task import Evaluation
 from .text_task import TextEvaluation
 from .trainer import Trainer
@@ -217,7 +216,7 @@ def _finish(recipe: Recipe, folder: AnyFolder, trainer: Trainer, evaluation: Eva
             f"{error:.1e} relative to the largest, allowed is {COLLAPSE_TOLERANCE:.0e}; please report this"
         )
     results["collapse_error"] = error
-    write_whole(folder.path / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(folder.path / "results.json", results)
     folder.finish_metrics()
     return results
 

@@ -78,6 +78,20 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def finite(value: Any) -> Any:
+    """Return value with null in place of numbers that are not finite: JSON has none of them."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write content as JSON, as write_whole does; see finite."""
+    write_whole(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
 def environment() -> dict[str, Any]:
     """Return what a reader needs to repeat a run."""
     cuda = torch.cuda.is_available()
@@ -155,7 +169,7 @@ class RunFolder:
             self._check_config(config, resume)
             self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep=keep_checkpoints)
             write_whole(self.path / "config.yaml", config)
-            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            write_json(self.path / "environment.json", environment())
         except BaseException:
             self._lock.close()
             raise
@@ -224,10 +238,7 @@ class RunFolder:
         """Append one record; it must have "step". Numbers that are not finite become null."""
         if self._file is None:
             raise RuntimeError("RunFolder.log: call start_metrics first")
-        record = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
+        record = finite(record)
         self._metrics.append(record)
         with naming(self.path / "metrics.jsonl"):
             self._file.write(json.dumps(record) + "\n")
