@@ -4,7 +4,6 @@ Legend: N images; B samples a minibatch; K members; n = N // B minibatches an ep
 run: number m is minibatch m % n of epoch m // n.
 """
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +11,7 @@ import torch
 from torch import Tensor
 
 from .device_images import DeviceImages
-
-
-def derived_seed(*parts: int | str) -> int:
-    """Return a seed for torch.Generator that depends on all parts, and is unrelated where one of them differs."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+from .sampling import derived_seed, rank_share
 
 
 class DeviceBatches:
@@ -73,17 +68,12 @@ class DeviceBatches:
             raise ValueError(
                 f"DeviceBatches: batch_size must be from 1 to {len(images)} (the images), got {batch_size}"
             )
-        if num_ranks < 1 or batch_size % num_ranks or not 0 <= rank < num_ranks:
-            raise ValueError(
-                f"DeviceBatches: batch_size={batch_size} must be divisible by num_ranks={num_ranks}, and rank={rank} "
-                "smaller than that; batch_size counts the samples of all ranks"
-            )
+        share = rank_share("DeviceBatches", batch_size, rank, num_ranks)
         if cutout < 0:
             raise ValueError(f"DeviceBatches: cutout must be at least 0, got {cutout}")
         self.images, self.seed = images, seed
         self._global_batch_size = batch_size
-        self.batch_size = batch_size // num_ranks
-        self._share = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
+        self.batch_size, self._share = len(share), slice(share.start, share.stop)
         self.crop, self.flip, self.cutout = crop, flip, cutout
         self.minibatches_per_epoch = len(images) // batch_size
         self._epoch = self._pass_start = self._next = 0

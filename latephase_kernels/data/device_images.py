@@ -1,6 +1,6 @@
-"""Images that live on the device as bytes, and minibatches of them that are shuffled and augmented there.
+"""Images that live on the device as bytes, and what makes a network's input of them: crop, normalize, erase.
 
-Legend: N images of C channels, H × W pixels; K members; B samples a minibatch; n = N // B minibatches an epoch.
+Legend: N images of C channels, H × W pixels; M of them at a time.
 """
 
 from collections.abc import Iterator, Sequence

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device_batches import derived_seed
 from .device_images import normalize, per_channel
 from .gpu_jpeg import Decoder, find_gpu_decoder
 from .image_files import ImageFiles
 from .image_loader import ImageLoader, Loaded, Processing, Request
+from .sampling import derived_seed, rank_share
 
 
 class ImageBatches:
@@ -72,16 +72,12 @@ class ImageBatches:
     ):
         if not 1 <= batch_size <= len(files):
             raise ValueError(f"ImageBatches: batch_size must be from 1 to {len(files)} (the images), got {batch_size}")
-        if num_ranks < 1 or batch_size % num_ranks or not 0 <= rank < num_ranks:
-            raise ValueError(
-                f"ImageBatches: batch_size={batch_size} must be divisible by num_ranks={num_ranks}, and rank={rank} "
-                "smaller than that; batch_size counts the samples of all ranks"
-            )
+        share = rank_share("ImageBatches", batch_size, rank, num_ranks)
         if corrupt not in ("error", "replace"):
             raise ValueError(f"ImageBatches: corrupt must be error or replace, got {corrupt!r}")
         self.files, self.seed, self.device = files, seed, torch.device(device)
-        self.minibatches_per_epoch, self.batch_size = len(files) // batch_size, batch_size // num_ranks
-        self._global_batch_size, self._first_row = batch_size, rank * self.batch_size
+        self.minibatches_per_epoch, self.batch_size = len(files) // batch_size, len(share)
+        self._global_batch_size, self._first_row = batch_size, share.start
         self._input = _Input(files, self.device, memory_format)
         found, self.decoder_name = _chosen(decoder, self.device)
         processing = Processing(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sampling import rank_share
+
 
 class TextBatches:
     """Windows of a text, each stream's windows one behind the other, one pass an epoch.
@@ -56,17 +58,13 @@ class TextBatches:
             raise TypeError(f"TextBatches: text must be integers [T], got {text.dtype} {list(text.shape)}")
         if batch_size < 1 or length < 1:
             raise ValueError(f"TextBatches: batch_size and length must be positive, got {batch_size} and {length}")
-        if num_ranks < 1 or batch_size % num_ranks or not 0 <= rank < num_ranks:
-            raise ValueError(
-                f"TextBatches: batch_size={batch_size} must be divisible by num_ranks={num_ranks}, and rank={rank} "
-                "smaller than that; batch_size counts the streams of all ranks"
-            )
+        share = rank_share("TextBatches", batch_size, rank, num_ranks, "streams")
         self.text, self.length = text, length
-        self._global_batch_size, self.batch_size = batch_size, batch_size // num_ranks
+        self._global_batch_size, self.batch_size = batch_size, len(share)
         self.shuffle, self.seed = shuffle, seed
         self._epoch = self._step = 0
         self._window = torch.arange(length + 1, device=text.device)
-        self._streams = torch.arange(rank * self.batch_size, (rank + 1) * self.batch_size, device=text.device)
+        self._streams = torch.arange(share.start, share.stop, device=text.device)
         self.num_members = num_members
 
     @property

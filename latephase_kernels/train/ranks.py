@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import late_phase as lp
-from ..data.device_batches import derived_seed
+from ..data.sampling import derived_seed
 from ..late_phase.sharded_state import load_model_state, load_optimizer_state, model_state, optimizer_state
 from .recipe import Parallel
 
@@ -50,10 +50,9 @@ class Ranks:
         """Return the sum, or the least ("min"), over ranks."""
         return tensor
 
-    @contextlib.contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
+    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """Inside the with block the model, or its copy, has all members."""
-        yield model
+        return contextlib.nullcontext(model)
 
     def agree(self, signal: int | None, save: bool) -> tuple[int | None, bool]:
         """Return the signal that ends the run now, on whichever rank it came, and whether to save now."""
@@ -147,10 +146,8 @@ class SeveralRanks(Ranks):
         dist.all_reduce(tensor, dist.ReduceOp.SUM if reduction == "sum" else dist.ReduceOp.MIN)
         return tensor
 
-    @contextlib.contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[nn.Module]:
-        with self.distributed.gathered(model):
-            yield model
+    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        return self.distributed.gathered(model)
 
     def agree(self, signal: int | None, save: bool) -> tuple[int | None, bool]:
         """As in one process; the ranks look together after as many steps as take about a second."""
