@@ -42,6 +42,11 @@ def check_per_member(op: str, name: str, tensor: Tensor, input: Tensor, shapes: 
     if tuple(tensor.shape) not in shapes:
         expected = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
         raise ValueError(f"{op}: {name} must have shape {expected} (members, channels), got {list(tensor.shape)}")
+    check_like_input(op, name, tensor, input)
+
+
+def check_like_input(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    """Raise unless tensor has input's device, and input's type or the accumulation type."""
     allowed = (torch.float64,) if input.dtype == torch.float64 else (torch.float32, input.dtype)
     if tensor.dtype not in allowed:
         raise NotImplementedError(

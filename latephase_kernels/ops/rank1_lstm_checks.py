@@ -1,7 +1,8 @@
 """What the arguments of rank1_lstm must be."""
 
-import torch
 from torch import Tensor
+
+from .checks import check_like_input
 
 _OP = "rank1_lstm"
 _NAMES = (
@@ -48,7 +49,6 @@ def check_arguments(input: Tensor, *arguments: Tensor | None) -> None:
         "output_gain_hh": [num_members, 4 * units],
         "bias": [num_members, 4 * units],
     }
-    allowed = (torch.float64,) if input.dtype == torch.float64 else (torch.float32, input.dtype)
     for name, tensor in others.items():
         if tensor is None:
             continue
@@ -59,15 +59,7 @@ def check_arguments(input: Tensor, *arguments: Tensor | None) -> None:
                 f"{_OP}: {name} must have shape {expected} for {num_members} members, {units} units and input of "
                 f"shape {list(input.shape)}, got {list(tensor.shape)}"
             )
-        if tensor.dtype not in allowed:
-            raise NotImplementedError(
-                f"{_OP}: {name} must be {' or '.join(map(str, dict.fromkeys(allowed)))} for {input.dtype} input, "
-                f"got {tensor.dtype}; convert it with .to({allowed[0]})"
-            )
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{_OP}: {name} is on {tensor.device}, input on {input.device}; move one of them with .to(device)"
-            )
+        check_like_input(_OP, name, tensor, input)
 
 
 def _sizes(others: dict[str, Tensor | None]) -> tuple[int, int]:
