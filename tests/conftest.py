@@ -22,6 +22,20 @@ def _seed():
     torch.manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    """A test may set the number of threads: the next one has what there was before."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors of small networks gain nothing from threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def poison_unwritten_memory():
     """In deterministic mode torch fills its new tensors with NaN; the ops' own are filled by GLIBC_TUNABLES."""

@@ -239,15 +239,11 @@ def test_member_alone_and_permuted_is_bit_identical(channels_last, size):
 def test_threads_do_not_change_results(backend, channels_last):
     if backend == "reference":
         pytest.skip("PyTorch's own reductions may depend on the number of threads")
-    threads = torch.get_num_threads()
     inputs = make_inputs(3, 8, 67, (33, 9), torch.float32, residual=True, channels_last=channels_last)
-    try:
-        results = []
-        for count in (1, 2, 3, 4):  # 3 members: all alone, one left over, all alone, all left over
-            torch.set_num_threads(count)
-            results.append(run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu"))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 4):  # 3 members: all alone, one left over, all alone, all left over
+        torch.set_num_threads(count)
+        results.append(run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu"))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 

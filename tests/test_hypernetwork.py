@@ -17,14 +17,7 @@ from latephase_kernels.nn.hypernetwork import orthogonal_embeddings_
 K, B = 3, 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def explicit_sum(templates, embedding):

@@ -12,13 +12,7 @@ from latephase_kernels import late_phase as lp
 K, B, STEPS = 4, 3, 50
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ResidualNet(nn.Module):

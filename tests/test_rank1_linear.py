@@ -275,15 +275,11 @@ def test_member_order(way):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("leading", [(8, 3), (64, 3)], ids=["few rows", "many rows"])
 def test_repeats_are_bit_equal(leading, threads, way):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for dtype in (torch.float32, torch.bfloat16):
-            inputs = make_inputs(leading, 4, 131, 150, bias="per member", dtype=dtype)
-            first, *repeats = (run(rank1_linear, inputs) for _ in range(3))
-            assert all(torch.equal(value, again[name]) for again in repeats for name, value in first.items())
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(leading, 4, 131, 150, bias="per member", dtype=dtype)
+        first, *repeats = (run(rank1_linear, inputs) for _ in range(3))
+        assert all(torch.equal(value, again[name]) for again in repeats for name, value in first.items())
 
 
 def test_strides(way):

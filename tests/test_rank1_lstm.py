@@ -160,17 +160,13 @@ def test_members_are_isolated():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeats_are_bit_equal(dtype, threads):
-    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     arguments = [torch.randn_like(t) for t in make_arguments("own", batch=64, dtype=dtype)]
     runs = []
-    try:
-        torch.set_num_threads(threads)
-        for _ in range(3):
-            leaves = [t.clone().requires_grad_() for t in arguments]
-            output = lp.functional.rank1_lstm(*leaves)
-            runs.append([*output, *torch.autograd.grad(sum(t.sum() for t in output), leaves)])
-    finally:
-        torch.set_num_threads(before)
+    for _ in range(3):
+        leaves = [t.clone().requires_grad_() for t in arguments]
+        output = lp.functional.rank1_lstm(*leaves)
+        runs.append([*output, *torch.autograd.grad(sum(t.sum() for t in output), leaves)])
     assert all(torch.equal(*pair) for again in runs[1:] for pair in zip(runs[0], again))
 
 

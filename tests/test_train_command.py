@@ -103,12 +103,9 @@ def test_deterministic(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", looking)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    threads, before = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    before = torch.backends.cudnn.benchmark
     torch.set_num_threads(1)
-    try:
-        assert main(command(tmp_path / "run", "--deterministic=true")[3:]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(command(tmp_path / "run", "--deterministic=true")[3:]) == 0
     assert set(seen) == {(True, False)} and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark == before
     assert torch.utils.deterministic.fill_uninitialized_memory

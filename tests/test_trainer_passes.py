@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import K, assert_same, data, one_thread, recipe, run  # noqa: F401 (a fixture)
+from test_trainer import K, assert_same, data, recipe, run
 
 import latephase_kernels as lp
 from latephase_kernels.train import trainer as trainer_module
@@ -13,6 +13,8 @@ from latephase_kernels.train.cuda_graph import WARMUP_STEPS, GraphedPasses
 from latephase_kernels.train.recipe import Late, Optimizer, Schedule
 from latephase_kernels.train.schedule import learning_rate_factor
 from latephase_kernels.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ------------------------------------------------------------------------------------------ accumulation
 
