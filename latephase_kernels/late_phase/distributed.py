@@ -147,7 +147,7 @@ class Distributed:
             num_members: K, of all ranks.
             optimizers: live ones; they keep the state of this rank's members.
             generator: of the noise, in the same state on every rank: the members are then those of one process. None:
-                one is seeded by rank 0.
+                one is seeded from rank 0's default generator.
             options: of lp.expand.
 
         Returns:
@@ -164,7 +164,7 @@ class Distributed:
             )
         optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         if generator is None:
-            seed = [torch.seed() % 2**62 if options.get("noise_std") and self.rank == 0 else 0]
+            seed = [int(torch.randint(2**62, ())) if options.get("noise_std") else 0]  # every rank draws; rank 0's holds
             dist.broadcast_object_list(seed, group=self._all)
             generator = torch.Generator().manual_seed(seed[0])
         own, means = self.own_statistics(), self.mean_statistics()
@@ -172,6 +172,7 @@ class Distributed:
         for name, tensor, _ in own:
             tensor.copy_(means[name])
         plain_again(self.model)
+        self._reduction.remove()  # its hooks are none that expand should warn of
         try:
             expand(self.model, num_members, optimizers=optimizers, generator=generator, **options)
         except BaseException:

@@ -44,7 +44,8 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
         scale: "sum" (1), "mean" (1/K) or a number.
 
     Raises:
-        TypeError, ValueError: scale is none of these, or optimizer holds no base weight of the model.
+        TypeError, ValueError: scale is none of these, or optimizer holds no base weight of the model, or has a line
+            search (LBFGS).
         RuntimeError: model is not expanded.
 
     Source: von Oswald et al., ICLR 2021, section 2 (γ_θ).
@@ -56,6 +57,11 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     if not any(parameter in base for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
             "set_base_grad_scale: optimizer holds no base weight of the model; give it the one that trains them"
+        )
+    if factor != 1.0 and any(group.get("line_search_fn") for group in optimizer.param_groups):
+        raise ValueError(
+            "set_base_grad_scale: optimizer must have no line search, which needs gradients of the loss it is told; "
+            f'got {type(optimizer).__name__} with line_search_fn={optimizer.param_groups[0]["line_search_fn"]!r}'
         )
     for routing in routings:
         routing.base_grad_scale = factor

@@ -234,7 +234,8 @@ def param_groups(
 
     Args:
         model: expanded or plain.
-        lr, weight_decay: of base weights.
+        lr, weight_decay: of base weights. A group's own values hold, whatever the optimizer is given beside them: say
+            weight_decay here.
         member_lr, member_weight_decay: of replicated weights; None for those of base weights.
         no_decay: None (all decay), the largest number of dimensions *before expansion* that does not decay
             (1 or True: biases and norms), or a callable (name, parameter) -> bool.

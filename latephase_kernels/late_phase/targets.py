@@ -64,7 +64,11 @@ _WITH_ACTIVATION: dict[type, type] = {  # for timm's subclasses
 }
 _WRAPPERS = {
     "DataParallel": "give model.module, and wrap it afterwards",
-    "DistributedDataParallel": "give model.module, and wrap it afterwards",
+    "DistributedDataParallel": "give model.module, and make a new DistributedDataParallel afterwards",
+    "FSDPModule": (
+        "give the model before fully_shard; to collapse, load the full state dict into an expanded model that is not "
+        "sharded"
+    ),
     "FullyShardedDataParallel": "give the model before it is wrapped",
     "OptimizedModule": "give model._orig_mod, and compile it afterwards",
 }

@@ -29,7 +29,7 @@ from . import rank1_linear_tiled as tiled
 from . import rank1_linear_tiled_rows as tiled_rows
 from . import registry
 from .autocast import autocast_dtype, without_autocast
-from .double_backward import aliases, differentiate, is_differentiated
+from .double_backward import aliases, differentiate, is_batched, is_differentiated
 from .rank1_linear_checks import check_arguments
 
 # ---------------------------------------------------------------------------------------------- which way
@@ -151,16 +151,17 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
     if dy is None:
         return (None,) * len(arguments)
     needs = [bool(need) for need in ctx.needs_input_grad[-len(arguments) :]]
-    if is_differentiated((dy, *arguments)):
-        return _differentiable_gradients(dy, arguments, needs)
+    if is_differentiated((dy, *arguments)) or is_batched(dy):
+        return _formula_gradients(dy, arguments, needs)
     return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, product, needs), needs))
 
 
-def _differentiable_gradients(dy: Tensor, arguments, needs: Sequence[bool]) -> tuple:
-    """The same gradients by the reference formula, so that they can be differentiated again."""
-    arguments = aliases(arguments)
-    with without_autocast(dy.device):
-        return differentiate(reference.rank1_linear(*arguments), arguments, needs, dy)
+def _formula_gradients(dy: Tensor, arguments, needs: Sequence[bool]) -> tuple:
+    """The same gradients by the reference formula, so that they can be differentiated again, or batched."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(dy.device):
+        arguments = aliases(arguments)
+        return differentiate(reference.rank1_linear(*arguments), arguments, needs, dy, again=again)
 
 
 class _Rank1Linear(torch.autograd.Function):

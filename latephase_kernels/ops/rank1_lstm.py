@@ -20,7 +20,7 @@ from ..reference.precision import accumulation_dtype
 from . import rank1_linear_folded, registry
 from .autocast import autocast_dtype, without_autocast
 from .checks import check_input
-from .double_backward import aliases, differentiate, is_differentiated
+from .double_backward import aliases, differentiate, is_batched, is_differentiated
 from .rank1_lstm_checks import check_arguments
 from .rank1_lstm_steps import run_steps, run_steps_backward
 
@@ -143,20 +143,22 @@ def _gradients(ctx, dy, dc_n, *_):
     if dy is None and dc_n is None:
         return (None,) * len(arguments)
     needs = [bool(need) for need in ctx.needs_input_grad]
-    if is_differentiated((dy, dc_n, *arguments)):
-        return _differentiable_gradients(dy, dc_n, arguments, needs)
+    if is_differentiated((dy, dc_n, *arguments)) or is_batched(dy, dc_n):
+        return _formula_gradients(dy, dc_n, arguments, needs)
     backward = torch.ops.latephase_kernels.rank1_lstm_backward.default
     with without_autocast(output.device):
         found = backward(dy, dc_n, *arguments, output, cells, gates, needs)
     return tuple(gradient if need else None for gradient, need in zip(found, needs))
 
 
-def _differentiable_gradients(dy, dc_n, arguments: list, needs: Sequence[bool]) -> tuple:
-    """The same gradients by the reference formula, so that they can be differentiated again."""
-    arguments = aliases(arguments)
-    outputs = [(y, d) for y, d in zip(reference.rank1_lstm(*arguments), (dy, dc_n)) if d is not None]
-    ys, ds = zip(*outputs)
-    return differentiate(ys, arguments, needs, ds)
+def _formula_gradients(dy, dc_n, arguments: list, needs: Sequence[bool]) -> tuple:
+    """The same gradients by the reference formula, so that they can be differentiated again, or batched."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        arguments = aliases(arguments)
+        outputs = [(y, d) for y, d in zip(reference.rank1_lstm(*arguments), (dy, dc_n)) if d is not None]
+        ys, ds = zip(*outputs)
+        return differentiate(ys, arguments, needs, ds, again=again)
 
 
 torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup_context)
