@@ -11,6 +11,7 @@ from distributed_training import mesh_of, network
 from ranks import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import latephase_kernels as lp
 
@@ -60,7 +61,37 @@ def every_error_on_rank():
     sparse = nn.Embedding(3, 2, sparse=True)
     of_embedding = lp.Distributed(sparse)
     found["sparse"] = message_of(of_embedding.backward, sparse(torch.tensor([1])).sum())
+    found["partial predict"] = message_of(lp.predict, model, torch.zeros(2, 2, 6, 6, dtype=torch.float64), members=0)
+
+    halves = nn.Linear(2, 2, dtype=torch.bfloat16)
+    of_halves = lp.Distributed(halves)
+    halves(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    found["rows of halves"] = message_of(of_halves.reduce_gradients, rows=4 + rank)
+    halves.weight.grad = None if rank else halves.weight.grad
+    found["gradients of halves"] = message_of(of_halves.reduce_gradients)
+
+    model[3].weight.requires_grad_(False)
+    found["frozen"] = message_of(distributed.reduce_gradients)
+    distributed.collapse(mode="weights")
+    found["collapsed"] = message_of(distributed.reduce_gradients)
+    distributed = lp.Distributed(network())
+    lp.expand(distributed.model, 2)
+    found["expanded by hand"] = message_of(distributed.reduce_gradients)
+    distributed = lp.Distributed(network(), mesh_of(2, 1))
+    optimizer = ZeroRedundancyOptimizer(distributed.model.parameters(), torch.optim.SGD, lr=0.1)
+    found["optimizer"] = message_of(distributed.expand, 2, optimizers=[optimizer])
     return found
+
+
+def gradients_missing_on_a_member_rank():
+    """Four ranks: member rank 1 lacks a base weight's gradient, on both its data ranks alike."""
+    model = network()
+    distributed = lp.Distributed(model, mesh_of(2, 2))
+    distributed.expand(4)
+    model(torch.randn(4, 2, 6, 6, dtype=torch.float64)).sum().backward()
+    if distributed.member_rank == 1:
+        model[0].weight.grad = None
+    return message_of(distributed.reduce_gradients)
 
 
 EXPECTED = {
@@ -79,6 +110,13 @@ EXPECTED = {
     "partial average": "RuntimeError: members: this rank has only members",
     "rows": "every rank must have gradients of the same parameters, from the same number of rows",
     "gradients": "RuntimeError: Distributed: every rank must have gradients of the same parameters",
+    "partial predict": "RuntimeError: predict: this rank has only members",
+    "rows of halves": "every rank must have gradients of the same parameters, from the same number of rows",
+    "gradients of halves": "RuntimeError: Distributed: every rank must have gradients of the same parameters",
+    "frozen": "RuntimeError: Distributed.reduce_gradients: the model trains other parameters",
+    "collapsed": "make a new Distributed to train a collapsed model",
+    "expanded by hand": "expand and collapse by its own methods",
+    "optimizer": "optimizers must not be a ZeroRedundancyOptimizer where ranks divide the members",
     "sparse": "NotImplementedError: Distributed: gradients must be dense",
 }
 
@@ -94,6 +132,11 @@ def errors():
 def test_every_rank_says_what_does_not_fit(errors, case):
     for answer in errors:
         assert EXPECTED[case] in answer[case]
+
+
+def test_member_ranks_must_have_gradients_of_the_same_base_weights():
+    for answer in run_on_ranks(4, gradients_missing_on_a_member_rank):
+        assert "RuntimeError: Distributed: every rank must have gradients of the same parameters" in answer
 
 
 def test_without_process_group():

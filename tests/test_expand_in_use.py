@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -240,6 +241,31 @@ def test_a_choice_of_members_is_not_copied(copied):
         assert model(images(5)).shape == (5, 4)
     with pytest.raises(ValueError, match="is not divisible by num_members=3"):
         other(images(5))
+
+
+def test_blocks_that_overlap_leave_no_choice():
+    model = expanded()
+    first, second = lp.members(model, 0), lp.members(model, 1)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert model(images(5)).shape == (5, 4)  # as member 1
+    second.__exit__(None, None, None)
+    with pytest.raises(ValueError, match="is not divisible by num_members=3"):
+        model(images(5))
+
+
+def test_two_threads_cannot_choose_at_once():
+    model, x = expanded().eval(), images(5)
+    expected = model(x)
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(lp.predict, model, x).result(), expected)
+        with lp.members(model, 0):
+            with pytest.raises(RuntimeError, match="another thread runs this model as members of its choice"):
+                thread.submit(lp.predict, model, x, members=1).result()
+            with pytest.raises(RuntimeError, match="another thread runs this model"):
+                thread.submit(lp.predict, model, x).result()
+            assert lp.predict(copy.deepcopy(model), x).shape == expected.shape
+        assert torch.equal(lp.predict(model, x), expected)
 
 
 def test_heads_whose_weight_is_asked_for_its_type():

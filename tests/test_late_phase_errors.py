@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from latephase_kernels import late_phase as lp
 
@@ -57,6 +58,15 @@ MIXING = {  # module that mixes samples → what is said of it
     "in-place sync": (lambda: foreign("InPlaceABNSync", "inplace_abn.abn"), "statistics of the whole batch"),
     "volo": (lambda: foreign("VOLO", "timm.models.volo", mix_token=True), "set its mix_token to False"),
 }
+
+
+def sharded():
+    """As torch's fully_shard leaves it: of a class made of FSDPModule and its own."""
+    model = net()
+    model.__class__ = type("FSDPNet", (FSDPModule, type(model)), {})
+    return model
+
+
 REFUSED = {
     **{
         name: (lambda make=make: net(make()), {}, NotImplementedError, f"expand: 2 .*{message}")
@@ -71,6 +81,7 @@ REFUSED = {
     "lazy buffers": (lambda: net(nn.LazyBatchNorm2d(affine=False)), {}, NotImplementedError, "2 .* not initialized"),
     "data parallel": (lambda: nn.DataParallel(net()), {}, TypeError, "got DataParallel; give model.module"),
     "inner wrapper": (Holder, {}, TypeError, r"got DataParallel \(inside\)"),
+    "sharded": (sharded, {}, TypeError, "got FSDPNet; give the model before fully_shard"),
     "compiled": (lambda: torch.compile(net()), {}, TypeError, "got OptimizedModule; give model._orig_mod"),
     "no module": (lambda: [1], {}, TypeError, "model must be an nn.Module, got list"),
     "subclass": (lambda: net(NormAndActivation(4)), {}, NotImplementedError, "2: .*NormAndActivation overrides"),
@@ -194,6 +205,10 @@ def test_what_needs_an_expanded_model_says_so():
     lp.expand(model, 2)
     with pytest.raises(ValueError, match="set_base_grad_scale: optimizer holds no base weight of the model"):
         lp.set_base_grad_scale(torch.optim.SGD(net().parameters()), model, "mean")
+    searching = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+    with pytest.raises(ValueError, match="set_base_grad_scale: optimizer must have no line search"):
+        lp.set_base_grad_scale(searching, model, "mean")
+    lp.set_base_grad_scale(searching, model, "sum")
     with pytest.raises(TypeError, match=r"collapse: .* give model.module"):
         lp.collapse(nn.DataParallel(model))
     with pytest.raises(ValueError, match="call its own collapse"):

@@ -213,7 +213,7 @@ def test_gradcheck(way):
     for bias in ("none", "per member", "shared"):
         inputs = make_inputs((4, 2), 2, 3, 2, bias=bias)
         arguments = [inputs[name].requires_grad_() for name in NAMES if inputs[name] is not None]
-        assert gradcheck(rank1_linear, arguments)
+        assert gradcheck(rank1_linear, arguments, check_batched_grad=True)
         assert gradgradcheck(rank1_linear, arguments)
 
 

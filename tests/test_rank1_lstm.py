@@ -83,6 +83,13 @@ def test_gradients_numerically_and_again():
     arguments = make_arguments("own", 2, 1)
     arguments = [t.detach()[:3].requires_grad_() if t is arguments[0] else t for t in arguments]
     assert torch.autograd.gradcheck(lp.functional.rank1_lstm, arguments, fast_mode=True)
+    output = lp.functional.rank1_lstm(*arguments)[0]
+    several = torch.randn(2, *output.shape, dtype=output.dtype)
+    at_once = torch.autograd.grad(output, arguments, several, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(output, arguments, gradient, retain_graph=True) for gradient in several]
+    for found, expected in zip(at_once, zip(*each), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+        assert not found.requires_grad
     assert torch.autograd.gradgradcheck(lp.functional.rank1_lstm, arguments, fast_mode=True)
 
     def penalty(function, chained):

@@ -51,7 +51,8 @@ class Distributed:
         distributed.collapse()
 
     The model itself is not wrapped: between the calls it is an ordinary (expanded) model of this rank's members. Only
-    parameters' gradients are summed; the ranks' optimizers take the same steps. Late-phase weights, their statistics
+    parameters' gradients are summed; the ranks' optimizers take the same steps (with float16's loss scaling by a
+    ShardedGradScaler alone: a member's gradient may overflow on one rank). Late-phase weights, their statistics
     and optimizer state leave a member rank at `gathered` and `collapse` alone.
 
     Args:
@@ -154,7 +155,8 @@ class Distributed:
             model.
 
         Raises:
-            As lp.expand, and ValueError: K is not divisible by M, or the ranks' members would differ.
+            As lp.expand, and ValueError: K is not divisible by M, the ranks' members would differ, or an optimizer
+                divides its state over ranks while they divide the members.
         """
         check_num_members("Distributed.expand", num_members)
         if num_members % self.member_ranks:
@@ -163,8 +165,15 @@ class Distributed:
                 "ranks; each must have as many members as the others"
             )
         optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        if self.member_ranks > 1 and any(type(o).__name__ == "ZeroRedundancyOptimizer" for o in optimizers):
+            raise ValueError(
+                "Distributed.expand: optimizers must not be a ZeroRedundancyOptimizer where ranks divide the members: "
+                "it would give every rank one rank's members; use an ordinary optimizer, which holds this rank's alone"
+            )
         if generator is None:
-            seed = [int(torch.randint(2**62, ())) if options.get("noise_std") else 0]  # every rank draws; rank 0's holds
+            seed = [
+                int(torch.randint(2**62, ())) if options.get("noise_std") else 0
+            ]  # every rank draws; rank 0's holds
             dist.broadcast_object_list(seed, group=self._all)
             generator = torch.Generator().manual_seed(seed[0])
         own, means = self.own_statistics(), self.mean_statistics()
@@ -204,7 +213,7 @@ class Distributed:
         """Sum the gradients of the parameters there are now."""
         if self._reduction is not None:
             self._reduction.remove()
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = self._watched = self._trained()
         if self.members is None or self.member_ranks == 1:
             groups, divisor = [(self._all, parameters)], self.num_ranks
         else:
@@ -213,6 +222,18 @@ class Distributed:
             if self.data_ranks > 1:
                 groups.append((self._data_group, [p for p in parameters if p in replicated]))
         self._reduction = GradientReduction(groups, divisor, self.bucket_bytes)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _check_watched(self, where: str) -> None:
+        """Raise RuntimeError where gradients would stay a rank's own."""
+        if [*map(id, self._trained())] != [*map(id, self._watched)]:
+            raise RuntimeError(
+                f"Distributed.{where}: the model trains other parameters than those whose gradients are summed; "
+                "freeze, unfreeze and replace before Distributed(model), expand and collapse by its own methods, and "
+                "make a new Distributed to train a collapsed model"
+            )
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -253,9 +274,11 @@ class Distributed:
             rows: of this rank's batch, to be compared with the other ranks'; 0: they are not compared.
 
         Raises:
-            RuntimeError: another rank is gone or does not answer, or has gradients of other parameters, or other rows.
+            RuntimeError: another rank is gone or does not answer, or has gradients of other parameters, or other rows;
+                or the model trains other parameters than at Distributed(model) or expand.
             NotImplementedError: a gradient is sparse.
         """
+        self._check_watched("backward")
         self._reduction.listen(rows)
         try:
             loss.backward()
@@ -270,6 +293,7 @@ class Distributed:
         Args, Raises:
             As backward.
         """
+        self._check_watched("reduce_gradients")
         self._reduction.finish(rows)
 
     @torch.no_grad()
@@ -341,7 +365,7 @@ class Distributed:
             raise RuntimeError("Distributed.collapse: model is not expanded; call Distributed.expand first")
         self._reduction.remove()
         self._gather(self.model)
-        self.members, self.total_members = None, 1
+        self.members, self.total_members, self._watched = None, 1, []
         return collapse(self.model, mode=mode)
 
     def state_dict(self, *optimizers: torch.optim.Optimizer) -> dict[str, Any]:

@@ -18,14 +18,20 @@ class _Bucket:
 
     def __init__(self, group: "dist.ProcessGroup | None", parameters: list[nn.Parameter]):
         self.group, self.parameters = group, parameters
-        self.waiting = len(parameters)
-        self.signature: list[int] = []
+        self.exact = parameters[0].dtype in (torch.float32, torch.float64)  # counts ranks without rounding
+        self.signs_for: list[nn.Parameter] = []  # all parameters of the group, where this is its last bucket
+        self.forget()
+
+    def forget(self) -> None:
+        self.waiting = len(self.parameters)
+        self.signature: Tensor | None = None
         self.flat: Tensor | None = None
-        self.work: dist.Work | None = None
+        self.aside: Tensor | None = None  # the sum of signatures where flat cannot hold it
+        self.work: list[dist.Work] = []
 
     @torch.no_grad()
-    def start(self, divisor: int, signature: list[int]) -> None:
-        """Send the gradients, each divided by divisor, and a signature behind them; a missing gradient counts as 0."""
+    def start(self, divisor: int, rows: int) -> None:
+        """Send the gradients, each divided by divisor; a missing one counts as 0. Behind the last of a group, sign."""
         gradients = [parameter.grad for parameter in self.parameters]
         if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
             raise NotImplementedError("Distributed: gradients must be dense; make nn.Embedding with sparse=False")
@@ -33,22 +39,32 @@ class _Bucket:
             parameter.new_zeros(parameter.numel()) if gradient is None else gradient.reshape(-1)
             for parameter, gradient in zip(self.parameters, gradients)
         ]
-        self.signature = signature
-        self.flat = torch.cat([*parts, parts[0].new_tensor(signature).mul_(divisor)]).div_(divisor)
-        self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
+        if self.signs_for:
+            dtype = parts[0].dtype if self.exact else torch.float32
+            self.signature = parts[0].new_tensor(_signature(self.signs_for, rows), dtype=dtype)
+            if self.exact:
+                parts.append(self.signature * divisor)
+            else:
+                self.aside = self.signature.clone()
+        self.flat = torch.cat(parts).div_(divisor)
+        for message in (self.flat, self.aside):
+            if message is not None:
+                self.work.append(dist.all_reduce(message, group=self.group, async_op=True))
 
     def finish(self) -> None:
         """Wait, and write the sums into the gradients that exist."""
-        assert self.work is not None and self.flat is not None
-        self.work.wait()
-        *sums, signature = self.flat.split([*(p.numel() for p in self.parameters), len(self.signature)])
-        if self.signature:
-            expected = self.flat.new_tensor(self.signature) * dist.get_world_size(self.group)
-            _check_same((signature - expected).abs().amax() < 0.5)
+        assert self.flat is not None
+        for work in self.work:
+            work.wait()
+        sizes = [parameter.numel() for parameter in self.parameters]
+        *sums, behind = self.flat.split([*sizes, self.flat.numel() - sum(sizes)])
+        if self.signature is not None:
+            expected = self.signature * dist.get_world_size(self.group)
+            _check_same(((behind if self.aside is None else self.aside) - expected).abs().amax() < 0.5)
         found = [(p.grad, part.view_as(p)) for p, part in zip(self.parameters, sums) if p.grad is not None]
         if found:
             torch._foreach_copy_([gradient for gradient, _ in found], [part for _, part in found])
-        self.waiting, self.flat, self.work = len(self.parameters), None, None
+        self.forget()
 
 
 class GradientReduction:
@@ -72,8 +88,9 @@ class GradientReduction:
         self.divisor = divisor
         self._buckets: list[_Bucket] = []
         for group, parameters in groups:
-            if dist.get_world_size(group) > 1:
+            if dist.get_world_size(group) > 1 and parameters:
                 self._buckets += [_Bucket(group, part) for part in _split(parameters, bucket_bytes)]
+                self._buckets[-1].signs_for = parameters
         self._started = self._rows = 0
         self._listening = False
         self._handles = [
@@ -101,20 +118,7 @@ class GradientReduction:
     def _start_next(self) -> None:
         bucket = self._buckets[self._started]
         self._started += 1
-        last = self._started == len(self._buckets) and bucket.parameters[0].dtype in (torch.float32, torch.float64)
-        bucket.start(self.divisor, self._signature() if last else [])
-
-    def _signature(self) -> list[int]:
-        """Whole numbers that must be the same on every rank, for rows and for which gradients exist.
-
-        Below 2¹⁰, so that their sums over 2¹⁰ ranks are still exact to ½ in float32.
-        """
-        missing = [
-            place
-            for place, parameter in enumerate(p for bucket in self._buckets for p in bucket.parameters)
-            if parameter.grad is None
-        ]
-        return [self._rows % 2**10, zlib.crc32(repr(missing).encode()) % 2**10]
+        bucket.start(self.divisor, self._rows)
 
     @torch.no_grad()
     def finish(self, rows: int = 0) -> None:
@@ -138,7 +142,16 @@ class GradientReduction:
         """Drop what a backward pass that failed had begun; the other ranks wait for it in vain and end."""
         self._listening, self._started = False, 0
         for bucket in self._buckets:
-            bucket.waiting, bucket.flat, bucket.work = len(bucket.parameters), None, None
+            bucket.forget()
+
+
+def _signature(parameters: list[nn.Parameter], rows: int) -> list[int]:
+    """Whole numbers that must be the same on every rank, for rows and for which gradients exist.
+
+    Below 2¹⁰, so that their sums over 2¹⁰ ranks are still exact to ½ in float32.
+    """
+    missing = [place for place, parameter in enumerate(parameters) if parameter.grad is None]
+    return [rows % 2**10, zlib.crc32(repr(missing).encode()) % 2**10]
 
 
 def _check_same(same: Tensor) -> None:

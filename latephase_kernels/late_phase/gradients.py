@@ -61,7 +61,7 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
     if factor != 1.0 and any(group.get("line_search_fn") for group in optimizer.param_groups):
         raise ValueError(
             "set_base_grad_scale: optimizer must have no line search, which needs gradients of the loss it is told; "
-            f'got {type(optimizer).__name__} with line_search_fn={optimizer.param_groups[0]["line_search_fn"]!r}'
+            f"got {type(optimizer).__name__} with line_search_fn={optimizer.param_groups[0]['line_search_fn']!r}"
         )
     for routing in routings:
         routing.base_grad_scale = factor

@@ -34,13 +34,17 @@ def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average"
         The model's output [N, …]; for "all" each tensor in it is [K, N, …], [K, m·N, …] where it has m rows a sample.
 
     Raises:
-        RuntimeError: model is not expanded.
+        RuntimeError: model is not expanded, or other ranks have some of its members.
         TypeError, ValueError: members is none of these, or an output's dim 0 is not the batch.
         NotImplementedError: "all" with a recurrent layer whose batch is in dim 1.
     """
-    num_members = routings_of("predict", model)[0].num_members
+    routing = routings_of("predict", model)[0]
+    routing.check_whole("predict")
+    num_members = routing.num_members
     if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
         raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
+    if members == "average" and routing.override is None and not any(module.training for module in model.modules()):
+        return model(x, *args, **kwargs)  # as it stands: from several threads at once, too
     with training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
         model.eval()
         if members != "all":

@@ -27,19 +27,15 @@ def members(model: nn.Module, which: str | int | range) -> Iterator[nn.Module]:
             (batches [n·B, …]: a chunk of the stacked batch).
 
     Raises:
-        RuntimeError: model is not expanded.
+        RuntimeError: model is not expanded, or another thread is in such a block.
         TypeError, ValueError: which is none of these.
     """
     routings = routings_of("members", model)
-    chosen = [routing.choice(which) for routing in routings]
-    before = [routing.override for routing in routings]
-    for routing, choice in zip(routings, chosen):
-        routing.override = choice
-    try:
+    chosen = [(routing, routing.choice(which)) for routing in routings]
+    with contextlib.ExitStack() as blocks:
+        for routing, choice in chosen:
+            blocks.callback(routing.leave, routing.enter(choice))
         yield model
-    finally:
-        for routing, override in zip(routings, before):
-            routing.override = override
 
 
 def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager:

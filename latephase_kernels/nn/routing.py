@@ -4,8 +4,18 @@ Shapes: K members. Members first … last−1 run on a stacked batch; "average" 
 """
 
 import copy
+import dataclasses
+import threading
 
 from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A with block of lp.members."""
+
+    choice: str | range
+    thread: int
 
 
 class Routing:
@@ -20,16 +30,39 @@ class Routing:
         self.num_members = self.total_members = num_members
         self.first_member = 0
         self.override: str | range | None = None
+        self.blocks: list[Block] = []  # of lp.members, the innermost last; its choice is the override
         self.base_grad_scale = 1.0
 
     def __deepcopy__(self, memo: dict) -> "Routing":
         """Return that of a copied model, which is in the memo, or of a part copied alone; no choice is copied."""
         new = memo[id(self)] = copy.copy(self)
-        new.model, new.override = memo.get(id(self.model)), None
+        new.model, new.override, new.blocks = memo.get(id(self.model)), None, []
         return new
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "override": None}
+        return {**vars(self), "override": None, "blocks": []}
+
+    def enter(self, choice: str | range) -> "Block":
+        """Begin a block in which all modules run as `choice`; leave() ends it.
+
+        Raises:
+            RuntimeError: another thread is in one.
+        """
+        block = Block(choice, threading.get_ident())
+        self.blocks.append(block)  # before it looks: of two threads at once, both see the other
+        if any(other.thread != block.thread for other in self.blocks):
+            self.leave(block)
+            raise RuntimeError(
+                "members: another thread runs this model as members of its choice (by members, predict or update_bn), "
+                "and a model has one choice at a time; give each thread a copy (copy.deepcopy), or a lock"
+            )
+        self.override = choice
+        return block
+
+    def leave(self, block: "Block") -> None:
+        """End a block, the innermost or not."""
+        self.blocks = [other for other in self.blocks if other is not block]
+        self.override = self.blocks[-1].choice if self.blocks else None
 
     def resolve(self, training: bool) -> str | range:
         """Return "average" or the range of members: the explicit choice, else by the root model's training flag.
