@@ -71,13 +71,17 @@ def ninja_file(torch: Path, lib: Path, cxx: str, cuda: str | None) -> str:
         f"cxx_compiler = {cxx}",
     ]
     include = f"-I{torch / 'include'}"
+    # Error messages have __FILE__: csrc/…, not where this checkout and its torch happen to lie.
+    no_paths = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, torch / "include")]
     objects = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         is_kernel = source.name.endswith(".kernel.cpp")
         for isa, flags in ISA_FLAGS.items() if is_kernel else [("", include)]:
             objects.append(f"{source.stem}{'.' * bool(isa)}{isa}.o")
             define = f"-DLATEPHASE_ISA={isa}" if isa else ""
-            lines.append(f"build {objects[-1]}: cxx {source}\n flags = {CPU_FLAGS} {flags} {define}")
+            lines.append(
+                f"build {objects[-1]}: cxx {source}\n flags = {CPU_FLAGS} {' '.join(no_paths)} {flags} {define}"
+            )
     libs = f"-L{torch / 'lib'} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"
     lines.append(f"build {lib / 'liblatephase_cpu.so'}: link {' '.join(objects)}\n libs = {libs}")
     if cuda is not None:
@@ -85,7 +89,8 @@ def ninja_file(torch: Path, lib: Path, cxx: str, cuda: str | None) -> str:
         objects = []
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             objects.append(f"{source.stem}.cuda.o")
-            lines.append(f"build {objects[-1]}: nvcc {source}\n flags = {NVCC_FLAGS} {include}")
+            flags = " ".join([NVCC_FLAGS, *(f"-Xcompiler {flag}" for flag in no_paths)])
+            lines.append(f"build {objects[-1]}: nvcc {source}\n flags = {flags} {include}")
         torch_cuda = torch / "lib"
         if not (torch_cuda / "libtorch_cuda.so").exists():
             # A torch without CUDA: an empty library of that name leaves the right entry for the torch that loads it.

@@ -17,6 +17,7 @@ _SUPPORTED_DTYPES = {
 }
 
 _load_failures: dict[str, str] = {}  # device type → why its compiled kernels are missing
+_ops: set[str] = set()  # all registered
 _missing_ops: dict[tuple[str, str], str] = {}  # (op, device type) → why a library that did load cannot run it
 _native: set[tuple] = set()  # (dtype, device, op) found to run natively under the choice in force
 _choice = "auto"
@@ -77,8 +78,14 @@ def _triton_failure(tensor: Tensor) -> str | None:
     return None
 
 
-def note_op(op: str) -> None:
-    """Remember on which devices the loaded libraries lack a registered op, as libraries older than the package may."""
+def note_op(op: str, *, composite: bool) -> None:
+    """Remember a registered op, and on which devices the loaded libraries lack it, as older ones than the package may.
+
+    composite: it runs where they do, too.
+    """
+    _ops.add(op)
+    if composite:
+        return
     for device in ("cpu", "cuda"):
         implemented = torch._C._dispatch_has_kernel_for_dispatch_key(f"latephase_kernels::{op}", device.upper())
         if device not in _load_failures and not implemented:
@@ -109,11 +116,14 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
         op: the registered name of the op; None: any op that every library has.
 
     Raises:
+        ValueError: op is not registered.
         RuntimeError: set_backend chose one that cannot run this tensor.
     """
     kind = (tensor.dtype, tensor.device, op)
     if kind in _native:
         return "native"
+    if op is not None and op not in _ops:
+        raise ValueError(f'backend_for: op must be None or the name of a registered op, as "member_gain", got {op!r}')
     if _choice != "auto":
         failure = _failure(_choice, tensor, op)
         if failure is not None:

@@ -102,7 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_nqp(commands)
     commands.add_parser(
-        "train", help="train by a recipe: CIFAR-10, CIFAR-100, enwik8, digits, text, or a YAML file (latephase train)"
+        "train",
+        help="train by a recipe: CIFAR-10, CIFAR-100, ImageNet, enwik8, digits, text, or a YAML file (latephase train)",
     )
     _add_eval(commands)
     _add_report(commands)

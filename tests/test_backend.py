@@ -23,6 +23,10 @@ def restore():
 def test_backend_for():
     assert lp.backend_for(torch.zeros(1)) == "native"
     assert lp.backend_for(torch.zeros(1, device="meta")) == "reference"
+    for op in ("member_gain", "rank1_linear", "rank1_lstm", "ensemble_batch_norm_with_gain"):
+        assert lp.backend_for(torch.zeros(1), op) == "native"
+    with pytest.raises(ValueError, match="backend_for: op must be None or the name of a registered op, .* got 'nope'"):
+        lp.backend_for(torch.zeros(1), "nope")
     lp.set_backend("reference")
     assert lp.backend_for(torch.zeros(1)) == "reference"
     lp.set_backend("native")
@@ -84,6 +88,16 @@ def test_libraries_ask_for_nothing_newer_than_their_target(device):
     newer_than_2_10 = ("torch_exception_get_what", "torch_new_stable_ivalue", "torch_dtype_float8_e8m0fnu")
     assert "torch_call_dispatcher" in symbols
     assert not [name for name in newer_than_2_10 if name in symbols]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_messages_name_sources_by_their_place_in_the_repository(device):
+    library = Path(lp.__file__).parent / "lib" / f"liblatephase_{device}.so"
+    if not library.exists():
+        pytest.skip("needs the library")
+    content = library.read_bytes()
+    assert f"csrc/{device}/../checks.h".encode() in content
+    assert not re.findall(rb"/[\w./+-]+/csrc/[\w./]+", content)  # neither this checkout's nor torch's folder
 
 
 def test_without_libraries_the_reference_runs_and_says_so_once():

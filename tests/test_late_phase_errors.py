@@ -110,6 +110,9 @@ REFUSED = {
     "noise": (net, {"noise_std": float("inf")}, ValueError, "noise_std must be finite"),
     "state": (net, {"member_state": "keep"}, ValueError, 'member_state must be "fresh" or "copy"'),
     "no optimizer": (net, {"optimizers": [1]}, TypeError, "optimizers must be torch optimizers, got int"),
+    "no optimizers": (net, {"optimizers": 3}, TypeError, "optimizers must be torch optimizers, got int; give one or"),
+    "no schedulers": (net, {"schedulers": 3}, TypeError, "schedulers must be learning rate schedulers, got int"),
+    "generator": (net, {"generator": 3, "noise_std": 0.1}, TypeError, "generator must be a torch.Generator .* got int"),
 }
 
 
@@ -209,6 +212,10 @@ def test_what_needs_an_expanded_model_says_so():
     with pytest.raises(ValueError, match="set_base_grad_scale: optimizer must have no line search"):
         lp.set_base_grad_scale(searching, model, "mean")
     lp.set_base_grad_scale(searching, model, "sum")
+    with pytest.raises(TypeError, match="set_base_grad_scale: optimizer must be a torch optimizer, got int"):
+        lp.set_base_grad_scale(3, model, "mean")
+    with pytest.raises(ValueError, match="param_groups: no_decay must be at least 0, got -1; None"):
+        lp.param_groups(model, lr=0.1, no_decay=-1)
     with pytest.raises(TypeError, match=r"collapse: .* give model.module"):
         lp.collapse(nn.DataParallel(model))
     with pytest.raises(ValueError, match="call its own collapse"):

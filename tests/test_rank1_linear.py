@@ -443,6 +443,7 @@ def test_wrong_arguments():
         (ValueError, r"input.size\(0\)=5 is not divisible by the 3 members", (x[:5], w, s, r)),
         (NotImplementedError, "got torch.int64; convert", (x.long(), w, s, r)),
         (NotImplementedError, "weight must be torch.float64 for torch.float64 input", (x, w.float(), s, r)),
+        (NotImplementedError, "weight must be a dense strided tensor, got layout .*sparse", (x, w.to_sparse(), s, r)),
         (ValueError, "output_gain is on meta, input on cpu", (x, w, s, r.to("meta"))),
     ]
     for error, message, arguments in wrong:

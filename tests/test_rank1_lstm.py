@@ -534,6 +534,7 @@ def test_wrong_module_arguments():
         (5, torch.zeros(C), ValueError, r"input_gain_ih must be \[K, in\] with at least one member"),
         (8, torch.zeros(K, H), ValueError, r"output_gain_hh must have shape \[3, 24\]"),
         (8, torch.zeros(K, 4 * H).double(), NotImplementedError, "output_gain_hh must be torch.float32 for"),
+        (4, torch.zeros(4 * H, H).to_sparse(), NotImplementedError, "weight_hh must be a dense strided tensor"),
         (9, torch.zeros(K), ValueError, r"bias must have shape \[3, 24\] or \[24\]"),
         (9, torch.zeros(4 * H, device="meta"), ValueError, "bias is on meta, input on cpu"),
     ],

@@ -113,6 +113,19 @@ def test_deterministic(finished, tmp_path, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_resuming_a_finished_run_says_that_it_is_trained(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    assert main(command(folder, "--resume")[3:]) == 0
+    assert re.search(r"\[100 %\] digits\S*: all 4 epochs are trained", error := capsys.readouterr().err), error
+    assert_same_run(folder, finished[0])
+
+
+def test_help_names_the_data(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "train by a recipe: CIFAR-10, CIFAR-100, ImageNet, enwik8" in " ".join(capsys.readouterr().out.split())
+
+
 INTERRUPTED = """
 import os, sys, threading
 from latephase_kernels.cli import main

@@ -113,7 +113,7 @@ class ImageBatches:
 
         Raises:
             CorruptImage: an image is, and they are not to be replaced.
-            WorkerError: a worker died, or has been stuck for half a minute.
+            WorkerError: a worker died, or has been stuck for 25 s.
             OSError: an image cannot be read.
 
         Warns:

@@ -15,7 +15,15 @@ from ..nn.member_module import MemberModule, check_mode, check_replication, copy
 from ..nn.routing import Routed, Routing
 from .fuse import unfuse
 from .mixing import check_not_mixing
-from .optimizers import Gains, check_optimizers, extend_scheduler, mark_replaced, move_parameters
+from .optimizers import (
+    Gains,
+    check_optimizers,
+    extend_scheduler,
+    listed_optimizers,
+    listed_schedulers,
+    mark_replaced,
+    move_parameters,
+)
 from .targets import (
     MEMBER_TYPES,
     RANK1_TYPES,
@@ -86,7 +94,9 @@ def expand(
     Source: von Oswald et al., ICLR 2021, section 2.
     """
     check_not_wrapped("expand", model)
-    check_replication("expand", num_members, noise_std)
+    check_replication("expand", num_members, noise_std, generator)
+    optimizers = listed_optimizers(optimizers)
+    schedulers = listed_schedulers(schedulers)
     check_not_expanded(model)
     targeted, rank1, empty = find_targets(model, targets)
     for target in empty if targeted else ():
@@ -107,8 +117,6 @@ def expand(
     check_batch_first(model, {key: replacements[key] for key in targeted})
     check_ties(model, targeted, rank1)
     moved, added = _tie(targeted, replacements), _gains(model, rank1, replacements)
-    optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-    schedulers = [schedulers] if hasattr(schedulers, "optimizer") else list(schedulers or ())
     _warn_of_time_first(model, targeted, rank1)
     _warn_of_hooks(model, moved)
     check_optimizers(model, optimizers, schedulers, moved, added, member_state, member_options or {})

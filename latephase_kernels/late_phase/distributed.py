@@ -24,7 +24,7 @@ from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from .convert import collapse, expand
 from .gradient_reduction import BUCKET_BYTES, GradientReduction
 from .member_shards import gather_members, keep_members, member_tensors, set_members
-from .optimizers import member_parameters
+from .optimizers import listed_optimizers, member_parameters
 from .rank_agreement import check_same_on_ranks
 from .rank_statistics import mean_over_ranks, own_statistics, plain_again, replace_plain, set_statistics_group
 from .sharded_state import load_model_state, load_optimizer_state, model_state, optimizer_state
@@ -164,16 +164,15 @@ class Distributed:
                 f"Distributed.expand: num_members={num_members} is not divisible by the {self.member_ranks} member "
                 "ranks; each must have as many members as the others"
             )
-        optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        optimizers = listed_optimizers(optimizers)
         if self.member_ranks > 1 and any(type(o).__name__ == "ZeroRedundancyOptimizer" for o in optimizers):
             raise ValueError(
                 "Distributed.expand: optimizers must not be a ZeroRedundancyOptimizer where ranks divide the members: "
                 "it would give every rank one rank's members; use an ordinary optimizer, which holds this rank's alone"
             )
         if generator is None:
-            seed = [
-                int(torch.randint(2**62, ())) if options.get("noise_std") else 0
-            ]  # every rank draws; rank 0's holds
+            # Every rank draws; rank 0's holds.
+            seed = [int(torch.randint(2**62, ())) if options.get("noise_std") else 0]
             dist.broadcast_object_list(seed, group=self._all)
             generator = torch.Generator().manual_seed(seed[0])
         own, means = self.own_statistics(), self.mean_statistics()

@@ -44,14 +44,19 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
         scale: "sum" (1), "mean" (1/K) or a number.
 
     Raises:
-        TypeError, ValueError: scale is none of these, or optimizer holds no base weight of the model, or has a line
-            search (LBFGS).
+        TypeError, ValueError: scale is none of these, or optimizer is none, holds no base weight of the model, or has
+            a line search (LBFGS).
         RuntimeError: model is not expanded.
 
     Source: von Oswald et al., ICLR 2021, section 2 (γ_θ).
     """
     routings = routings_of("set_base_grad_scale", model)
     factor = base_grad_factor("set_base_grad_scale", scale, routings[0].total_members)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"set_base_grad_scale: optimizer must be a torch optimizer, got {type(optimizer).__name__}; "
+            "give it the one that trains the base weights"
+        )
     members = set(member_parameters(model))
     base = {parameter for parameter in model.parameters() if parameter not in members}
     if not any(parameter in base for group in optimizer.param_groups for parameter in group["params"]):

@@ -24,6 +24,29 @@ Gains = dict[nn.Parameter, list[tuple[str, nn.Parameter]]]
 _MIXING = ("Adafactor", "Lamb", "LAMB", "FusedLAMB", "Lars", "LARS", "LBFGS", "Muon", "NovoGrad", "NvNovoGrad", "SOAP")
 
 
+def listed_optimizers(optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer]) -> list:
+    """Return one or several optimizers, as expand takes them, as a list; check_optimizers looks at what is in it."""
+    if isinstance(optimizers, torch.optim.Optimizer):
+        return [optimizers]
+    if not isinstance(optimizers, Iterable):
+        raise TypeError(
+            f"expand: optimizers must be torch optimizers, got {type(optimizers).__name__}; give one or a list of them"
+        )
+    return list(optimizers)
+
+
+def listed_schedulers(schedulers: Any) -> list:
+    """Return one or several schedulers, or None, as a list."""
+    if schedulers is None or hasattr(schedulers, "optimizer"):
+        return [] if schedulers is None else [schedulers]
+    if not isinstance(schedulers, Iterable):
+        raise TypeError(
+            f"expand: schedulers must be learning rate schedulers, got {type(schedulers).__name__}; "
+            "give one or a list of them"
+        )
+    return list(schedulers)
+
+
 def check_optimizers(
     model: nn.Module,
     optimizers: list,
@@ -245,9 +268,12 @@ def param_groups(
 
     Raises:
         TypeError: no_decay is none of these.
+        ValueError: no_decay is negative.
     """
     if no_decay is not None and not isinstance(no_decay, int) and not callable(no_decay):
         raise TypeError(f"param_groups: no_decay must be None, an int or a callable, got {type(no_decay).__name__}")
+    if isinstance(no_decay, int) and no_decay < 0:
+        raise ValueError(f"param_groups: no_decay must be at least 0, got {no_decay}; None lets all weights decay")
     settings = {
         "base": (lr, weight_decay),
         "member": (

@@ -46,6 +46,9 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         track_running_stats: with running_mean, running_var [K, C] and num_batches_tracked [K].
         device, dtype: of parameters and statistics.
         activation: "none" or "relu", applied last.
+
+    Raises:
+        TypeError, ValueError: num_members or activation does not fit.
     """
 
     _plain: type  # the torch.nn class of the same number of dimensions
@@ -261,7 +264,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_replication(where, num_members, noise_std)
+        check_replication(where, num_members, noise_std, generator)
         cls._check_plain(where, module)
         new = cls(
             module.num_features,

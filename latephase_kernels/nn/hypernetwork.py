@@ -269,7 +269,7 @@ class _MemberHyper(MemberModule, HyperLayer):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_replication(where, num_members, noise_std)
+        check_replication(where, num_members, noise_std, generator)
         plain = cls._plain
         if not isinstance(module, plain):
             raise TypeError(f"{where}: module must be a {plain.__name__}, got {type(module).__name__}")
@@ -306,7 +306,11 @@ class MemberHyperConv2d(_MemberHyper, HyperConv2d):
     Args:
         bank: shared by the members, and with other layers.
         num_members: K; all start equal.
-        num_slices, stride, padding: as in HyperConv2d.
+        num_slices: S, of the input channels, each with coefficients of its own.
+        options: stride and padding, by name, as nn.Conv2d has them; 1 and 0 unless given.
+
+    Raises:
+        TypeError, ValueError: bank does not fit, num_members or num_slices is not positive, or an unknown option.
     """
 
     _plain = HyperConv2d
@@ -319,7 +323,11 @@ class MemberHyperLinear(_MemberHyper, HyperLinear):
     Args:
         bank: shared by the members, and with other layers.
         num_members: K; all start equal.
-        num_slices: as in HyperLinear.
+        num_slices: S, of the inputs. A bias is mixed by the sum over slices.
+        options: there are none.
+
+    Raises:
+        TypeError, ValueError: bank does not fit, or num_members or num_slices is not positive.
     """
 
     _plain = HyperLinear

@@ -33,6 +33,9 @@ class MemberLinear(MemberModule):
         num_members: K.
         bias: with bias [K, out].
         device, dtype: of weight [K, out, in] and bias.
+
+    Raises:
+        TypeError, ValueError: num_members is not an int from 1.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class MemberLinear(MemberModule):
             NotImplementedError: it computes more than nn.Linear does, or others read its weight.
             ValueError: num_members or noise_std does not fit.
         """
-        check_replication("MemberLinear.from_module", num_members, noise_std)
+        check_replication("MemberLinear.from_module", num_members, noise_std, generator)
         check_plain("MemberLinear.from_module", module, nn.Linear)
         new = cls(module.in_features, module.out_features, num_members, module.bias is not None, device="meta")
         for name, parameter in module._parameters.items():

@@ -24,13 +24,18 @@ def check_mode(mode: str) -> None:
         raise ValueError(f'collapse: mode must be "exact" or "weights", got {mode!r}')
 
 
-def check_replication(where: str, num_members: int, noise_std: float) -> None:
-    """Raise unless num_members is an int ≥ 1 and noise_std a finite number ≥ 0."""
+def check_replication(where: str, num_members: int, noise_std: float, generator: torch.Generator | None) -> None:
+    """Raise unless num_members is an int ≥ 1, noise_std a finite number ≥ 0, and generator one or None."""
     check_num_members(where, num_members)
     if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)):
         raise TypeError(f"{where}: noise_std must be a float, got {type(noise_std).__name__}")
     if not math.isfinite(noise_std) or noise_std < 0:
         raise ValueError(f"{where}: noise_std must be finite and >= 0, got {noise_std}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{where}: generator must be a torch.Generator or None, got {type(generator).__name__}; "
+            "for a seed, give torch.Generator().manual_seed(seed)"
+        )
 
 
 def check_rows(where: str, input: Tensor, num_members: int) -> None:

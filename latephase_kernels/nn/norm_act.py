@@ -79,8 +79,8 @@ class EnsembleSyncBatchNormAct(_NormAct, EnsembleSyncBatchNorm):
 
 
 class SharedBatchNormAct2d(_NormAct, SharedBatchNorm2d):
-    """timm's BatchNormAct2d with one set of weights that normalizes each member by itself."""
+    """timm's BatchNormAct2d with one set of weights that normalizes each member by itself; made by from_module."""
 
 
 class SharedSyncBatchNormAct(_NormAct, SharedSyncBatchNorm):
-    """timm's SyncBatchNormAct with one set of weights that normalizes each member by itself."""
+    """timm's SyncBatchNormAct with one set of weights that normalizes each member by itself; made by from_module."""

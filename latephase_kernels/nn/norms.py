@@ -129,7 +129,7 @@ class _EnsembleNorm(MemberModule):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_replication(where, num_members, noise_std)
+        check_replication(where, num_members, noise_std, generator)
         if not cls._accepts(module):
             raise TypeError(f"{where}: module must be a {cls._plain.__name__}, got {type(module).__name__}")
         _check_norm(where, module)
@@ -207,6 +207,9 @@ class EnsembleLayerNorm(_EnsembleNorm, nn.LayerNorm):
         elementwise_affine: with weight [K, *normalized_shape].
         bias: with bias, the same shape.
         device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: num_members is not an int from 1, or what nn.LayerNorm does not take.
     """
 
     _plain = nn.LayerNorm
@@ -239,6 +242,9 @@ class EnsembleGroupNorm(_EnsembleNorm, nn.GroupNorm):
         eps: added to the (biased) variance.
         affine: with weight and bias [K, C].
         device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: num_members is not an int from 1, or what nn.GroupNorm does not take.
     """
 
     _plain = nn.GroupNorm
@@ -261,6 +267,9 @@ class EnsembleRMSNorm(_EnsembleNorm, nn.RMSNorm):
         eps: added to the mean square; None for the machine epsilon.
         elementwise_affine: with weight [K, *normalized_shape].
         device, dtype: of the weight.
+
+    Raises:
+        TypeError, ValueError: num_members is not an int from 1, or what nn.RMSNorm does not take.
     """
 
     _plain = nn.RMSNorm

@@ -143,7 +143,7 @@ class _Rank1(MemberModule):
             ValueError: num_members or noise_std does not fit.
         """
         where = f"{cls.__name__}.from_module"
-        check_replication(where, num_members, noise_std)
+        check_replication(where, num_members, noise_std, generator)
         check_plain(where, module, cls._plain)
         new = twin(module, cls)
         new.num_members, new.plain_type, new.routing = num_members, type(module), None

@@ -216,7 +216,7 @@ class Rank1LSTM(MemberModule, nn.LSTM):
             ValueError: num_members or noise_std does not fit.
         """
         where = "Rank1LSTM.from_module"
-        check_replication(where, num_members, noise_std)
+        check_replication(where, num_members, noise_std, generator)
         if not isinstance(module, nn.LSTM):
             raise TypeError(f"{where}: module must be an LSTM, got {type(module).__name__}")
         _check_options(where, module)

@@ -37,9 +37,14 @@ class _SharedBatchNorm(Routed, _BatchNorm):
     def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":
         """Return the module's twin: the same Parameter and buffer objects.
 
+        Args:
+            module: of the torch.nn class with the same number of dimensions.
+            num_members: K.
+
         Raises:
-            TypeError: module is no such batch norm.
+            TypeError: module is no such batch norm, or num_members no int.
             NotImplementedError: it computes more than its class does.
+            ValueError: num_members is below 1.
         """
         check_num_members(f"{cls.__name__}.from_module", num_members)
         cls._check_plain(f"{cls.__name__}.from_module", module)
@@ -48,7 +53,11 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         return new
 
     def collapse(self, mode: str = "exact") -> _BatchNorm:
-        """Return the plain batch norm: the same Parameter and buffer objects, in every mode."""
+        """Return the plain batch norm: the same Parameter and buffer objects, in every mode.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
         check_mode(mode)
         return twin(self, self.plain_type)
 
@@ -127,21 +136,42 @@ class _SharedBatchNorm(Routed, _BatchNorm):
 
 
 class SharedBatchNorm1d(_SharedBatchNorm):
-    """Batch norm over [K·B, C] or [K·B, C, L] with one set of weights that normalizes each member by itself."""
+    """Batch norm over [K·B, C] or [K·B, C, L] with one set of weights that normalizes each member by itself.
+
+    Made by from_module.
+
+    Args:
+        module: of from_module: the nn.BatchNorm1d whose weights and statistics [C] it shares.
+        num_members: of from_module: K.
+    """
 
     _plain = nn.BatchNorm1d
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class SharedBatchNorm2d(_SharedBatchNorm):
-    """Batch norm over [K·B, C, H, W] with one set of weights that normalizes each member by itself."""
+    """Batch norm over [K·B, C, H, W] with one set of weights that normalizes each member by itself.
+
+    Made by from_module.
+
+    Args:
+        module: of from_module: the nn.BatchNorm2d whose weights and statistics [C] it shares.
+        num_members: of from_module: K.
+    """
 
     _plain = nn.BatchNorm2d
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class SharedBatchNorm3d(_SharedBatchNorm):
-    """Batch norm over [K·B, C, D, H, W] with one set of weights that normalizes each member by itself."""
+    """Batch norm over [K·B, C, D, H, W] with one set of weights that normalizes each member by itself.
+
+    Made by from_module.
+
+    Args:
+        module: of from_module: the nn.BatchNorm3d whose weights and statistics [C] it shares.
+        num_members: of from_module: K.
+    """
 
     _plain = nn.BatchNorm3d
     _check_input_dim = nn.BatchNorm3d._check_input_dim

@@ -46,4 +46,11 @@ class EnsembleSyncBatchNorm(_SyncBatchNorm, _EnsembleBatchNorm):
 
 
 class SharedSyncBatchNorm(_SyncBatchNorm, _SharedBatchNorm):
-    """nn.SyncBatchNorm over [K·B, C, *] with one set of weights that normalizes each member by itself."""
+    """nn.SyncBatchNorm over [K·B, C, *] with one set of weights that normalizes each member by itself.
+
+    Made by from_module.
+
+    Args:
+        module: of from_module: the nn.SyncBatchNorm whose weights and statistics [C] it shares.
+        num_members: of from_module: K.
+    """

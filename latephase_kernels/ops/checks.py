@@ -35,6 +35,14 @@ def check_input(op: str, input: Tensor) -> None:
         )
 
 
+def check_strided(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless tensor is dense, not sparse or nested."""
+    if tensor.layout != torch.strided:
+        raise NotImplementedError(
+            f"{op}: {name} must be a dense strided tensor, got layout {tensor.layout}; convert it with .to_dense()"
+        )
+
+
 def check_per_member(op: str, name: str, tensor: Tensor, input: Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Raise unless tensor has one of the shapes, input's device, and input's type or the accumulation type."""
     if not isinstance(tensor, Tensor):
@@ -46,7 +54,8 @@ def check_per_member(op: str, name: str, tensor: Tensor, input: Tensor, shapes: 
 
 
 def check_like_input(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
-    """Raise unless tensor has input's device, and input's type or the accumulation type."""
+    """Raise unless tensor is strided and has input's device, and input's type or the accumulation type."""
+    check_strided(op, name, tensor)
     allowed = (torch.float64,) if input.dtype == torch.float64 else (torch.float32, input.dtype)
     if tensor.dtype not in allowed:
         raise NotImplementedError(

@@ -250,6 +250,11 @@ def ensemble_batch_norm(
 
     Source: von Oswald et al., ICLR 2021, section 2 (BatchNorm as late-phase weights).
     """
+    if group is not None and not isinstance(group, StatisticsGroup):
+        raise TypeError(
+            f"ensemble_batch_norm: group must be a StatisticsGroup or None, got {type(group).__name__}; "
+            "make a StatisticsGroup(group) of a process group"
+        )
     if training is True and running_mean is not None and running_var is not None:
         return normalize_and_update(
             input, running_mean, running_var, None, weight, bias, residual,

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from .checks import check_activation, check_input, check_num_members, check_per_member
+from .checks import check_activation, check_input, check_num_members, check_per_member, check_strided
 
 _OP = "ensemble_batch_norm"
 
@@ -17,14 +17,19 @@ def check_eps(op: str, eps: float, training: bool) -> None:
         raise ValueError(f"{op}: eps must be finite and {'> 0 in training' if training else '>= 0'}, got {eps}")
 
 
-def check_momentum(op: str, momentum: float | Tensor) -> None:
-    """Raise unless momentum is a finite number or a tensor."""
+def check_momentum(op: str, momentum: float | Tensor, num_members: int) -> None:
+    """Raise unless momentum is a finite number or a tensor of shape [] or [K, 1]."""
     if isinstance(momentum, Tensor):
+        if momentum.dim() > 0 and tuple(momentum.shape) != (num_members, 1):
+            raise ValueError(
+                f"{op}: momentum must be a float, or a tensor of shape [] or [{num_members}, 1] (one a member), "
+                f"got shape {list(momentum.shape)}; of one value a member, pass momentum.view({num_members}, 1)"
+            )
         return
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
         raise TypeError(
-            f"{op}: momentum must be a float, got {type(momentum).__name__}; for a cumulative average (momentum=None) "
-            "use the modules in latephase_kernels.nn, or pass 1 / (batches seen so far)"
+            f"{op}: momentum must be a float or a Tensor, got {type(momentum).__name__}; for a cumulative average "
+            "(momentum=None) use the modules in latephase_kernels.nn, or pass 1 / (batches seen so far)"
         )
     if not -math.inf < momentum < math.inf:
         raise ValueError(f"{op}: momentum must be finite, got {momentum}")
@@ -68,6 +73,7 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
         raise TypeError(f"{_OP}: residual must be a Tensor or None, got {type(residual).__name__}")
     if residual.shape != input.shape:
         raise ValueError(f"{_OP}: residual must have input's shape {list(input.shape)}, got {list(residual.shape)}")
+    check_strided(_OP, "residual", residual)
     if residual.dtype != input.dtype:
         raise NotImplementedError(
             f"{_OP}: residual must have input's type {input.dtype}, got {residual.dtype}; "
@@ -101,7 +107,7 @@ def check_arguments(
     if not isinstance(training, bool):
         raise TypeError(f"{_OP}: training must be a bool, got {type(training).__name__}")
     check_eps(_OP, eps, training)
-    check_momentum(_OP, momentum)
+    check_momentum(_OP, momentum, num_members)
     check_activation(_OP, activation)
     per_member = (num_members, input.size(1))
     _check_running(running_mean, running_var, input, per_member, training)

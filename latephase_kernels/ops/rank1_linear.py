@@ -196,11 +196,7 @@ registry.register_autograd("rank1_linear", _registered_gradients, _setup_context
 
 
 def rank1_linear(
-    input: Tensor,  # [K·B, …, in]
-    weight: Tensor,  # [out, in]
-    input_gain: Tensor,  # [K, in]
-    output_gain: Tensor,  # [K, out]
-    bias: Tensor | None = None,  # [K, out] or [out]
+    input: Tensor, weight: Tensor, input_gain: Tensor, output_gain: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Apply a linear layer to each member's rows with that member's own weight W ∘ (r_k s_kᵀ).
 
@@ -209,11 +205,11 @@ def rank1_linear(
     Equals `F.linear(x_k, weight * output_gain[k][:, None] * input_gain[k], bias)` on each member's slice.
 
     Args:
-        input: member-major (row i is member i // B's); float32, bfloat16, float16 or float64, any strides. Under
-            autocast it joins autocast's type, as in F.linear.
-        weight: shared by the members; float32 or input's type, as everything that follows.
-        input_gain, output_gain: s and r, any sign or zero.
-        bias: [out] shared by the members, or one for each, or None.
+        input: [K·B, …, in], member-major (row i is member i // B's); float32, bfloat16, float16 or float64, any
+            strides. Under autocast it joins autocast's type, as in F.linear.
+        weight: [out, in], shared by the members; float32 or input's type, as everything that follows.
+        input_gain, output_gain: s [K, in] and r [K, out], any sign or zero.
+        bias: [K, out], or [out] shared by the members, or None.
 
     Returns:
         [K·B, …, out], input's type.

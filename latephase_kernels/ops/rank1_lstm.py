@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import backend
 from ..reference import rank1_lstm as reference
 from ..reference.precision import accumulation_dtype
 from . import rank1_linear_folded, registry
@@ -119,6 +120,8 @@ _ARGUMENTS = (
     "Tensor output_gain_ih, Tensor input_gain_hh, Tensor output_gain_hh, Tensor? bias"
 )
 _FORWARD, _BACKWARD = f"{registry.NATIVE}::rank1_lstm", f"{registry.NATIVE}::rank1_lstm_backward"
+backend.note_op("rank1_lstm", composite=True)
+backend.note_op("rank1_lstm_backward", composite=True)
 torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor output, Tensor c_n, Tensor cells, Tensor gates)")
 torch.library.define(
     _BACKWARD,
@@ -167,16 +170,16 @@ torch.library.register_autograd(_FORWARD, _gradients, setup_context=_setup_conte
 
 
 def rank1_lstm(
-    input: Tensor,  # [T, K·B, in]
-    h0: Tensor,  # [K·B, H]
-    c0: Tensor,  # [K·B, H]
-    weight_ih: Tensor,  # [4H, in]
-    weight_hh: Tensor,  # [4H, H]
-    input_gain_ih: Tensor,  # [K, in]
-    output_gain_ih: Tensor,  # [K, 4H]
-    input_gain_hh: Tensor,  # [K, H]
-    output_gain_hh: Tensor,  # [K, 4H]
-    bias: Tensor | None = None,  # [K, 4H] or [4H]
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    input_gain_ih: Tensor,
+    output_gain_ih: Tensor,
+    input_gain_hh: Tensor,
+    output_gain_hh: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one LSTM layer over a sequence, each member's rows with its own weights W ∘ (r_k s_kᵀ).
 
@@ -186,18 +189,19 @@ def rank1_lstm(
     Equals nn.LSTM on each member's rows with the weights `weight * output_gain[k][:, None] * input_gain[k]`.
 
     Args:
-        input: member-major along dim 1 (row i of a step is member i // B's); float32, bfloat16, float16 or float64, any
-            strides. Under autocast it joins autocast's type.
-        h0, c0: the state before the first step; float32 or input's type, as everything that follows.
-        weight_ih, weight_hh: shared by the members; gates in nn.LSTM's order i, f, g, o.
-        input_gain_ih, output_gain_ih, input_gain_hh, output_gain_hh: s and r, any sign or zero.
-        bias: of the gates: the sum of nn.LSTM's two; [4H] shared by the members.
+        input: [T, K·B, in], at least one step, member-major along dim 1 (row i of a step is member i // B's); float32,
+            bfloat16, float16 or float64, any strides. Under autocast it joins autocast's type.
+        h0, c0: [K·B, H], the state before the first step; float32 or input's type, as everything that follows.
+        weight_ih, weight_hh: [4H, in] and [4H, H], shared by the members; gates in nn.LSTM's order i, f, g, o.
+        input_gain_ih, input_gain_hh: s, [K, in] and [K, H], any sign or zero.
+        output_gain_ih, output_gain_hh: r, [K, 4H] each, any sign or zero.
+        bias: of the gates, the sum of nn.LSTM's two: [K, 4H], or [4H] shared by the members, or None.
 
     Returns:
         Every h_t [T, K·B, H], the last h and the last c [K·B, H]; input's type.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or T is 0.
         TypeError: an argument has the wrong Python type.
         NotImplementedError: a dtype or tensor layout that is not supported.
 

@@ -47,9 +47,8 @@ def define(
         _ops[namespace, name] = getattr(getattr(torch.ops, namespace), name).default
     for device in ("CUDA", "CPU"):  # CPU: Triton's interpreter
         _libraries[TRITON].impl(name, triton_implementation, device)
-    if composite is None:
-        backend.note_op(name)
-    else:
+    backend.note_op(name, composite=composite is not None)
+    if composite is not None:
         _libraries[NATIVE].impl(name, composite, "CompositeExplicitAutograd")
 
 

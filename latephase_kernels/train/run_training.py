@@ -137,7 +137,9 @@ class _Run:
         """
         trainer, per_epoch = self.trainer, self.trainer.batches.minibatches_per_epoch
         started, first = time.perf_counter(), trainer.minibatch
-        self.progress.begin(f"{self.recipe.name}: epoch {int(trainer.epoch) + 1} of {self.recipe.epochs}")
+        epochs, trained = self.recipe.epochs, trainer.minibatch >= trainer.total
+        stage = f"all {epochs} epochs are trained" if trained else f"epoch {int(trainer.epoch) + 1} of {epochs}"
+        self.progress.begin(f"{self.recipe.name}: {stage}")
         try:
             while trainer.minibatch < trainer.total:
                 before = trainer.minibatch // per_epoch
