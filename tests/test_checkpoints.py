@@ -1,6 +1,7 @@
 """Checkpoints survive flipped bits, full disks and killed processes; random states come back."""
 
 import errno
+import os
 import random
 import signal
 import subprocess
@@ -96,6 +97,25 @@ def test_a_full_disk_names_path_and_errno_and_keeps_the_last(tmp_path):
     assert CheckpointFolder(tmp_path).load()[1] == 1
 
 
+def test_a_file_is_synced_whole_before_its_rename_and_the_folder_after(tmp_path, monkeypatch):
+    folder, calls, fsync, replace = CheckpointFolder(tmp_path), [], os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        found = os.fstat(descriptor)
+        calls.append(("sync", found.st_ino, found.st_size))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        calls.append(("rename", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    file = folder.save({"w": torch.ones(1)}, 1).stat()  # less than a buffer
+    assert calls[:2] == [("sync", file.st_ino, file.st_size), ("rename", file.st_ino)]
+    assert [call[:2] for call in calls[2:]] == [("sync", tmp_path.stat().st_ino)]
+
+
 KILLED = """
 import sys, torch
 from latephase_kernels.train.checkpoints import CheckpointFolder
@@ -107,6 +127,7 @@ for step in range(1, 100_000):
 """
 
 
+@pytest.mark.filterwarnings("error:checkpoint")  # of a damaged one
 def test_kill_in_the_middle_of_saving(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
@@ -118,6 +139,27 @@ def test_kill_in_the_middle_of_saving(tmp_path):
     assert step >= 3 and torch.equal(loaded["w"], torch.full((100_000,), float(step)))
     CheckpointFolder(tmp_path).save({"w": torch.zeros(1)}, step + 1)
     assert not (tmp_path / "unfinished.pt").exists()
+
+
+KILLED_IN_A_WRITE = """
+import resource, signal, sys, torch
+from latephase_kernels.train.checkpoints import CheckpointFolder
+folder = CheckpointFolder(sys.argv[1])
+folder.save({"w": torch.ones(10)}, 1)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # kills at byte 20000
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+folder.save({"w": torch.zeros(100_000)}, 2)
+"""
+
+
+@pytest.mark.filterwarnings("error:checkpoint")  # of a damaged one
+def test_half_a_file_has_no_checkpoints_name(tmp_path):
+    run = subprocess.run([sys.executable, "-c", KILLED_IN_A_WRITE, str(tmp_path)])
+    assert run.returncode == -signal.SIGXFSZ
+    assert max(path.stat().st_size for path in tmp_path.iterdir()) == 20_000
+    loaded, step = CheckpointFolder(tmp_path).load()
+    assert step == 1 and torch.equal(loaded["w"], torch.ones(10))
 
 
 def test_a_folder_that_cannot_be_made():

@@ -1,6 +1,7 @@
 """Every recipe of the package: read, built at a tiny size, and trained through T0."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from latephase_kernels.data import ImageSet
 from latephase_kernels.late_phase.optimizers import member_parameters
 from latephase_kernels.nn import HyperConv2d, HyperLinear, MemberLinear, Rank1Conv2d, Rank1Linear
-from latephase_kernels.train.recipe import RECIPES, Swa, check, recipe_names
+from latephase_kernels.train.recipe import RECIPES, Data, Late, Model, Optimizer, Schedule, Swa, check, recipe_names
 from latephase_kernels.train.train_command import as_yaml, parse_recipe
 from latephase_kernels.train.trainer import Trainer
 
@@ -81,6 +82,69 @@ def test_the_set_is_complete():
         recipe, _ = parse_recipe([name])
         assert check(recipe).name == name
         assert (RECIPES / f"{name}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    "name, width, cutout, epochs, start, anneal, end_lr, swa_start, late_decay",  # decay of members: None is the base's
+    [
+        ("cifar10", 10, 0, 200, 120, (100, 180), 0.001, None, None),
+        ("cifar100", 10, 0, 200, 120, (100, 180), 0.001, None, 5e-3),
+        ("cifar10_swa", 10, 0, 200, 100, (80, 144), 0.05, 161, None),
+        ("cifar100_swa", 10, 0, 200, 100, (80, 144), 0.05, 161, None),
+        ("cifar10_wide_swa", 14, 16, 300, 120, (80, 240), 0.05, 241, None),
+        ("cifar100_wide_swa", 14, 16, 300, 120, (80, 240), 0.05, 241, None),
+    ],
+)
+def test_cifar_recipes_are_the_published_ones(
+    name, width, cutout, epochs, start, anneal, end_lr, swa_start, late_decay
+):
+    """Whole sections are compared, so that nothing of the training is added either. No value deviates."""
+    recipe, _ = parse_recipe([name])
+    assert recipe.data == Data(name.split("_")[0], crop_padding=4, flip=True, cutout=cutout)
+    assert recipe.model == Model("wide_resnet", {"depth": 28, "width": width}, weights=None)
+    assert recipe.optimizer == Optimizer("sgd", 0.1, 0.9, nesterov=True, weight_decay=5e-4, clip_norm=None)
+    assert recipe.schedule == Schedule(*anneal, end_lr, drop_epochs=[], members_follow=True)
+    assert dataclasses.replace(recipe.late, fuse=True, member_chunk=None) == Late(
+        start=start,
+        members=10,
+        targets=["batch_norm", "head"],
+        noise_std=0.0,
+        base_grad_scale="sum",
+        lr=None,
+        weight_decay=late_decay,
+        member_state="fresh",
+    )
+    assert recipe.swa == Swa(swa_start, per_epoch=1)
+    assert (recipe.epochs, recipe.batch_size, recipe.accumulate) == (epochs, 128, 1)
+    assert (recipe.label_smoothing, recipe.precision, recipe.dropout_passes) == (0.0, "float32", 0)
+
+
+HYPERNETWORK = {"model.name": "hyper_wide_resnet", "late.targets": ["embedding"], "late.weight_decay": None}
+BATCH_ENSEMBLE = {"start": 0, "members": 4, "targets": ["rank1", "batch_norm"], "noise_std": 0.5, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize(
+    "published, method, differences",
+    [
+        ("cifar*", "_base", {"late.start": None}),
+        ("cifar*_swa", "_base", {"late.start": None}),
+        ("cifar*", "_from_start", {"late.start": 0}),
+        ("cifar*", "_hypernetwork", HYPERNETWORK),
+        ("cifar100_swa", "_hypernetwork", HYPERNETWORK),
+        # What follows is this project's choice of settings, no published one.
+        ("cifar*", "_rank1", {"late.targets": ["rank1"], "late.weight_decay": None}),
+        ("cifar*", "_batch_ensemble", {f"late.{option}": value for option, value in BATCH_ENSEMBLE.items()}),
+        ("cifar*", "_dropout", {"late.start": None, "model.options.dropout": 0.3, "dropout_passes": 10}),
+    ],
+)
+def test_other_cifar_recipes_differ_from_the_published_ones_in_the_method_alone(published, method, differences):
+    for data in ("10", "100"):
+        recipe, _ = parse_recipe([published.replace("*", data) + method])
+        expected = dataclasses.asdict(parse_recipe([published.replace("*", data)])[0])
+        for option, value in {"name": recipe.name, **differences}.items():
+            *sections, last = option.split(".")
+            functools.reduce(dict.__getitem__, sections, expected)[last] = value
+        assert dataclasses.asdict(recipe) == expected
 
 
 def test_a_recipe_changes_another():

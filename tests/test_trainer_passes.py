@@ -96,6 +96,7 @@ def capture_on_cpu(function):
         {"accumulate": 2},
         {"skip_nonfinite": True},
         {"late": Late(start=None)},
+        {"late": Late(start=8 / 6, members=1)},  # another phase, the same shapes
         {"optimizer": Optimizer("adamw", 0.01)},
     ],
 )
@@ -111,30 +112,31 @@ def test_captured_passes_train_as_others_do(changes):
         graphed.step()
         steps += 1
     assert_same(plain, graphed)
-    phases = 1 if changes.get("late") else 2
+    phases = 2 if graphed.expanded else 1
     assert capture_on_cpu.captured == phases
     assert capture_on_cpu.replayed == steps - phases * WARMUP_STEPS
 
 
-def test_a_graph_is_for_one_shape():
+def test_a_graph_is_for_one_phase_and_shape():
     graphed = GraphedPasses(capture_on_cpu)
     model = torch.nn.Linear(3, 1)
     capture_on_cpu.model, capture_on_cpu.parameters, capture_on_cpu.captured = model, model.parameters, 0
 
-    def passes(x):
-        loss = model(x).square().mean()
-        loss.backward()
-        return loss.detach()
+    for phase, rows in 5 * [(1, 2)] + 5 * [(1, 5)] + 5 * [(2, 5)]:
 
-    for rows in (2, 2, 2, 2, 2, 5, 5, 5, 5, 5):
+        def passes(x, power=phase):
+            loss = model(x).square().mean() ** power
+            loss.backward()
+            return loss.detach()
+
         x = torch.randn(rows, 3)
-        loss = graphed("phase", passes, [x], model.parameters)
+        loss = graphed(phase, passes, [x], model.parameters)
         found = [parameter.grad.clone() for parameter in model.parameters()]
-        expected = model(x).square().mean()
+        expected = model(x).square().mean() ** phase
         torch.testing.assert_close(loss, expected.detach())
         for gradient, other in zip(found, torch.autograd.grad(expected, list(model.parameters()))):
             torch.testing.assert_close(gradient, other)
-    assert capture_on_cpu.captured == 2
+    assert capture_on_cpu.captured == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -161,6 +163,15 @@ def test_graphs_need_a_gpu():
 def test_drops_multiply_the_annealed_rate(epoch, expected):
     schedule = Schedule(20, 30, 0.05, drop_epochs=[10, 20])  # from 0.5, to a tenth
     assert learning_rate_factor(schedule, Optimizer(lr=0.5), epoch) == pytest.approx(expected)
+
+
+def test_the_first_step_of_an_epoch_has_its_rate():
+    """At a drop, and at an annealing of no length."""
+    trainer = Trainer(recipe(late=Late(start=None), schedule=Schedule(2, 2, 0.05, drop_epochs=[1])), data())
+    rates = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    run(trainer)
+    assert rates == pytest.approx(6 * [0.1] + 6 * [0.01] + 6 * [0.005])
 
 
 @pytest.mark.parametrize("follow", [True, False])
