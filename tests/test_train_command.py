@@ -209,6 +209,15 @@ def test_a_network_that_was_checked_is_the_same():
     assert torch.equal(torch.get_rng_state(), random_numbers) and network.training
 
 
+def test_a_network_that_does_not_fit_is_refused_before_training(tmp_path, capsys):
+    pytest.importorskip("torchvision")
+    output = tmp_path / "run"
+    assert main(["train", "digits_base", "--model.name=torchvision:alexnet", "--output", str(output)]) == 2
+    message = "model.name torchvision:alexnet does not run on this data's images of 1 × 8 × 8: .*3 channels.*; choose"
+    assert re.search(message, capsys.readouterr().err)
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("answer, found", [(lambda x: x, r"\[2, 1, 8, 8\]"), (lambda x: (x, x), "tuple")])
 def test_a_network_must_answer_with_logits(answer, found):
     network = torch.nn.BatchNorm2d(1)
@@ -230,10 +239,6 @@ def test_a_network_must_answer_with_logits(answer, found):
         ),
         (["digits", "--model.options.depth=3"], "model small_resnet with options .*depth"),
         (["digits", "--model.name=torchvision:resnet7"], "resnet7"),
-        (
-            ["digits_base", "--model.name=torchvision:alexnet"],
-            "model.name torchvision:alexnet does not run on this data's images of 1 × 8 × 8: .*3 channels.*; choose",
-        ),
         (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, digits"),
         (["cifar10", "--data.folder=nowhere"], "nowhere"),
         (["digits", "--output=file"], r"\[Errno 17\] File exists: 'file'"),
