@@ -84,7 +84,8 @@ def main() -> None:
         )
         found = {name: shares(STEPS[name](setting), device, arguments.steps) for name in (PLAIN, FUSED)}
         report["networks"][network] = {"members": setting.num_members, "rows": own_rows, **found}
-        print(f"\n| {network}, K = {setting.num_members}, {own_rows} images a member, {layouts[-1]} | plain | ours |")
+        title = f"{network}, K = {setting.num_members}, {own_rows} images a member, {layouts[-1]}"
+        print(f"\n| {title} | plain | ours, fused |")
         print("|---|---|---|")
         for kind in found[PLAIN]:
             figures = [f"{found[n][kind]:.1f} ms, {found[n][kind] / found[n]['all']:.0%}" for n in (PLAIN, FUSED)]
