@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
 
-    python -m benchmarks.gpu [--parts build test sanitize norm gain linear lstm input] [--output FOLDER]
+    python -m benchmarks.gpu [--parts build test sanitize norm tiers gain linear lstm input] [--output FOLDER]
     python -m benchmarks.gpu --parts step_resnet      # whole training steps; step_wrn, step_densenet, growth, profile
     python -m benchmarks.gpu --device cpu --limit 60  # a rehearsal without a GPU: tests skip, figures are a CPU's
 
@@ -56,7 +56,7 @@ LIBRARIES_LOAD = "from latephase_kernels import backend; assert not backend._loa
 BUILD_SECONDS, LONGEST_FILE_SECONDS = 270, 60
 
 BENCHMARKS = {
-    **{"norm": "ensemble_batch_norm", "gain": "member_gain", "norm_gains": "norm_gains"},
+    **{"norm": "ensemble_batch_norm", "tiers": "tiers", "gain": "member_gain", "norm_gains": "norm_gains"},
     **{"linear": "rank1_linear", "lstm": "rank1_lstm"},
 }
 STEP_NETWORKS = {"step_wrn": "WRN-28-10", "step_resnet": "ResNet-50", "step_densenet": "DenseNet-161"}
@@ -64,7 +64,7 @@ STEPS = (*STEP_NETWORKS, "growth", "profile")
 # The most seconds of each part. What one leaves, others may use.
 PARTS = {
     **{"build": 240.0, "test": 200.0, "sanitize": 90.0},
-    **{"norm": 300.0, "gain": 60.0, "norm_gains": 60.0, "linear": 90.0, "lstm": 60.0, "input": 90.0},
+    **{"norm": 300.0, "tiers": 60.0, "gain": 60.0, "norm_gains": 60.0, "linear": 90.0, "lstm": 60.0, "input": 90.0},
 }
 ALL_PARTS = {**PARTS, **dict.fromkeys(STEPS, 590.0)}  # those of STEPS only where they are named
 
@@ -128,6 +128,8 @@ def kernel_steps(part: str, output: Path, device: str) -> list[Step]:
             timed("bfloat16", "--residual", *some, "--networks", "ResNet-50", suffix="_residual"),
             timed("float32", "--compiled", "--networks", "WRN-28-10", "ResNet-50"),
         ]
+    if part == "tiers":  # so many settings that each has little time
+        return [timed("bfloat16", "--seconds", "0.1")]
     return [
         timed(dtype, *(["--no-compile"] if part == "lstm" or (part == "linear" and dtype == "float32") else []))
         for dtype in ("bfloat16", "float32")  # compiling takes minutes

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -166,6 +167,30 @@ def test_a_contender_that_raises_or_is_wrong_is_named_and_the_others_are_timed(m
         assert key in table["rows"][bench.OURS] and "ms" in table["rows"][bench.PLAIN]
         assert all(bench.describe(*row) for row in table["rows"].items())
         assert bench.summarize([table]) == {} and bench.markdown([table]).count("\n") == 1
+
+
+def test_tiers_are_compared_setting_by_setting(monkeypatch):
+    """Each call sees the variables of its setting and leaves none behind; wrong values are named, and not timed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tiers = pytest.importorskip("bench_tiers")
+    seen, right = set(), tiers.ours
+
+    def ours(x, *parameters):
+        setting = {name: value for name, value in os.environ.items() if name.startswith("LATEPHASE_CUDA_")}
+        seen.add(json.dumps(setting))
+        return right(x, *parameters) * (1.5 if setting.get("LATEPHASE_CUDA_CLUSTER") == "2" else 1.0)
+
+    monkeypatch.setattr(tiers, "ours", ours)
+    case = tiers.Case(2, 3, 4, device=torch.device("cpu"), dtype=torch.float32, channels_last=False)
+    table = {"network": "any", "shape": [20, 3, 4, 4], "layout": "contiguous", "rows": tiers.bench(case, 0.0, 1e9)}
+    assert seen == {json.dumps(variables) for variables in tiers.SETTINGS.values()}
+    assert not any(name.startswith("LATEPHASE_CUDA_") for name in os.environ)
+    for rows in table["rows"].values():
+        assert set(rows) == set(tiers.SETTINGS)
+        assert [name for name, row in rows.items() if "ms" not in row] == ["clusters of 2 at most"]
+    lines = tiers.describe(table)
+    assert len(lines) == 2 and all(line.count("|") == 8 and "wrong: clusters of 2 at most" in line for line in lines)
+    assert set(tiers.summarize([table])) == {"contiguous, forward", "contiguous, backward"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
