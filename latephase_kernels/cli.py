@@ -73,6 +73,16 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise ValueError(str(error)) from error
 
 
+def _collapse(arguments: argparse.Namespace) -> None:
+    from .train.checkpoints import RunError
+    from .train.collapse_command import run_collapse
+
+    try:
+        run_collapse(**{name: value for name, value in vars(arguments).items() if name != "run"})
+    except (RunError, ImportError) as error:
+        raise ValueError(str(error)) from error
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from .train.report import run_report
 
@@ -106,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train by a recipe: CIFAR-10, CIFAR-100, ImageNet, enwik8, digits, text, or a YAML file (latephase train)",
     )
     _add_eval(commands)
+    _add_collapse(commands)
     _add_report(commands)
     return parser
 
@@ -187,6 +198,34 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate.set_defaults(run=_eval)
 
 
+def _add_collapse(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    collapse = commands.add_parser(
+        "collapse",
+        allow_abbrev=False,
+        help="the members of a run's last checkpoint averaged into one plain model, as safetensors",
+        description="Collapse the model of a run's last checkpoint, finished or not, and write it as safetensors. The "
+        "file loads into the plain network, strictly. A finished run has its own already, model.safetensors, in mode "
+        "exact.",
+    )
+    collapse.add_argument("folder", metavar="RUN", help="the folder of the run")
+    collapse.add_argument(
+        "--mode",
+        choices=("exact", "weights"),
+        default="exact",
+        help="exact averages the layers' outputs in eval mode, for inference (the default); weights averages the "
+        "tensors, for further training",
+    )
+    collapse.add_argument(
+        "--last", action="store_true", help="of a run with SWA the last weights, not their average over time"
+    )
+    collapse.add_argument("--data", metavar="DIR", help="where all data lie (default: as in the run's recipe)")
+    collapse.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    collapse.add_argument(
+        "--output", metavar="FILE", help="file or folder to write to (default RUN/collapsed.safetensors)"
+    )
+    collapse.set_defaults(run=_collapse)
+
+
 def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
     report = commands.add_parser(
         "report",
@@ -196,7 +235,13 @@ def _add_report(commands: "argparse._SubParsersAction[_Parser]") -> None:
         "beside the published figures; write report.md, report.json and report.png. Runs are matched by their "
         "recipes' names.",
     )
-    report.add_argument("folders", nargs="+", metavar="RUNS", help="folders of runs, or folders that hold some")
+    report.add_argument(
+        "folders",
+        nargs="*",
+        default=["runs"],
+        metavar="RUNS",
+        help="folders of runs, or folders that hold some (default ./runs)",
+    )
     report.add_argument("--output", default="report", metavar="DIR", help="folder to write to (default ./report)")
     report.set_defaults(run=_report)
 

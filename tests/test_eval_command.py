@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint(digits, tmp_path, capsys):
     assert "NOT the end of the run" in capsys.readouterr().out and not found["finished"] and found["epoch"] == 2.5
     assert found["metrics"] != digits[1]["metrics"] and "ensemble" in found["metrics"]
     first.write_bytes(content)
-    with pytest.warns(UserWarning, match="every checkpoint .* is damaged: .*; evaluating model.safetensors instead"):
+    with pytest.warns(UserWarning, match="every checkpoint .* is damaged: .*; using model.safetensors instead"):
         assert run_eval(folder, device="cpu")["weights"] == "model.safetensors"
     plain = folder / "model.safetensors"
     plain.write_bytes(plain.read_bytes()[:-1])

@@ -127,6 +127,15 @@ def test_flags_hooks_and_types_survive():
     assert model[6].weight.dtype == torch.float16
 
 
+def test_a_model_without_data_is_converted_both_ways():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    lp.collapse(lp.expand(model, K, targets=("batch_norm", "head")))
+    assert {key: tensor.shape for key, tensor in model.state_dict().items()} == shapes
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
 def test_tied_modules_and_parameters_stay_tied():
     norm = nn.BatchNorm2d(2)
     model = nn.Sequential(norm, nn.ReLU(), norm, nn.BatchNorm2d(2))
@@ -288,6 +297,9 @@ def test_member_loss_is_the_sum_of_the_members_means():
     assert torch.equal(lp.member_loss(F.cross_entropy, output, target, num_members=K), expected)
     both = lp.member_loss(lambda o, t: F.cross_entropy(o["a"], t), {"a": output}, target, num_members=K)
     assert torch.equal(both, expected)
+    each, values = nn.MSELoss(reduction="none"), torch.randn(K * B, 5)  # a loss [B, 5] a member
+    mean = sum(F.mse_loss(o, t) for o, t in zip(output.chunk(K), values.chunk(K)))
+    torch.testing.assert_close(lp.member_loss(each, output, values, num_members=K), mean)
     with pytest.raises(ValueError, match=r"output.size\(0\)=12 is not divisible by num_members=5"):
         lp.member_loss(F.cross_entropy, output, target, num_members=5)
 

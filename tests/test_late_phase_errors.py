@@ -139,12 +139,24 @@ class LAMB(torch.optim.SGD):
     """Stands for the optimizers of that name, which scale a tensor's step by its norm."""
 
 
+class MyLAMB(LAMB):
+    """One more of the kind."""
+
+
+def cautious(parameters):
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    optimizer.param_groups[0]["caution"] = True
+    return optimizer
+
+
 @pytest.mark.parametrize(
     "make, options, error, message",
     [
         (lambda p: torch.optim.LBFGS(p), {}, NotImplementedError, "LBFGS mixes the elements of a tensor"),
         (lambda p: torch.optim.Adafactor(p), {}, NotImplementedError, "Adafactor mixes .* optimizer of their own"),
         (lambda p: LAMB(p), {}, NotImplementedError, "LAMB mixes"),
+        (lambda p: MyLAMB(p), {}, NotImplementedError, "MyLAMB mixes"),
+        (cautious, {}, NotImplementedError, "SGD with caution=True mixes .*; give member_options={.caution.: False}"),
         (lambda p: torch.optim.SGD(net().parameters()), {}, ValueError, "none of the SGD's 4 is one; make it from"),
         (lambda p: torch.optim.SGD(p, lr=1), {"member_options": {"beta": 1}}, ValueError, "member_options has 'beta'"),
         (lambda p: RowState(p), {"member_state": "copy"}, ValueError, "cannot broadcast the state 'rows'"),
@@ -160,6 +172,40 @@ def test_optimizers_that_do_not_fit(make, options, error, message):
     with pytest.raises(error, match=message):
         lp.expand(model, 2, targets="head", optimizers=optimizer, **options)
     assert optimizer.param_groups == before and type(model[1]) is nn.Linear
+
+
+def test_timm_optimizers_are_k_optimizers_or_refused():
+    """Of every rule of timm's that runs here, a weight and a bias of K members move as those of K optimizers."""
+    optim = pytest.importorskip("timm.optim")
+    kept, refused = set(), set()
+    for name in optim.list_optimizers():
+        model = nn.Sequential(nn.Linear(4, 3))
+        options = {"opt": name, "lr": 0.01, "weight_decay": 0.1}
+        try:
+            optimizer = optim.create_optimizer_v2(model.parameters(), **options)
+        except (AssertionError, ImportError):  # of other packages, for a GPU
+            continue
+        members = [copy.deepcopy(model) for _ in range(3)]
+        try:
+            lp.expand(model, 3, targets="head", optimizers=optimizer)
+        except NotImplementedError as error:
+            assert "mixes the elements of a tensor" in str(error)
+            refused.add(name)
+            continue
+        if name == "adahessian":  # wants the graph of the gradients
+            continue
+        optimizers = [optimizer, *(optim.create_optimizer_v2(member.parameters(), **options) for member in members)]
+        for _ in range(3):
+            for late, *plain in zip(model.parameters(), *(member.parameters() for member in members)):
+                late.grad = torch.randn_like(late)
+                for parameter, grad in zip(plain, late.grad):
+                    parameter.grad = grad.clone()
+            for each in optimizers:
+                each.step()
+        for late, *plain in zip(model.parameters(), *(member.parameters() for member in members)):
+            torch.testing.assert_close(late, torch.stack(plain), rtol=1e-6, atol=1e-7, msg=name)
+        kept.add(name)
+    assert {"adamw", "lion", "sgd"} <= kept and {"adamp", "kron", "lamb", "mars", "muon", "cadamw"} <= refused
 
 
 def test_what_mixes_nothing_is_accepted():

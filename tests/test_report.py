@@ -99,6 +99,13 @@ def test_the_picture_shows_every_number(runs, tmp_path, monkeypatch):
     assert legends == ["published (*: of a recipe with other options)"]
 
 
+def test_runs_are_found_where_training_puts_them(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs.parent)
+    assert main(["report"]) == 0
+    assert "| cifar10 | averaged | 3 | 96.50 ± 0.25" in capsys.readouterr().out
+    assert (runs.parent / "report" / "report.md").exists()
+
+
 def test_runs_of_other_options_than_the_published_recipe_say_so(runs, tmp_path, capsys):
     late = dataclasses.replace(parse_recipe(["cifar100"])[0].late, members=5, fuse=False)
     write_run(runs / "short", "cifar100", 0, 70.0, epochs=2, late=late, precision="bfloat16", channels_last=True)

@@ -296,7 +296,7 @@ def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: dict[int, nn
             if name not in parameters:  # rank-1 gains, multiplied into the weight
                 continue
             tied = first.setdefault(parameter, parameters[name])
-            if torch.equal(tied, parameters[name]):
+            if tied is parameters[name] or torch.equal(tied, parameters[name]):
                 parameters[name] = tied
             else:
                 warnings.warn(

@@ -21,7 +21,20 @@ from ..nn.member_module import REPLACED_BY, MemberModule
 Gains = dict[nn.Parameter, list[tuple[str, nn.Parameter]]]
 
 # Rules that mix the elements of a tensor (a norm, a factorization, a matrix sign): [K, …] is not K tensors to them.
-_MIXING = ("Adafactor", "Lamb", "LAMB", "FusedLAMB", "Lars", "LARS", "LBFGS", "Muon", "NovoGrad", "NvNovoGrad", "SOAP")
+_MIXING = {
+    *("Adafactor", "AdafactorBigVision", "AdamP", "FusedLAMB", "Kron", "LAMB", "LARS", "LBFGS", "Lamb", "Lars", "Mars"),
+    *("Muon", "NovoGrad", "NvNovoGrad", "SGDP", "SOAP"),
+}
+
+
+def _mixes(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer is, or derives from, one of these."""
+    return any(kind.__name__ in _MIXING for kind in type(optimizer).__mro__)
+
+
+def _is_cautious(group: dict, options: dict) -> bool:
+    """Return whether members in such a group would share timm's caution, a mean over the whole tensor."""
+    return bool({**group, **options}.get("caution"))
 
 
 def listed_optimizers(optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer]) -> list:
@@ -91,10 +104,16 @@ def check_optimizers(
                 f"expand: member_options has {unknown[0]!r}, which {type(optimizer).__name__} does not know; "
                 f"it knows {', '.join(sorted(known))}"
             )
-        if held and type(optimizer).__name__ in _MIXING:
+        if held and _mixes(optimizer):
             raise NotImplementedError(
                 f"expand: {type(optimizer).__name__} mixes the elements of a tensor and cannot hold replicated "
                 "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
+            )
+        leaves = [group for group in optimizer.param_groups if any(p in moved or p in added for p in group["params"])]
+        if any(_is_cautious(group, options) for group in leaves):
+            raise NotImplementedError(
+                f"expand: {type(optimizer).__name__} with caution=True mixes the elements of a tensor and cannot hold "
+                'replicated parameters [K, …]; give member_options={"caution": False}'
             )
         unknown_scheduler = not any(scheduler.optimizer is optimizer for scheduler in schedulers)
         if hasattr(optimizer.step, "_wrapped_by_lr_sched") and unknown_scheduler:
@@ -129,7 +148,7 @@ def move_parameters(
     The gains of the weights in a group join that new group, and leave `added`. Returns the numbers of the groups left.
     """
     new_groups, left = [], []
-    takes_gains = type(optimizer).__name__ not in _MIXING
+    takes_gains = not _mixes(optimizer)
     for number, group in enumerate(optimizer.param_groups):
         positions = [i for i, parameter in enumerate(group["params"]) if parameter in moved]
         gains = [gain for parameter in group["params"] if takes_gains for gain in added.pop(parameter, ())]

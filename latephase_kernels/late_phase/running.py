@@ -70,15 +70,16 @@ def repeat(batch: Any, num_members: int) -> Any:
 
 
 def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, *, num_members: int) -> Tensor:
-    """Return Σ_k loss_fn(output_k, target_k): with a mean in loss_fn, the sum over members of their means.
+    """Return Σ_k mean_b loss_fn(output_k, target_k)_b: the sum over members of their means.
 
     Args:
-        loss_fn: (output [B, …], target [B, …]) -> the mean over the batch; called once a member.
+        loss_fn: (output [B, …], target [B, …]) -> the mean over the batch, or the losses to average, as those of
+            reduction="none"; called once a member. What else it returns as one number, such as a sum, is added up.
         output, target: [K·B, …] member-major, or tuples, lists and dicts of such tensors.
         num_members: K, or the number of members of a chunk.
 
     Returns:
-        The sum, of loss_fn's shape.
+        The sum, one number.
 
     Raises:
         ValueError: a tensor's first dimension is not divisible by num_members.
@@ -88,9 +89,10 @@ def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any,
         _chunks("member_loss", "output", output, num_members),
         _chunks("member_loss", "target", target, num_members),
     )
-    total = loss_fn(outputs[0], targets[0])
-    for member_output, member_target in zip(outputs[1:], targets[1:]):
-        total = total + loss_fn(member_output, member_target)
+    losses = [loss_fn(*parts) for parts in zip(outputs, targets)]
+    total, *others = [loss.mean() if loss.dim() else loss for loss in losses]
+    for loss in others:
+        total = total + loss
     return total
 
 

@@ -39,7 +39,7 @@ from .image_input import evaluation_images
 from .image_task import EVALUATION_BATCH
 from .progress import Progress
 from .ranks import usable_device
-from .recipe import Recipe, check
+from .recipe import Data, Recipe, check
 from .run_training import load_model
 from .runs import write_json
 from .text_task import TextEvaluation
@@ -56,23 +56,37 @@ OUT_OF_DISTRIBUTION: dict[str, Callable[..., ImageSet]] = {
 CORRUPTED: dict[str, Callable[..., ImageSet]] = {"cifar10": load_cifar10_c, "cifar100": load_cifar100_c}
 
 
-def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in a run's config.yaml.
+def read_recipe(path: Path, command: str = "eval") -> Recipe:
+    """Return the recipe in a run's config.yaml; `command` opens the messages of errors, here and below.
 
     Raises:
         ValueError: it is missing, or no recipe.
         ImportError: jsonargparse is missing.
     """
     if not path.is_file():
-        raise ValueError(f"eval: {path.parent} holds no run (no {path.name}); give a folder that latephase train wrote")
+        raise ValueError(
+            f"{command}: {path.parent} holds no run (no {path.name}); give a folder that latephase train wrote"
+        )
     try:
         return check(parse_recipe([str(path)])[0])
     except ValueError as error:
-        raise ValueError(f"eval: {path} is no recipe: {error}") from None
+        raise ValueError(f"{command}: {path} is no recipe: {error}") from None
+
+
+def read_data(data: Data, command: str = "eval") -> tuple[AnyData, AnyData]:
+    """Return a run's training and test set.
+
+    Raises:
+        ValueError, OSError: see build_data.
+    """
+    try:
+        return build_data(data)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{command}: {error}; where it lies elsewhere, give --data") from None
 
 
 def load_final_model(
-    folder: Path, recipe: Recipe, train: AnyData, device: str, *, last: bool = False
+    folder: Path, recipe: Recipe, train: AnyData, device: str, *, last: bool = False, command: str = "eval"
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return a run's model, and what it was read from.
 
@@ -100,14 +114,14 @@ def load_final_model(
         except RunError as error:
             if not plain.exists():
                 raise
-            warnings.warn(f"{error}; evaluating {plain.name} instead", stacklevel=2)
+            warnings.warn(f"{error}; using {plain.name} instead", stacklevel=2)
     if last and saved is None:
-        raise RunError(f"eval: {folder} has no checkpoint, and {plain.name} has no last weights; leave out --last")
+        raise RunError(f"{command}: {folder} has no checkpoint, and {plain.name} has no last weights; leave out --last")
     model_alone = dataclasses.replace(recipe.model, weights=None)  # those it started from are not wanted
     recipe = dataclasses.replace(recipe, model=model_alone, compile=False, cuda_graph=False)
     trainer = Trainer(recipe, train, device)
     if saved is not None:
-        with _fitting(checkpoints):
+        with _fitting(checkpoints, command):
             # The generators' states are of the training machine's devices, and nothing here draws from them.
             trainer.load_state_dict({**saved[0], "random": random_state()})
         weights = "last weights of the checkpoint" if last else "checkpoint"
@@ -116,14 +130,14 @@ def load_final_model(
         trainer.task.close()
         return model, source
     if plain.exists():
-        with _fitting(plain):
+        with _fitting(plain, command):
             load_model(trainer.model, plain)
         return trainer.model, {"weights": plain.name, "epoch": None, "finished": True}
-    raise RunError(f"eval: {folder} has neither a checkpoint nor {plain.name}; train first, or resume")
+    raise RunError(f"{command}: {folder} has neither a checkpoint nor {plain.name}; train first, or resume")
 
 
 @contextlib.contextmanager
-def _fitting(path: Path) -> Iterator[None]:
+def _fitting(path: Path, command: str) -> Iterator[None]:
     """Name the file where its content has other keys or shapes than the recipe's model, or none."""
     from safetensors import SafetensorError
 
@@ -131,7 +145,8 @@ def _fitting(path: Path) -> Iterator[None]:
         yield
     except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise RunError(
-            f"eval: {path} does not fit the run's config.yaml, or is damaged; was one of them changed? ({error!s:.200})"
+            f"{command}: {path} does not fit the run's config.yaml, or is damaged; was one of them changed? "
+            f"({error!s:.200})"
         ) from error
 
 
@@ -261,10 +276,7 @@ def load_runs(
     recipes = [read_recipe(folder / "config.yaml") for folder in folders]
     combined = deep_ensemble_recipe(recipes) if len(recipes) > 1 else recipes[0]
     combined.data.folder = data or combined.data.folder
-    try:
-        train, test = build_data(combined.data)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"eval: {error}; where it lies elsewhere, give --data") from None
+    train, test = read_data(combined.data)
     if isinstance(test, TextSet) and len(folders) > 1:
         raise ValueError(f"eval: an ensemble of runs must be of runs on images, got {combined.data.name}; give one run")
     found = [load_final_model(folder, recipe, train, device, last=last) for folder, recipe in zip(folders, recipes)]

@@ -13,11 +13,17 @@ from .quantities import format_metrics, format_number, format_table
 _BINS = 40
 
 
-def format_evaluation(results: Mapping[str, Any]) -> str:
-    """Return what evaluation.json holds as tables."""
+def format_source(results: Mapping[str, Any]) -> str:
+    """Return in words of which run and of what in its folder a model is."""
     source = f"{results['name']}, seed {results['seed']}: {results['weights']}"
     if results["epoch"] is not None:
         source += f" of epoch {results['epoch']:.4g}, {'the' if results['finished'] else 'NOT the'} end of the run"
+    return source
+
+
+def format_evaluation(results: Mapping[str, Any]) -> str:
+    """Return what evaluation.json holds as tables."""
+    source = format_source(results)
     if len(results["metrics"]) == 1:
         source += "; one plain model, no members"
     parts = [source]
