@@ -1,6 +1,7 @@
 """The Trainer on several ranks against the Trainer of one process, float64; checkpoints between numbers of ranks."""
 
 import pickle
+import re
 import shutil
 
 import pytest
@@ -94,3 +95,16 @@ def test_a_checkpoint_runs_no_code(saved, tmp_path):
     (tmp_path / "step" / ".metadata").write_bytes(pickle.dumps(print))
     with pytest.raises(pickle.UnpicklingError, match="refers to builtins.print"):
         read_sharded(tmp_path / "step", "cpu", None)
+
+
+@pytest.mark.parametrize("module", (b"pathlib", b"pathlib._local"))
+def test_a_checkpoint_of_another_python_is_read(saved, tmp_path, module):
+    """Its folder is a path, which Python 3.13 pickles as pathlib._local's and others as pathlib's."""
+    folder, *_ = saved
+    ((_, whole),) = CheckpointFolder(f"{folder}/5").steps()
+    shutil.copytree(whole, tmp_path / "step")
+    metadata = tmp_path / "step" / ".metadata"
+    pickled = pickle.dumps(pickle.loads(metadata.read_bytes()), protocol=2)  # names stand in it as lines
+    changed, count = re.subn(rb"cpathlib(\._local)?\n", b"c" + module + b"\n", pickled)
+    metadata.write_bytes(changed)
+    assert count and read_sharded(tmp_path / "step", "cpu", None).keys() == read_sharded(whole, "cpu", None).keys()

@@ -195,15 +195,16 @@ _ALLOWED = {
     (f"{_DESCRIPTION}.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
 }
+_PATHS = {(m, name) for m in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}  # of any Python
 
 
 class _SafeUnpickler(pickle.Unpickler):
     """Reads the description of tensors that torch.distributed.checkpoint pickles, and nothing that could do harm."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PATHS:
+            return Path
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a checkpoint's .metadata refers to {module}.{name}, which it has no use for")
