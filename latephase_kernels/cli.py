@@ -54,22 +54,25 @@ def _nqp(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: Sequence[str]) -> int:
+    from .data import WorkerError
     from .train.checkpoints import RunError
+    from .train.ranks import RankError
     from .train.train_command import run_train
 
     try:
         return run_train(arguments)
-    except (RunError, FloatingPointError, ImportError) as error:
+    except (RunError, RankError, WorkerError, FloatingPointError, ImportError) as error:
         raise ValueError(str(error)) from error
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    from .data import WorkerError
     from .train.checkpoints import RunError
     from .train.eval_command import run_eval
 
     try:
         run_eval(**{name: value for name, value in vars(arguments).items() if name != "run"})
-    except (RunError, ImportError) as error:
+    except (RunError, WorkerError, ImportError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -182,6 +183,13 @@ def test_what_is_no_finished_run_is_named(digits, tmp_path, change, message, cap
     printed = capsys.readouterr()
     assert re.search(f"^latephase: error: .*{message}", printed.err) and printed.err.count("\n") == 1
     assert printed.out == "" and not (folder / "evaluation.json").exists()
+
+
+def test_without_safetensors_the_remedy_is_named(digits, tmp_path, monkeypatch, capsys):
+    folder = copy_of(digits, tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert main(["eval", str(folder), "--device=cpu"]) == 2
+    assert "needs safetensors; pip install 'latephase_kernels[train]'" in capsys.readouterr().err
 
 
 def test_what_does_not_suit_a_run_is_left_out(digits, tmp_path, capsys):

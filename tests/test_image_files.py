@@ -12,6 +12,7 @@ from latephase_kernels.data import ArchiveError
 from latephase_kernels.data.image_files import Names
 from latephase_kernels.data.image_folder import ImageFolder
 from latephase_kernels.data.image_shards import ImageShards, find_shards
+from latephase_kernels.data.imagenet import load_imagenet
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,13 @@ def test_shards_in_folders_of_their_own(tmp_path):
     assert find_shards(tmp_path, "val") == [tmp_path / "val" / "000.tar"] and find_shards(tmp_path, "train") == []
 
 
+def test_a_shard_of_either_split_is_refused(tmp_path):
+    for name in ("carnival-train-0.tar", "carnival-val-0.tar"):
+        write_shard(tmp_path / name, [("a.jpg", jpeg(1)), ("a.cls", b"0")])
+    with pytest.raises(ArchiveError, match="carnival-train-0.tar has both train and val in its name; put the shards"):
+        load_imagenet(tmp_path)
+
+
 def test_names():
     texts = ["a", "", "ü/n01.JPEG", "a" * 300]
     names = Names(texts)
@@ -100,6 +108,9 @@ GOOD = [("a.jpg", jpeg(1)), ("a.cls", b"0"), ("b.jpg", jpeg(2)), ("b.cls", b"1")
         ([*GOOD, ("c.jpg", jpeg(3)), ("c.cls", b"cat")], "member 'c.cls', is no class number: b'cat'"),
         ([*GOOD, ("c.jpg", jpeg(3)), ("c.cls", b"-1")], "member 'c.cls', is no class number"),
         ([*GOOD, ("c.jpg", jpeg(3)), ("c.cls", b"1" * 99)], "member 'c.cls', is no class number"),
+        ([*GOOD, ("c.jpg", jpeg(3)), ("c.cls", b"1" * 40)], "member 'c.cls', is no class number"),
+        ([*GOOD, ("c.jpg", jpeg(3)), ("c.cls", b"9" * 18)], "hold no image of 9+7 of 10+ classes, 2 the first"),
+        ([("a.jpg", jpeg(1)), ("a.cls", b"1")], "hold no image of 1 of 2 classes, 0 the first"),
         ([*GOOD, ("c.jpg", jpeg(3)), ("c.cls", b"3")], "hold no image of 1 of 4 classes, 2 the first"),
         ([*GOOD, ("a.png", jpeg(3))], "member 'a.png', is a second image of the sample 'a'"),
         ([*GOOD, ("a.jpg", jpeg(3))], "member 'a.jpg', is there twice"),

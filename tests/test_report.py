@@ -147,11 +147,21 @@ def test_a_result_that_is_not_finite(runs, tmp_path):
     assert {row["accuracy"]["mean"] for row in written if row["run"] == "bad"} == {None}
 
 
+def test_a_deviation_that_is_not_finite(runs, tmp_path, capsys):
+    for seed, accuracy in enumerate((math.nan, 50.0)):
+        write_run(runs / f"nan{seed}", "bad", seed, accuracy)
+    run_report([runs], tmp_path / "out")
+    assert "| bad | averaged | 2 | nan | 0.2050 ± 0.0071 |" in capsys.readouterr().out
+
+
 def test_other_commands_results_are_passed_over(runs):
     (runs / "demo_run").mkdir()
     (runs / "demo_run" / "results.json").write_text('{"methods": {}, "checks": {"failed": 0}}')
     (runs / "list").mkdir()
     (runs / "list" / "results.json").write_text("[1]")
+    words = {"name": "words", "seed": 0, "metrics": {"averaged": metrics("high", 1, 1, 1)}}
+    (runs / "words").mkdir()
+    (runs / "words" / "results.json").write_text(json.dumps(words))
     assert [result["name"] for result in read_results([runs])].count("cifar10") == 3 and len(read_results([runs])) == 5
 
 

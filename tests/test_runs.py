@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import types
@@ -17,6 +18,12 @@ from latephase_kernels.cli import main
 from latephase_kernels.train.progress import Progress
 from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics, write_whole
 
+try:
+    import fcntl
+    import pty
+    import termios
+except ImportError:
+    fcntl = None
 CONFIG = "name: a\nseed: 0\n"
 
 
@@ -67,15 +74,84 @@ def test_another_run_is_left_alone(tmp_path):
     (tmp_path / "config.yaml").write_text("foo: [")
     with pytest.raises(ValueError, match="another recipe .its config.yaml cannot be read.; resume"):
         RunFolder(tmp_path, CONFIG, resume=True)
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="another recipe .its config.yaml cannot be read.; resume"):
+        RunFolder(tmp_path, CONFIG, resume=True)
     (tmp_path / "config.yaml").write_text(CONFIG)
     with RunFolder(tmp_path, CONFIG, resume=True):  # the failures let go of the lock
         pass
+
+
+def test_a_run_without_its_recipe_is_left_alone(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="already holds a run; give --resume"):
+        RunFolder(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match="holds a run, but no config.yaml that says of which recipe; put it back"):
+        RunFolder(tmp_path, CONFIG, resume=True)
+
+
+def test_a_run_killed_in_its_first_checkpoint_leaves_its_folder_free(tmp_path):
+    with RunFolder(tmp_path, CONFIG) as run:
+        (run.checkpoints.folder / "unfinished.pt").touch()
+    with RunFolder(tmp_path, CONFIG.replace("seed: 0", "seed: 1")):
+        pass
+
+
+def test_a_run_may_go_on_with_what_changes_no_result(tmp_path):
+    config = "name: a\ncheckpoint_minutes: 1.0\nkeep_checkpoints: 2\nimages:\n  size: 8\n  workers: 2\n"
+    with RunFolder(tmp_path, config):
+        (tmp_path / "model.safetensors").touch()
+    with RunFolder(tmp_path, config.replace("1.0", "5.0").replace(": 2", ": null"), resume=True):
+        pass
+    with pytest.raises(ValueError, match="images.size is 8 there and 9 here"):
+        RunFolder(tmp_path, config.replace("size: 8", "size: 9"), resume=True)
+
+
+@pytest.mark.skipif(fcntl is None, reason="no locks here")
+def test_a_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="without locks .No locks available.: nothing keeps a second run out"):
+        RunFolder(tmp_path, CONFIG).__exit__()
+
+
+def test_a_full_disk_is_named_before_anything_is_written(tmp_path):
+    os.symlink("/dev/full", tmp_path / "lock")
+    with pytest.raises(OSError) as caught:
+        RunFolder(tmp_path, CONFIG)
+    assert caught.value.filename == str(tmp_path / "lock")
+
+
+def test_the_environment_is_of_the_runs_device(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"the name of {device}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert environment("cuda:1")["device"] == "the name of cuda:1" and environment()["devices"] == 8
+    assert "the name of" not in environment("cpu")["device"] and environment("cpu")["devices"] == 1
 
 
 def test_damaged_metrics_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is no JSON"):
         read_metrics(tmp_path / "metrics.jsonl")
+    for line in (b'{"a": 1}', b"[1]", b"null"):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+        with pytest.raises(ValueError, match=r"metrics.jsonl, line 2, is no record with a step"):
+            read_metrics(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n{}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1, is no JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: (done.append("sync"), sync(file)))
+    monkeypatch.setattr("os.replace", lambda *names: (done.append("rename"), replace(*names)))
+    write_whole(tmp_path / "file", "content")
+    assert done == ["sync", "rename"] and (tmp_path / "file").read_text() == "content"
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
@@ -121,6 +197,35 @@ def test_progress(terminal):
         assert stream.getvalue().endswith("\r\x1b[K")
     else:
         assert text == "[  0 %] epoch 1\n[ 40 %] epoch 2, 1,000 images/s\n"
+
+
+@pytest.mark.skipif(fcntl is None, reason="no terminals of this kind here")
+def test_progress_fits_into_a_narrow_terminal():
+    """A line that wraps would be written anew at every step."""
+    primary, secondary = pty.openpty()
+    fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    with open(secondary, "w", encoding="utf-8") as stream:
+        progress = Progress(10, stream)
+        progress.begin("digits: epoch 2 of 4, loss 1.5261, test accuracy 40.61 %")
+        progress.advance(5)
+        line = os.read(primary, 1000).decode()
+    os.close(primary)
+    assert re.fullmatch(r"\r(\[#{5}\.{5}\]  50 % +\d+ s left  digits: epoch 2 of 4.*)\x1b\[K", line)
+    assert len(line) - len("\r\x1b[K") == 59
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_that_nobody_reads_ends_no_work(terminal):
+    def gone(text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    stream = io.StringIO()
+    stream.isatty, stream.write = lambda: terminal, gone
+    progress = Progress(10, stream)
+    progress.begin("epoch 1")
+    progress.advance(10)
+    progress.end()
+    assert progress.done == 10
 
 
 def test_nothing_to_draw(tmp_path):

@@ -2,6 +2,8 @@
 
 import copy
 import errno
+import importlib.util
+import io
 import json
 import os
 import re
@@ -9,13 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 
 import pytest
 import torch
 
 from latephase_kernels.cli import main
+from latephase_kernels.data import WorkerError
+from latephase_kernels.train import run_training
 from latephase_kernels.train.build import build_data, build_network, check_network
-from latephase_kernels.train.recipe import Data, Model
+from latephase_kernels.train.checkpoints import CheckpointFolder, RunError
+from latephase_kernels.train.progress import Progress
+from latephase_kernels.train.ranks import RankError
+from latephase_kernels.train.recipe import Data, Model, Recipe
 from latephase_kernels.train.run_training import load_model
 from latephase_kernels.train.runs import read_metrics
 from latephase_kernels.train.train_command import parse_recipe, run_train
@@ -33,6 +42,7 @@ SHORT = [
     "--model.options.widths=[4,4]",
     "--device=cpu",
 ]
+ANNEALED = ["--schedule.anneal_start=1", "--schedule.anneal_end=2"]
 
 
 def command(folder, *more):
@@ -85,6 +95,11 @@ def test_a_finished_run(finished):
     written = json.loads((folder / "results.json").read_text())["metrics"]
     assert written["averaged"]["accuracy"] == pytest.approx(accuracy, abs=0.1)  # at most one image differs
     assert len(written) == 6 and (folder / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_metrics_count_the_members_that_were_trained(finished):
+    records = read_metrics(finished[0] / "metrics.jsonl")
+    assert [record["members"] for record in records] == [1, 1, 3, 3]
 
 
 def test_a_seed_reproduces_a_run(finished, tmp_path):
@@ -244,6 +259,11 @@ def test_a_network_must_answer_with_logits(answer, found):
         (["digits", "--output=file"], r"\[Errno 17\] File exists: 'file'"),
         (["digits", "--output=file/run"], r"\[Errno 20\] Not a directory: 'file/run'"),
         (["digits", "--late.start=x"], "late.start"),
+        (["digits", "--seed=99999999999999999999"], "seed must be from -2⁶³ to below 2⁶⁴, got 9+"),
+        (
+            ["digits", "--epochs=4", "--late.start=1", "--late.members=17", "--swa.start=3", *ANNEALED],
+            "swa.start must be at most 2.7, the epoch in which the last whole step ends, got 3.0: nothing would be",
+        ),
         (["digits", "--nothing=1"], "train: unrecognized arguments: --nothing=1 .see latephase train --help"),
         (["digits", "--epo=2"], "unrecognized arguments: --epo=2"),
         (["digits", "--device=foo"], "--device must be a device that works here, got foo: "),
@@ -263,6 +283,62 @@ def test_what_the_user_can_mend_is_a_message(arguments, message, tmp_path, monke
     assert code == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("error", [WorkerError, RankError, RunError])
+def test_what_ends_a_run_is_a_message(error, monkeypatch, capsys):
+    def fail(arguments):
+        raise error("data worker 7 was killed")
+
+    monkeypatch.setattr("latephase_kernels.train.train_command.run_train", fail)
+    assert main(["train", "digits"]) == 2
+    assert capsys.readouterr().err == "latephase: error: data worker 7 was killed\n"
+
+
+@pytest.mark.parametrize("name", ["torchmetrics", "safetensors"])
+def test_what_is_needed_at_the_end_is_missed_at_the_start(name, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda found, *more: None if found == name else find(found, *more))
+    assert main(command(tmp_path / "run")[3:]) == 2
+    assert f"needs {name}; pip install 'latephase_kernels[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_acts_at_once_when_all_is_trained(tmp_path, monkeypatch):
+    before, found = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(run_training, "_finish", lambda *_: found.append(signal.getsignal(signal.SIGINT)) or {})
+    assert main(command(tmp_path / "run")[3:]) == 0
+    assert found == [before]
+
+
+def test_a_signal_at_the_last_checkpoint_is_not_lost(tmp_path, monkeypatch, capsys):
+    save = CheckpointFolder.save
+
+    def interrupted(folder, state, step):
+        signal.raise_signal(signal.SIGINT)
+        return save(folder, state, step)
+
+    monkeypatch.setattr(CheckpointFolder, "save", interrupted)
+    assert main(command(tmp_path / "run")[3:]) == 130
+    assert "SIGINT after a checkpoint was written" in capsys.readouterr().err
+
+
+def test_throughput_is_of_work_that_is_done():
+    """Reading the loss waits for the device, and belongs to the time."""
+    records = []
+    trainer = types.SimpleNamespace(
+        task=types.SimpleNamespace(unit="images", units_per_minibatch=10, counts=dict),
+        read_loss=lambda: (time.sleep(0.1), 0),
+        optimizer=types.SimpleNamespace(param_groups=[{"lr": 0.1}]),
+        minibatch=1,
+        epoch=1.0,
+        expanded=False,
+    )
+    one = object.__new__(run_training._Run)
+    one.recipe, one.trainer, one.progress = Recipe(), trainer, Progress(10, io.StringIO())
+    one.folder = types.SimpleNamespace(log=records.append)
+    one._end_epochs(0, 1, (1, time.perf_counter()))
+    assert 0 < records[0]["images/s"] <= 100
 
 
 def test_a_run_that_trained_nothing_leaves_its_folder_free(finished, tmp_path):
@@ -292,6 +368,27 @@ def test_a_model_that_answers_nan_is_not_saved(tmp_path, capsys):
 def test_the_scale_of_base_gradients_may_be_a_number():
     assert parse_recipe(["digits", "--late.base_grad_scale=0.5"])[0].late.base_grad_scale == 0.5
     assert parse_recipe(["digits", "--late.base_grad_scale=mean"])[0].late.base_grad_scale == "mean"
+
+
+def test_a_recipe_is_utf_8_in_any_locale(tmp_path):
+    (tmp_path / "mine.yaml").write_text('# ±\nname: "größe × 2"\noptimizer: {lr: 1e-3}\n', encoding="utf-8")
+    code = "import sys; from latephase_kernels.train.train_command import parse_recipe\n"
+    code += "found = parse_recipe(sys.argv[1:])[0]; print(ascii(found.name), found.optimizer.lr)"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "mine.yaml")], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout == ascii("größe × 2") + " 0.001\n", result.stderr
+    (tmp_path / "mine.yaml").write_bytes(b"name: gr\xf6\n")
+    with pytest.raises(ValueError, match="mine.yaml must be text in UTF-8"):
+        parse_recipe([str(tmp_path / "mine.yaml")])
+
+
+@pytest.mark.parametrize("content", ["late: null", "late: 5"])
+def test_a_part_of_a_recipe_holds_options(content, tmp_path):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(ValueError, match="train: late must hold options, such as late.start, got (None|5)"):
+        parse_recipe([str(tmp_path / "mine.yaml")])
 
 
 def test_recipes_are_layered(tmp_path):

@@ -324,6 +324,7 @@ def test_dropout_passes_need_dropout():
         ({"data": Data("digits", crop_padding=-1)}, "data.crop_padding"),
         ({"label_smoothing": 2}, "label_smoothing"),
         ({"checkpoint_minutes": -1}, "checkpoint_minutes"),
+        ({"seed": 2**64}, "seed"),
     ],
 )
 def test_recipes_that_do_not_fit(changes, option):

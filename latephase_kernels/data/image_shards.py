@@ -23,6 +23,7 @@ LAYOUT = (
 )
 _LABEL_SUFFIX = ".cls"
 _MOST_LABEL_BYTES = 64
+_MOST_LABEL_DIGITS = 18  # what int64 holds in any case
 _MOST_OPEN_FILES = 128
 _TAR_BLOCK = 512
 
@@ -77,11 +78,14 @@ class ImageShards(ImageFiles):
         if known is not None and self.labels[largest] >= known:
             raise ArchiveError(f"{self.name(largest)} has class {self.labels[largest]}, there are {known}")
         count = int(self.labels[largest]) + 1 if known is None else known
-        absent = np.flatnonzero(np.bincount(self.labels, minlength=count) == 0)
-        if len(absent) and num_classes is None:
+        present = np.unique(self.labels)  # not bincount: a wrong number may be huge
+        absent = count - len(present)
+        if absent and num_classes is None:
+            gaps = np.flatnonzero(present != np.arange(len(present)))
+            first = gaps[0] if len(gaps) else len(present)
             raise ArchiveError(
-                f"{self.shards[0]} and the {len(self.shards) - 1} other shards hold no image of {len(absent)} of "
-                f"{count} classes, {absent[0]} the first; classes are numbered from 0 without gaps"
+                f"{self.shards[0]} and the {len(self.shards) - 1} other shards hold no image of {absent} of "
+                f"{count} classes, {first} the first; classes are numbered from 0 without gaps"
             )
         self.classes = tuple(class_names) if class_names else tuple(str(label) for label in range(count))
 
@@ -136,7 +140,7 @@ def index_shard(path: Path) -> ShardIndex:
         key, suffix = _split(member.name)
         if suffix == _LABEL_SUFFIX:
             text = member.read() if member.size <= _MOST_LABEL_BYTES else b""
-            if not text.strip().isdigit():
+            if not text.strip().isdigit() or len(text.strip()) > _MOST_LABEL_DIGITS:
                 raise member.error(f"is no class number: {text[:20]!r}")
             labels[key] = int(text)
         elif key in images:

@@ -20,7 +20,7 @@ def load_imagenet(folder: str | Path) -> tuple[ImageFiles, ImageFiles]:
 
     Raises:
         FileNotFoundError: a split is missing.
-        ArchiveError: see ImageFolder and ImageShards; or both layouts are there.
+        ArchiveError: see ImageFolder and ImageShards; or both layouts are there; or a shard may be of either split.
         OSError: something cannot be read.
     """
     folder = Path(folder)
@@ -33,6 +33,12 @@ def load_imagenet(folder: str | Path) -> tuple[ImageFiles, ImageFiles]:
     for split, found in shards.items():
         if not found:
             raise FileNotFoundError(f"{folder} has no shards of the split {split}; {image_shards.LAYOUT}")
+        other = set(shards["train"]) & set(shards["val"])
+        if other:
+            raise ArchiveError(
+                f"{min(other)} has both train and val in its name; put the shards into the folders {folder / 'train'} "
+                f"and {folder / 'val'}"
+            )
         if any(entry.is_dir() for entry in (folder / split).glob("*")):
             raise ArchiveError(f"{folder / split} holds shards and class folders; keep one of them")
     names = folder / _CLASS_NAMES

@@ -139,8 +139,10 @@ def load_final_model(
 @contextlib.contextmanager
 def _fitting(path: Path, command: str) -> Iterator[None]:
     """Name the file where its content has other keys or shapes than the recipe's model, or none."""
-    from safetensors import SafetensorError
-
+    try:
+        from safetensors import SafetensorError
+    except ModuleNotFoundError:
+        raise ImportError("eval: reading a run needs safetensors; pip install 'latephase_kernels[train]'") from None
     try:
         yield
     except (RuntimeError, KeyError, ValueError, SafetensorError) as error:

@@ -1,5 +1,7 @@
 """Progress on stderr: a bar that redraws itself on a terminal, one plain line a stage otherwise."""
 
+import contextlib
+import os
 import sys
 import time
 from typing import TextIO
@@ -7,6 +9,8 @@ from typing import TextIO
 
 class Progress:
     """Count work done towards a total.
+
+    A stream that cannot be written to (its terminal is gone, its disk is full) is no reason to end the work.
 
     Args:
         total: the work to do, in any unit.
@@ -23,28 +27,40 @@ class Progress:
         """Name what runs now; off a terminal this prints the one line of the stage."""
         self.stage = stage
         if not self.on_terminal:
-            print(f"[{self._percent():3d} %] {stage}", file=self.stream, flush=True)
+            self._write(f"[{self._percent():3d} %] {stage}\n")
 
     def advance(self, work: int) -> None:
         """Add to the work done and, on a terminal, redraw the bar."""
         self.done += work
         if self.on_terminal:
-            filled = 30 * self._percent() // 100
             remaining = self.elapsed() * (self.total - self.done) / max(self.done - self.start, 1)
-            bar = "#" * filled + "." * (30 - filled)
+            text, room = f"{self._percent():3d} %  {remaining:4.0f} s left  {self.stage}", self._columns() - 1
+            width = min(max(room - len(text) - 3, 10), 30)
+            filled = width * self._percent() // 100
+            line = f"[{'#' * filled}{'.' * (width - filled)}] {text}"[:room]  # one that wraps would not be redrawn
             # Return to the line's start, and erase what a longer line left.
-            self.stream.write(f"\r[{bar}] {self._percent():3d} %  {remaining:4.0f} s left  {self.stage}\x1b[K")
-            self.stream.flush()
+            self._write(f"\r{line}\x1b[K")
 
     def end(self) -> None:
         """Leave the terminal's line as it was before the bar."""
         if self.on_terminal:
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
+            self._write("\r\x1b[K")
 
     def elapsed(self) -> float:
         """Seconds since the beginning."""
         return time.perf_counter() - self.started
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+    def _columns(self) -> int:
+        """The terminal's width; 1000 where it is unknown."""
+        try:
+            return os.get_terminal_size(self.stream.fileno()).columns or 1000
+        except (OSError, ValueError, AttributeError):
+            return 1000
 
     def _percent(self) -> int:
         return min(100 * self.done // max(self.total, 1), 100)

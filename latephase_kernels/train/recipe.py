@@ -291,6 +291,7 @@ def check(recipe: Recipe) -> Recipe:
         ),
         (parallel.batch_norm in ("local", "synchronized"), "parallel.batch_norm", "local or synchronized"),
         (parallel.timeout_seconds > 0, "parallel.timeout_seconds", "more than 0"),
+        (-(2**63) <= recipe.seed < 2**64, "seed", "from -2⁶³ to below 2⁶⁴"),
         (recipe.evaluate_every >= 1, "evaluate_every", "at least 1"),
         (recipe.dropout_passes >= 0, "dropout_passes", "at least 0"),
         (recipe.checkpoint_minutes >= 0, "checkpoint_minutes", "at least 0"),

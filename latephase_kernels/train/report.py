@@ -62,6 +62,8 @@ def _is_result(content: Any) -> bool:
     try:
         ways = [content["metrics"][way] for way in WAYS if way in content["metrics"]]
         complete = len({kind_of(found) for found in ways} - {()}) == 1 and all(map(kind_of, ways))
+        values = [found[quantity] for found in ways for quantity in kind_of(found)]
+        complete = complete and all(value is None or isinstance(value, (int, float)) for value in values)
         return complete and isinstance(content["name"], str) and isinstance(content["seed"], int)
     except (KeyError, TypeError):
         return False
@@ -174,7 +176,8 @@ def summarize(results: Sequence[dict[str, Any]]) -> Summary:
         key: {
             quantity: (
                 statistics.fmean(found),
-                statistics.stdev(found) if len(found) > 1 else math.nan,
+                # stdev fails on nan with an AttributeError.
+                statistics.stdev(found) if len(found) > 1 and not any(map(math.isnan, found)) else math.nan,
                 len(found),
             )
             for quantity, found in quantities.items()

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import io
 import signal
 import sys
@@ -95,16 +96,29 @@ def run_training(
         closing.enter_context(determinism(recipe.deterministic))
         ranks = closing.enter_context(start_ranks(recipe.parallel, device))
         train, test = build_data(recipe.data)
+        _check_libraries(train)
         # Before the folder: what does not fit leaves nothing behind.
         trainer = Trainer(recipe, train, ranks.device, ranks=ranks)
         closing.callback(trainer.task.close)
         evaluation = build_evaluation(recipe, train, test, ranks.device)
         closing.callback(evaluation.close)
         options: dict[str, Any] = {"resume": resume, "keep_checkpoints": recipe.keep_checkpoints}
-        folder = closing.enter_context(open_run_folder(ranks, output, config, **options, tensorboard=tensorboard))
-        signals = closing.enter_context(_Signals())
-        _Run(recipe, folder, trainer, evaluation, signals).train()
+        options |= {"tensorboard": tensorboard, "device": ranks.device}
+        folder = closing.enter_context(open_run_folder(ranks, output, config, **options))
+        with _Signals() as signals:
+            _Run(recipe, folder, trainer, evaluation, signals).train()
+        # From here on a signal acts at once: everything is saved, and the rest is done again on resuming.
         return _finish(recipe, folder, trainer, evaluation)
+
+
+def _check_libraries(train: AnyData) -> None:
+    """Raise an ImportError now for what would be missing at the first evaluation, or at the end."""
+    needed = {"safetensors": "saving the model"}
+    if not isinstance(train, TextSet):
+        needed["torchmetrics"] = "evaluation"
+    for name, purpose in needed.items():
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"train: {purpose} needs {name}; pip install 'latephase_kernels[train]'")
 
 
 def build_evaluation(recipe: Recipe, train: AnyData, test: AnyData, device: str | torch.device) -> Evaluation:
@@ -146,8 +160,7 @@ class _Run:
                 self.progress.advance(trainer.step())
                 ended = trainer.minibatch // per_epoch if trainer.minibatch < trainer.total else self.recipe.epochs
                 if ended > before:
-                    units = (trainer.minibatch - first) * trainer.task.units_per_minibatch
-                    self._end_epochs(before, ended, units / (time.perf_counter() - started))
+                    self._end_epochs(before, ended, (trainer.minibatch - first, started))
                     started, first = time.perf_counter(), trainer.minibatch
                 due = time.monotonic() - self.saved_at > 60 * self.recipe.checkpoint_minutes
                 received, due = trainer.ranks.agree(self.signals.received, due)
@@ -156,20 +169,28 @@ class _Run:
                 if received is not None:
                     raise Interrupted(received)
             self._save()
+            if self.signals.received is not None:  # since the last look
+                raise Interrupted(self.signals.received)
         finally:
             self.progress.end()
 
-    def _end_epochs(self, before: int, epoch: int, units_per_second: float) -> None:
-        """Log after `epoch` epochs (a step of K minibatches may end several), `before` of them at the last logging."""
+    def _end_epochs(self, before: int, epoch: int, since: tuple[int, float]) -> None:
+        """Log after `epoch` epochs (a step of K minibatches may end several), `before` of them at the last logging.
+
+        Args:
+            since: minibatches since a time, for the throughput.
+        """
         unit = self.trainer.task.unit
-        loss, skipped = self.trainer.read_loss()
+        loss, skipped = self.trainer.read_loss()  # waits for the device: what is queued there is not done yet
+        minibatches, started = since
+        units_per_second = minibatches * self.trainer.task.units_per_minibatch / (time.perf_counter() - started)
         record: dict[str, Any] = {
             "step": self.trainer.minibatch,
             "epoch": self.trainer.epoch,
             "seconds": self.progress.elapsed(),
             "train loss": loss,
             "learning rate": self.trainer.optimizer.param_groups[0]["lr"],
-            "members": self.trainer.num_members,
+            "members": self.recipe.late.members if self.trainer.expanded else 1,
             f"{unit}/s": units_per_second,
         }
         if self.recipe.skip_nonfinite:

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -34,7 +35,10 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None  # type: ignore[assignment]
 
-_FREE = re.compile(r"^  (member_ranks|timeout_seconds): .*$", re.MULTILINE)  # a run may go on with others of these
+# A run may go on with others of these: its result does not depend on them.
+_FREE = re.compile(
+    r"^(  member_ranks|  timeout_seconds|  workers|checkpoint_minutes|keep_checkpoints): .*$", re.MULTILINE
+)
 _BOOKKEEPING = ("step", "epoch", "seconds")
 _TAG = re.compile(r"^(train|validation|test) ")  # TensorBoard puts train/… and test/… into a group each
 
@@ -73,6 +77,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     try:
         with naming(path):
             unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+            with open(unfinished, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
@@ -93,15 +99,16 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def environment() -> dict[str, Any]:
-    """Return what a reader needs to repeat a run."""
-    cuda = torch.cuda.is_available()
+def environment(device: str | torch.device | None = None) -> dict[str, Any]:
+    """Return what a reader needs to repeat a run on a device; None: the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
+    cuda = device.type == "cuda"
     return {
         "latephase_kernels": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "devices": torch.cuda.device_count() if cuda else 1,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
@@ -145,9 +152,10 @@ class RunFolder:
         resume: go on with the run that is there, if there is one.
         keep_checkpoints: see CheckpointFolder.
         tensorboard: write the metrics for TensorBoard, too.
+        device: that the run is on, for environment.json; see environment.
 
     Raises:
-        ValueError: it holds another run and resume is False, or a run of another recipe.
+        ValueError: it holds another run and resume is False, or a run of another recipe, or of an unknown one.
         RunError: another process is writing to it.
         ImportError: tensorboard is asked for, and missing.
         OSError: it cannot be written.
@@ -161,6 +169,7 @@ class RunFolder:
         resume: bool = False,
         keep_checkpoints: int = 2,
         tensorboard: bool = False,
+        device: str | torch.device | None = None,
     ):
         self._make_writer = _summary_writer() if tensorboard else None
         self.path = Path(path)
@@ -170,7 +179,7 @@ class RunFolder:
             self._check_config(config, resume)
             self.checkpoints = CheckpointFolder(self.path / "checkpoints", keep=keep_checkpoints)
             write_whole(self.path / "config.yaml", config)
-            write_json(self.path / "environment.json", environment())
+            write_json(self.path / "environment.json", environment(device))
         except BaseException:
             self._lock.close()
             raise
@@ -194,7 +203,7 @@ class RunFolder:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):  # the latter on some network file systems
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 file.close()
@@ -202,21 +211,32 @@ class RunFolder:
                     f"run folder {self.path} is in use by process {holder}; "
                     "choose another with --output, or stop that one"
                 ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+            except OSError as error:
+                warnings.warn(
+                    f"{self.path} is on a file system without locks ({error.strerror}): nothing keeps a second run out",
+                    stacklevel=4,
+                )
+        with naming(self.path / "lock"):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         return file
 
     def _check_config(self, config: str, resume: bool) -> None:
         existing = self.path / "config.yaml"
-        kept = (*(self.path / "checkpoints").glob("*"), *self.path.glob("model.safetensors"))
-        if not existing.exists() or not kept:  # a run that ended before its first checkpoint left nothing to lose
+        kept = (*(self.path / "checkpoints").glob("step-*"), *self.path.glob("model.safetensors"))
+        if not kept:  # a run that ended before its first checkpoint left nothing to lose
             return
         if not resume:
             raise ValueError(
                 f"run folder {self.path} already holds a run; give --resume to go on with it, or another --output"
             )
-        before = existing.read_text(encoding="utf-8")
+        if not existing.exists():
+            raise ValueError(
+                f"run folder {self.path} holds a run, but no config.yaml that says of which recipe; put it back, or "
+                "give another --output"
+            )
+        before = existing.read_text(encoding="utf-8", errors="replace")
         before, config = _FREE.sub("", before), _FREE.sub("", config)
         if before != config:
             raise ValueError(
@@ -267,13 +287,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number + 1 < len(lines):
-                raise ValueError(f"{path}, line {number + 1}, is no JSON: {line[:60]!r}") from None
+                raise ValueError(f"{path}, line {number + 1}, is no JSON: {line[:60]!r}; remove it") from None
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number + 1}, is no record with a step: {line[:60]!r}; remove it")
+        records.append(record)
     return records
 
 

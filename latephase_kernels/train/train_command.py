@@ -1,6 +1,7 @@
 """The command line of `latephase train`: a recipe's name or file, and dotted options over it."""
 
 import dataclasses
+import math
 import os
 import sys
 from argparse import ArgumentError
@@ -54,7 +55,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
         parser.print_help(sys.stdout if arguments and arguments[0] in ("-h", "--help") else sys.stderr)
         raise SystemExit(0 if arguments and arguments[0] in ("-h", "--help") else 2)
     files = _with_bases(recipe_file(arguments[0]))
-    layers = [part for file in files for part in ("--config", str(file))]
+    layers = [part for file in files for part in ("--config", _config_of(file))]
     try:
         parsed = parser.parse_args([*layers, *arguments[1:]]).as_dict()
     except ArgumentError as error:
@@ -63,6 +64,12 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     if own.pop("base") != _base_of(files[-1]):
         raise ValueError("train: base must stand in the recipe's own file; give that file in place of the recipe")
     del own["config"]
+    for field in dataclasses.fields(Recipe):
+        if dataclasses.is_dataclass(field.default_factory) and not isinstance(parsed[field.name], dict):
+            raise ValueError(
+                f"train: {field.name} must hold options, such as {field.name}.{_first_option(field)}, got "
+                f"{parsed[field.name]}"
+            )
     parts = {
         field.name: field.default_factory(**parsed[field.name])
         if dataclasses.is_dataclass(field.default_factory)
@@ -70,6 +77,28 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
         for field in dataclasses.fields(Recipe)
     }
     return Recipe(**parts), own
+
+
+def _first_option(field: dataclasses.Field) -> str:
+    return dataclasses.fields(field.default_factory)[0].name  # type: ignore[arg-type]
+
+
+def _config_of(file: Path) -> str:
+    """Return a recipe's content as one line of ASCII: the parser of the options reads files in the locale's encoding.
+
+    Of a file that holds no options its name: the parser has the better message.
+    """
+    import yaml  # comes with jsonargparse
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"train: {file} must be text in UTF-8: {error}") from None
+    except yaml.YAMLError:
+        content = None
+    if not content or not isinstance(content, dict):
+        return str(file)
+    return yaml.safe_dump(content, default_flow_style=True, width=math.inf, sort_keys=False)
 
 
 def _base_of(file: Path) -> str | None:

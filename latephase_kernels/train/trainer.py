@@ -88,6 +88,11 @@ class Trainer:
                 "batch_size"
             )
         self.total -= self.total % turns if self.t0 is None else (self.total - self.t0) % (turns * late.members)
+        if recipe.swa.start is not None and self.total / per_epoch < recipe.swa.start:
+            raise ValueError(
+                f"train: swa.start must be at most {self.total / per_epoch:g}, the epoch in which the last whole "
+                f"step ends, got {recipe.swa.start}: nothing would be averaged"
+            )
         if self.t0 is not None:
             self._check_targets()
         self.ranks.take(self.model)
