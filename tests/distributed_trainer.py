@@ -4,6 +4,7 @@ import test_text_task
 import torch
 
 from latephase_kernels.data import ImageSet
+from latephase_kernels.train import image_task
 from latephase_kernels.train.checkpoints import CheckpointFolder
 from latephase_kernels.train.ranks import SeveralRanks
 from latephase_kernels.train.recipe import Data, Late, Model, Optimizer, Parallel, Recipe, Schedule, Swa, check
@@ -96,6 +97,24 @@ def resume(member_ranks, batch_norm, folder, several=True):
     trainer.load_state_dict(state)
     assert trainer.minibatch == step > 0
     return outcome(run(trainer))
+
+
+def evaluate(images, batch, several=True):
+    """Progress, and the final metrics and logits, of so many test images in batches of this size."""
+    image_task.EVALUATION_BATCH = batch
+    parallel = Parallel(member_ranks=2 if several else 1, batch_norm="synchronized")
+    trainer = run(trainer_of(recipe(parallel), several), 8)  # one step with members
+    test = data()
+    test = ImageSet(test.images[:images], test.labels[:images], test.classes, test.mean, test.std)
+    evaluation = image_task.ImageEvaluation(trainer.recipe, data(), test, trainer.ranks)
+    evaluation.images.dtype = torch.float64
+    seen = []
+    batches = evaluation.images.batches
+    evaluation.images.batches = lambda *given: ((seen.append(len(y)), (x, y))[1] for x, y in batches(*given))
+    with trainer.ranks.gathered(trainer.model) as model:
+        progress = evaluation.progress(model)[0]
+        metrics, logits = evaluation.final(model)
+    return progress, metrics, logits, seen
 
 
 def train_on_text(member_ranks, several):

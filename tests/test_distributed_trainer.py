@@ -6,9 +6,20 @@ import shutil
 
 import pytest
 import torch
-from distributed_trainer import outcome, recipe_for, resume, run, train, train_and_save, train_on_text, trainer_of
+from distributed_trainer import (
+    evaluate,
+    outcome,
+    recipe_for,
+    resume,
+    run,
+    train,
+    train_and_save,
+    train_on_text,
+    trainer_of,
+)
 from ranks import run_on_ranks
 
+from latephase_kernels.train import image_task
 from latephase_kernels.train.checkpoints import CheckpointFolder, RunError
 from latephase_kernels.train.sharded_checkpoints import read_sharded
 
@@ -33,6 +44,20 @@ def test_the_same_optimization_on_any_number_of_ranks(member_ranks, ranks, swa, 
     expected = outcome(run(trainer_of(recipe_for(1, "local", swa, skip), False)))
     answers = run_on_ranks(ranks, train, member_ranks, "synchronized", swa, skip)
     assert_same_outcome(answers, expected)
+
+
+@pytest.mark.parametrize("images, batch", [(42, 10), (3, 4)])
+def test_ranks_evaluate_a_share_of_the_images_each(images, batch, monkeypatch):
+    """Five batches and one, on two member ranks × two data ranks; the answers are those of one process."""
+    monkeypatch.setattr(image_task, "EVALUATION_BATCH", batch)
+    *expected, seen = evaluate(images, batch, False)
+    assert sum(seen) == 2 * images and expected[2].shape == (images, 3)
+    for rank, answer in enumerate(run_on_ranks(4, evaluate, images, batch)):
+        assert not isinstance(answer, str), answer
+        for found, one in zip(answer, expected):
+            torch.testing.assert_close(found, one, rtol=1e-6, atol=1e-9)
+        own = seen[: len(seen) // 2][rank::4] or seen[:1]  # a rank without a batch runs one for its shape
+        assert answer[3] == 2 * own
 
 
 def test_a_text_is_divided_by_its_streams():

@@ -3,7 +3,7 @@
 Legend: N images of C channels, H × W pixels; M of them at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -141,8 +141,12 @@ class DeviceImages:
             inside.append((positions >= first) & (positions < first + size))  # [M, H], [M, W]
         return inside[0][:, :, None] & inside[1][:, None, :]
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, numbers: Iterable[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images in their order, normalized and not augmented, with their labels; the last may be short.
+
+        Args:
+            batch_size: images of a batch.
+            numbers: of the batches to yield, from 0; None for all.
 
         Raises:
             ValueError: batch_size is not positive.
@@ -150,6 +154,7 @@ class DeviceImages:
         if batch_size < 1:
             raise ValueError(f"DeviceImages.batches: batch_size must be at least 1, got {batch_size}")
         inner = slice(self.padding, self.padding + self.height), slice(self.padding, self.padding + self.width)
-        for start in range(0, len(self), batch_size):
+        starts = range(0, len(self), batch_size)
+        for start in starts if numbers is None else (starts[number] for number in numbers):
             images = self._padded[start : start + batch_size, inner[0], inner[1]].permute(0, 3, 1, 2)
             yield self.normalize(images), self.labels[start : start + batch_size]

@@ -6,7 +6,7 @@ run: number m is minibatch m % n of epoch m // n. S × S pixels are what a netwo
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -217,8 +217,12 @@ class EvaluationImages:
         """End the workers."""
         self._loader.close()
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, numbers: Iterable[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images [batch_size, 3, S, S] float32 and labels [batch_size]; the last may be short.
+
+        Args:
+            batch_size: images of a batch.
+            numbers: of the batches to yield, from 0; None for all.
 
         Raises:
             ValueError: batch_size is not positive.
@@ -226,10 +230,10 @@ class EvaluationImages:
         """
         if batch_size < 1:
             raise ValueError(f"EvaluationImages.batches: batch_size must be at least 1, got {batch_size}")
-        everything = np.arange(len(self))
+        everything, starts = np.arange(len(self)), range(0, len(self), batch_size)
         requests = (
             Request(number, everything[first : first + batch_size])
-            for number, first in enumerate(range(0, len(self), batch_size))
+            for number, first in enumerate(starts if numbers is None else (starts[number] for number in numbers))
         )
         stream: Any = self._loader.load(requests, ahead=2)
         try:

@@ -7,19 +7,25 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import late_phase as lp
-from ..data import DeviceImages, EvaluationImages
 from ..late_phase.running import training_flags_kept
 from ..nn.routing import is_expanded
 from .deep_ensemble import DeepEnsemble
 
 CALIBRATION_BINS = 15
 IMAGES_AT_ONCE = 4096  # whose probabilities are in float64: a thousand classes and ten members take 330 MB
+
+
+class Batches(Protocol):
+    """Images in batches of at most so many, with their labels."""
+
+    def batches(self, batch_size: int, /) -> Iterable[tuple[Tensor, Tensor]]: ...
 
 
 def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
@@ -111,9 +117,7 @@ def dropout_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def dropout_logits_of(
-    model: nn.Module, images: DeviceImages | EvaluationImages, batch_size: int, *, passes: int, seed: int
-) -> Tensor:
+def dropout_logits_of(model: nn.Module, images: Batches, batch_size: int, *, passes: int, seed: int) -> Tensor:
     """Return the logits of passes in eval mode but for dropout, [passes, N, classes]; an expanded model's averaged.
 
     Args:
@@ -137,7 +141,7 @@ def dropout_logits_of(
 
 def answers_of(
     model: nn.Module,
-    images: DeviceImages | EvaluationImages,
+    images: Batches,
     batch_size: int,
     *,
     dropout_passes: int = 0,

@@ -1,14 +1,17 @@
 """Image classification: device-resident minibatches, cross entropy, accuracy and calibration."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import late_phase as lp
-from ..data import EvaluationImages, ImageBatches, ImageFiles, ImageSet
+from ..data import DeviceImages, EvaluationImages, ImageBatches, ImageFiles, ImageSet
 from .build import build_network, check_network
-from .evaluation import answers_of, logits_of, metrics_of, metrics_of_answers
+from .evaluation import Answers, answers_of, dropout_logits_of, logits_of, metrics_of, metrics_of_answers
 from .image_input import evaluation_images, memory_format_of, training_batches
+from .ranks import Ranks
 from .recipe import Recipe
 from .task import Evaluation, Task, autocast
 
@@ -88,6 +91,21 @@ class ImageTask(Task):
             self.batches.close()
 
 
+class _Share:
+    """Of a set of images, the batches that are this rank's; if none, the first, for the shape of the answer."""
+
+    def __init__(self, images: DeviceImages | EvaluationImages, ranks: Ranks):
+        self.images, self.ranks = images, ranks
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = -(-len(self.images) // batch_size)
+        return self.images.batches(batch_size, self.ranks.share(count) or range(1))
+
+    def whole(self, logits: Tensor, batch_size: int) -> Tensor:
+        """Return [·, N, classes] of all images from that of this rank's batches."""
+        return self.ranks.rows_of_all(logits, len(self.images), batch_size)
+
+
 class ImageEvaluation(Evaluation):
     """The test set, normalized as the training data.
 
@@ -95,7 +113,7 @@ class ImageEvaluation(Evaluation):
         recipe: checked.
         train: for its mean and std.
         test: the test set, or the validation images.
-        device: where the model is.
+        ranks: the processes that evaluate together, a share of the images each; the model is on their device.
     """
 
     def __init__(
@@ -103,22 +121,26 @@ class ImageEvaluation(Evaluation):
         recipe: Recipe,
         train: ImageSet | ImageFiles,
         test: ImageSet | ImageFiles,
-        device: str | torch.device,
+        ranks: Ranks,
     ):
         self.recipe = recipe
-        self.images = evaluation_images(recipe, train, test, device)
+        self.images = evaluation_images(recipe, train, test, ranks.device)
+        self.share = _Share(self.images, ranks)
 
     def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
-        found = metrics_of(self.logits(model).double().softmax(-1), self.images.labels)
+        logits = self.share.whole(logits_of(model, self.share.batches(EVALUATION_BATCH)), EVALUATION_BATCH)
+        found = metrics_of(logits.double().softmax(-1), self.images.labels)
         return {f"test {key}": value for key, value in found.items()}, f"test accuracy {found['accuracy']:.2f} %"
 
     def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
-        recipe = self.recipe
-        answers = answers_of(
-            model, self.images, EVALUATION_BATCH, dropout_passes=recipe.dropout_passes, seed=recipe.seed
-        )
-        assert answers.averaged is not None  # of one model
-        return metrics_of_answers(answers, self.images.labels), answers.averaged
+        own = answers_of(model, self.share, EVALUATION_BATCH)
+        passes, dropout = self.recipe.dropout_passes, None
+        if passes:  # what is dropped follows from the order of all images
+            dropout = dropout_logits_of(model, self.images, EVALUATION_BATCH, passes=passes, seed=self.recipe.seed)
+        assert own.averaged is not None  # of one model
+        averaged = self.share.whole(own.averaged, EVALUATION_BATCH)
+        members = None if own.members is None else self.share.whole(own.members, EVALUATION_BATCH)
+        return metrics_of_answers(Answers(averaged, members, dropout), self.images.labels), averaged
 
     def logits(self, model: nn.Module) -> Tensor:
         return logits_of(model, self.images.batches(EVALUATION_BATCH))

@@ -50,6 +50,20 @@ class Ranks:
         """Return the sum, or the least ("min"), over ranks."""
         return tensor
 
+    def share(self, count: int) -> range:
+        """Return which of an evaluation's batches are this rank's: every R-th, which may be none."""
+        return range(count)
+
+    def rows_of_all(self, rows: Tensor, total: int, batch_size: int) -> Tensor:
+        """Return the rows of all batches, in order: [·, total, classes].
+
+        Args:
+            rows: of this rank's share of the batches, [·, N, classes]; where it has none, any.
+            total: rows of all batches.
+            batch_size: rows of a batch; the last may be short.
+        """
+        return rows
+
     def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """Inside the with block the model, or its copy, has all members."""
         return contextlib.nullcontext(model)
@@ -145,6 +159,22 @@ class SeveralRanks(Ranks):
         tensor = tensor.clone()
         dist.all_reduce(tensor, dist.ReduceOp.SUM if reduction == "sum" else dist.ReduceOp.MIN)
         return tensor
+
+    def share(self, count: int) -> range:
+        return range(self.rank, count, self.num_ranks)
+
+    def rows_of_all(self, rows: Tensor, total: int, batch_size: int) -> Tensor:
+        batches = torch.arange(total, device=rows.device).split(batch_size)
+        places = [torch.cat([batches[0][:0], *batches[rank :: self.num_ranks]]) for rank in range(self.num_ranks)]
+        count = len(places[self.rank])
+        own = rows.new_zeros(*rows.shape[:-2], len(places[0]), rows.size(-1))  # none has more than the first
+        own[..., :count, :] = rows[..., :count, :]
+        parts = [torch.empty_like(own) for _ in places]
+        dist.all_gather(parts, own)
+        whole = rows.new_empty(*rows.shape[:-2], total, rows.size(-1))
+        for place, part in zip(places, parts):
+            whole[..., place, :] = part[..., : len(place), :]
+        return whole
 
     def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         return self.distributed.gathered(model)

@@ -19,7 +19,7 @@ from .determinism import determinism
 from .image_task import ImageEvaluation
 from .progress import Progress
 from .rank_folder import AnyFolder, open_run_folder
-from .ranks import start_ranks
+from .ranks import Ranks, start_ranks
 from .recipe import Recipe, check
 from .runs import RunFolder, write_json, write_whole
 from .task import Evaluation
@@ -100,7 +100,7 @@ def run_training(
         # Before the folder: what does not fit leaves nothing behind.
         trainer = Trainer(recipe, train, ranks.device, ranks=ranks)
         closing.callback(trainer.task.close)
-        evaluation = build_evaluation(recipe, train, test, ranks.device)
+        evaluation = build_evaluation(recipe, train, test, ranks)
         closing.callback(evaluation.close)
         options: dict[str, Any] = {"resume": resume, "keep_checkpoints": recipe.keep_checkpoints}
         options |= {"tensorboard": tensorboard, "device": ranks.device}
@@ -121,12 +121,12 @@ def _check_libraries(train: AnyData) -> None:
             raise ImportError(f"train: {purpose} needs {name}; pip install 'latephase_kernels[train]'")
 
 
-def build_evaluation(recipe: Recipe, train: AnyData, test: AnyData, device: str | torch.device) -> Evaluation:
-    """Return the evaluation of a recipe's kind of data."""
+def build_evaluation(recipe: Recipe, train: AnyData, test: AnyData, ranks: Ranks) -> Evaluation:
+    """Return the evaluation of a recipe's kind of data; of images each rank has its share, of a text the whole."""
     if isinstance(train, TextSet):
-        return TextEvaluation(recipe, train, device)
+        return TextEvaluation(recipe, train, ranks.device)
     assert not isinstance(test, TextSet)
-    return ImageEvaluation(recipe, train, test, device)
+    return ImageEvaluation(recipe, train, test, ranks)
 
 
 class _Run:
