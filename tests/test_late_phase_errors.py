@@ -174,6 +174,42 @@ def test_optimizers_that_do_not_fit(make, options, error, message):
     assert optimizer.param_groups == before and type(model[1]) is nn.Linear
 
 
+def assert_k_optimizers(optimizer, model, optimizers, members, name):
+    """Three steps with random gradients move the model's weights [K, …] as K optimizers move the members'."""
+    for _ in range(3):
+        for late, *plain in zip(model.parameters(), *(member.parameters() for member in members)):
+            late.grad = torch.randn_like(late)
+            for parameter, grad in zip(plain, late.grad):
+                parameter.grad = grad.clone()
+        for each in (optimizer, *optimizers):
+            each.step()
+    for late, *plain in zip(model.parameters(), *(member.parameters() for member in members)):
+        torch.testing.assert_close(late, torch.stack(plain), rtol=1e-6, atol=1e-7, msg=name)
+
+
+RULES = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "Adagrad", "ASGD")
+
+
+@pytest.mark.parametrize("member_state", ("fresh", "copy"))
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_optimizers_are_k_optimizers(rule, member_state):
+    """Two plain steps, then K members with fresh state or the plain one's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = getattr(torch.optim, rule)(model.parameters(), lr=0.01)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    members = [copy.deepcopy(model) for _ in range(3)]
+    optimizers = [getattr(torch.optim, rule)(member.parameters(), lr=0.01) for member in members]
+    if member_state == "copy":
+        for each in optimizers:
+            each.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    lp.expand(model, 3, targets="head", optimizers=optimizer, member_state=member_state)
+    assert_k_optimizers(optimizer, model, optimizers, members, rule)
+
+
 def test_timm_optimizers_are_k_optimizers_or_refused():
     """Of every rule of timm's that runs here, a weight and a bias of K members move as those of K optimizers."""
     optim = pytest.importorskip("timm.optim")
@@ -194,16 +230,8 @@ def test_timm_optimizers_are_k_optimizers_or_refused():
             continue
         if name == "adahessian":  # wants the graph of the gradients
             continue
-        optimizers = [optimizer, *(optim.create_optimizer_v2(member.parameters(), **options) for member in members)]
-        for _ in range(3):
-            for late, *plain in zip(model.parameters(), *(member.parameters() for member in members)):
-                late.grad = torch.randn_like(late)
-                for parameter, grad in zip(plain, late.grad):
-                    parameter.grad = grad.clone()
-            for each in optimizers:
-                each.step()
-        for late, *plain in zip(model.parameters(), *(member.parameters() for member in members)):
-            torch.testing.assert_close(late, torch.stack(plain), rtol=1e-6, atol=1e-7, msg=name)
+        optimizers = [optim.create_optimizer_v2(member.parameters(), **options) for member in members]
+        assert_k_optimizers(optimizer, model, optimizers, members, name)
         kept.add(name)
     assert {"adamw", "lion", "sgd"} <= kept and {"adamp", "kron", "lamb", "mars", "muon", "cadamw"} <= refused
 

@@ -161,7 +161,7 @@ def _tar_members(path: Path, entries: _Entries, compressed: bool) -> Iterator[Me
         reader: Any = _HeaderReader(path, stream, entries.limits.total_bytes)
         archive: Any = tarfile.open(fileobj=reader, mode="r:")
         with archive as tar:
-            while (info := tar.next()) is not None:
+            for info in tar:
                 tar.members.clear()  # else every header stays in memory
                 name = entries.admit(info.name, info.size, info.isreg() and not info.issparse(), info.isdir())
                 if name is not None:

@@ -173,6 +173,7 @@ def move_parameters(
         left.append(number)
     for new in new_groups:
         optimizer.add_param_group(new)
+        _begin_adagrad(optimizer, optimizer.param_groups[-1])
     return left
 
 
@@ -186,6 +187,16 @@ def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
         else _copied(value)
         for key, value in state.items()
     }
+
+
+def _begin_adagrad(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """Make the state of a new group: Adagrad makes it with the optimizer, and of some versions of torch not later."""
+    if not isinstance(optimizer, torch.optim.Adagrad):
+        return
+    options = {key: group[key] for key in ("initial_accumulator_value", "fused")}
+    for parameter in group["params"]:
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = torch.optim.Adagrad([parameter], **options).state[parameter]
 
 
 # ---------------------------------------------------------------------------------------------- schedulers
