@@ -75,6 +75,16 @@ class Single(Convolutional):
         return super().forward(x.float())
 
 
+class SingleShuffled(Single):
+    def between(self, x):
+        return x.flip(0)
+
+
+class Half(Convolutional):
+    def forward(self, x):
+        return super().forward(x.half())
+
+
 class Shuffled(Convolutional):
     def between(self, x):
         return x.flip(0)
@@ -88,6 +98,25 @@ class Random(Convolutional):
 class TwoViews(Convolutional):
     def forward(self, x, other):
         return super().forward(torch.cat([x, other])).chunk(2)
+
+
+class Positions(nn.Module):
+    """A replicated layer gets a table of all samples' positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.head = nn.Sequential(nn.Linear(2, 8)), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(x.mean((2, 3)).repeat(1, 3)[:, :8] + self.bias(x.new_ones(1, 2)))
+
+
+class InSeveralLayouts(Convolutional):
+    """Beside the logits, answers that have the samples in dim 1."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.mT, y.expand(5, *y.shape)
 
 
 class Characters(nn.Module):
@@ -138,6 +167,7 @@ INDEPENDENT = {
         1,
     ),
     "encoder": (lambda: expanded(encoder(True), "layer_norm", "head"), (images(5, 8),), 0),
+    "several layouts": (lambda: expanded(InSeveralLayouts()), (images(),), 0),
 }
 MIXING = {
     "statistics over the batch": (lambda: expanded(Centred()), (images(),), 0, r"head \(MemberLinear\)"),
@@ -183,12 +213,26 @@ def test_arguments_by_name():
         (Random, "answers the same batch differently each time"),
         (Loss, r"must hold a tensor with the 6 samples in dim 0, got \[\[\]\]"),
         (Infinite, "answer has no finite value"),
-        (Single, "fails on this batch in float64 .*: .*(type|dtype)"),
+        (Half, "fails on this batch in float64 .*: .*(type|dtype)"),
     ),
 )
 def test_models_that_cannot_be_checked(model, message):
     with pytest.raises(RuntimeError, match=f"check_members: .*{message}"):
         lp.check_members(expanded(model()), images())
+
+
+def test_models_that_run_in_float32_alone():
+    lp.check_members(expanded(Single()), images())
+    with pytest.raises(RuntimeError, match=r"answers differently .* first at head \(MemberLinear\)"):
+        lp.check_members(expanded(SingleShuffled()), images())
+
+
+def test_a_layer_that_gets_no_batch_is_named():
+    message = (
+        r"fails on this batch in float64 at bias.0 \(Rank1Linear\): Rank1Linear: input.size\(0\)=1 is not divisible"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        lp.check_members(expanded(Positions(), "rank1"), images())
 
 
 def test_bad_arguments():

@@ -94,6 +94,30 @@ def gradients_missing_on_a_member_rank():
     return message_of(distributed.reduce_gradients)
 
 
+def stale_wrappers():
+    """What DistributedDataParallel says that was made before expand or collapse, with the model anywhere inside."""
+    model = network()
+    before = nn.parallel.DistributedDataParallel(nn.Sequential(model))
+    other = nn.parallel.DistributedDataParallel(network())
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    lp.expand(model, 2, targets="rank1")
+    found = [message_of(before, x)]
+    with torch.no_grad():
+        found.append(message_of(before, x))
+    found.append(message_of(other, x))
+    after = nn.parallel.DistributedDataParallel(model)
+    found.append(message_of(after, x))
+    lp.collapse(model)
+    return [*found, message_of(after, x)]
+
+
+def test_wrappers_made_before_say_so():
+    for expanded, without_gradients, other, after, collapsed in run_on_ranks(2, stale_wrappers):
+        assert "RuntimeError: DistributedDataParallel: expand has replaced parameters of the model in it" in expanded
+        assert "make a new one after collapse" in collapsed
+        assert {without_gradients, other, after} == {"nothing raised"}
+
+
 EXPECTED = {
     "other values": "every rank must have the same model, but ranks 0 and 1 have other values: 3.weight",
     "other tensors": "have other tensors: bias",

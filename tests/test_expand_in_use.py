@@ -136,6 +136,60 @@ def test_schedulers_that_are_not_given():
 # ---------------------------------------------------------------------------------------------- optimizers
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: an optimizer by its class, that only hands on."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def add_param_group(self, group):
+        self.optimizer.add_param_group(group)
+
+    def step(self):
+        self.optimizer.step()
+
+
+class WrappedScheduler:
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+
+def lookahead(optimizer):
+    return pytest.importorskip("timm.optim").Lookahead(optimizer, k=100)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, lookahead])
+def test_wrapped_optimizers(wrap):
+    model = Net()
+    wrapped = wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+    scheduler = lr_scheduler.StepLR(wrapped, 1, 0.1) if wrap is lookahead else None
+    scheduler = scheduler or lr_scheduler.StepLR(wrapped.optimizer, 1, 0.1)
+    lp.expand(model, K, targets=("batch_norm", "head"), optimizers=wrapped, schedulers=WrappedScheduler(scheduler))
+    lp.set_base_grad_scale(wrapped, model, 0.0)
+    base, member = model.conv.weight.detach().clone(), model.head.weight.detach().clone()
+    model(images()).square().sum().backward()
+    wrapped.step()
+    assert torch.equal(model.conv.weight, base) and not torch.equal(model.head.weight, member)
+    scheduler.step()
+    assert [group["lr"] for group in wrapped.param_groups] == pytest.approx([0.01, 0.01])
+    model = Net()
+    lamb = type("Lamb", (torch.optim.SGD,), {})(model.parameters(), lr=0.1)
+    with pytest.raises(NotImplementedError, match="Lamb mixes the elements"):
+        lp.expand(model, K, optimizers=wrap(lamb))
+
+
+def test_data_parallel_does_not_cut_a_stacked_batch():
+    model = expanded()
+    with pytest.raises(NotImplementedError, match="DataParallel cuts the stacked batch into parts"):
+        model.head._replicate_for_data_parallel()  # nn.DataParallel's way to copy a module to another device
+    with lp.members(model, 1):
+        model.head._replicate_for_data_parallel()
+    model.eval().norm._replicate_for_data_parallel()
+
+
 def test_an_optimizer_that_trains_what_is_gone_warns_once():
     model = Net()
     old = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -238,7 +238,7 @@ def test_timm_optimizers_are_k_optimizers_or_refused():
 
 def test_what_mixes_nothing_is_accepted():
     ops = pytest.importorskip("torchvision.ops")
-    frozen = ops.FrozenBatchNorm2d(4)
+    frozen = type("DetrFrozenBatchNorm2d", (ops.FrozenBatchNorm2d,), {})(4)
     quiet = [
         foreign("DropBlock2d", "timm.layers.drop", drop_prob=0.1),  # newer timm has no batchwise
         foreign("VOLO", "timm.models.volo", mix_token=False),

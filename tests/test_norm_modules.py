@@ -33,6 +33,20 @@ class GemmaRMSNorm(nn.Module):
         return hidden * rms * (1 + self.weight)
 
 
+class T5LayerNorm(GemmaRMSNorm):
+    """Known by its name alone, too, which is a layer norm's."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) - hidden
+
+
+class RMSNormGated(GemmaRMSNorm):
+    """Takes a gate with a row for each of the input's, or none."""
+
+    def forward(self, hidden, gate=None, *, power=1.0):
+        return super().forward(hidden if gate is None else hidden * F.silu(gate) ** power)
+
+
 def timm_norm(name, *arguments, fast=False, **options):
     def make():
         layers = pytest.importorskip("timm").layers
@@ -68,6 +82,7 @@ CASES = {  # the plain norm, the shape of a sample, the target, the class that i
     "rms over two dimensions": (lambda: nn.RMSNorm((5, 4), eps=1e-2), TOKENS, "rms_norm", RMS),
     "subclass": (lambda: ScaledLayerNorm(4), TOKENS, "layer_norm", OWN),
     "rms by name": (lambda: GemmaRMSNorm(4), TOKENS, "rms_norm", OWN),
+    "layer by name": (lambda: T5LayerNorm(4), TOKENS, "layer_norm", OWN),
     "torchvision 2d": (torchvision_layer_norm_2d, IMAGE, "layer_norm", "EnsembleLayerNorm2d"),
     "timm layer": (timm_norm("LayerNorm", 4), TOKENS, "layer_norm", LAYER),
     "timm layer 2d": (timm_norm("LayerNorm2d", 4), IMAGE, "layer_norm", "EnsembleLayerNorm2d"),
@@ -152,6 +167,32 @@ def test_every_member_is_the_plain_norm(case, channels_last, gains, monkeypatch)
         torch.testing.assert_close(model(x[B:]), expected[B:], rtol=tolerance, atol=tolerance)
     with lp.members(model, 2):
         torch.testing.assert_close(model(x[2 * B :]), expected[2 * B :], rtol=tolerance, atol=tolerance)
+
+
+def test_what_a_norm_takes_beside_its_input_goes_along():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RMSNormGated(4)
+
+        def forward(self, x, *gate, **options):
+            return self.norm(x, *gate, **options)
+
+    torch.manual_seed(0)
+    plain = randomize(Gated()).double()
+    model = lp.expand(copy.deepcopy(plain), K, targets="rms_norm", noise_std=0.5)
+    x, gate = torch.randn(2, K * B, 5, 4, dtype=torch.float64)
+    plains = plain_members(model, plain)
+    calls = (
+        lambda net, x, gate: net(x, gate, power=2.0),
+        lambda net, x, gate: net(x, gate=gate),
+        lambda net, x, _: net(x),
+    )
+    for call in calls:
+        members = [call(*parts) for parts in zip(plains, x.chunk(K), gate.chunk(K))]
+        torch.testing.assert_close(call(model.train(), x, gate), torch.cat(members))
+        average = torch.stack([call(member, x, gate) for member in plains]).mean(0)
+        torch.testing.assert_close(call(model.eval(), x, gate), average)
 
 
 @pytest.mark.parametrize("mode", ["exact", "weights"])

@@ -163,6 +163,19 @@ class Reads(nn.Module):
         return self.called(F.linear(x.to(self.called.weight.dtype), self.read.weight, self.read.bias))
 
 
+class ReadsElsewhere(Reads):
+    """Its forward leaves the reading to a method."""
+
+    def forward(self, x):
+        return self.project(x)
+
+    def project(self, x):
+        return super().forward(x) + F.linear(x, self.read.weight)
+
+    def reset(self):
+        nn.init.zeros_(self.called.weight)
+
+
 class MyLinear(nn.Linear):
     pass
 
@@ -196,6 +209,8 @@ def test_what_rank1_targets():
         lp.expand(model, K, targets=lambda name, module: "rank1" if name == "2" else False)
     with pytest.raises(NotImplementedError, match="0.read cannot have rank-1 gains"):
         lp.expand(nn.Sequential(Reads()), K, targets=lambda name, module: "rank1" if name == "0.read" else False)
+    model = lp.expand(nn.Sequential(ReadsElsewhere()), K, targets="rank1")
+    assert type(model[0].read) is nn.Linear and type(model[0].called) is Rank1Linear
     shared = nn.Linear(4, 4)  # one layer in two places has one pair of gains
     model = lp.expand(nn.Sequential(shared, nn.ReLU(), shared), K, targets="rank1")
     assert model[0] is model[2] and lp.collapse(model)[0] is model[2]

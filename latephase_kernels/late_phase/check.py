@@ -1,6 +1,7 @@
 """Whether the members of an expanded model are independent: each answers beside the others as it does alone."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,30 +12,29 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..nn.routing import routings_of
 from .running import buffers_kept, members, random_numbers_kept
 
-_TOLERANCE = 1e-6  # of the largest value, in float64
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value
 
 
 def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> None:
     """Raise if something in an expanded model's forward mixes its members, or gives one the samples of another.
 
     A copy of the model with all parameters moved a little runs in float64 and in train mode without dropout, on the
-    stacked batch and then member by member. Worth a call once for every model, before it is trained; the model, its
-    buffers and random numbers stay.
+    stacked batch and then member by member; in float32, and then less sharply, where float64 fails. Worth a call once
+    for every model, before it is trained; the model, its buffers and random numbers stay.
 
     Args:
         model: expanded; not yet wrapped or compiled.
         args, kwargs: the model's arguments: a small stacked batch [K·B, …], member-major, of samples that differ.
-            Floating tensors become float64. What has not the most samples in `dim` is given to all members alike.
+            Floating tensors take the copy's type. What has not the most samples in `dim` is given to all members alike.
         dim: of the samples in what comes in and goes out; 1 for sequences [T, K·B, …].
 
     Raises:
         RuntimeError: model is not expanded; a member's answers differ (the message names the first module where they
             do); the model answers the same batch differently each time, with nothing finite, with no tensor that has
-            the samples, or not at all in float64.
+            the samples, or not at all in float64 and float32 (the message names the module that fails).
         ValueError: no argument has samples for every member in `dim`.
     """
     num_members = routings_of("check_members", model)[0].num_members
-    args, kwargs = tree_map(_to_double, (args, kwargs))
     sizes = [x.size(dim) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > dim]
     samples = max((size for size in sizes if size % num_members == 0), default=0)
     if samples == 0:
@@ -43,26 +43,37 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
             f"tensors of {sizes} there"
         )
     with torch.no_grad(), random_numbers_kept(model):
-        copied = _prepared(model)
+        dtype = torch.float64
+        copied = _prepared(model, dtype)
+        inside: list[str] = []  # the modules that run, the innermost last
 
         def run(which: str | int) -> tuple[list, list]:
             def of_members(x: Any) -> Any:
+                x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
                 if not isinstance(x, Tensor) or x.dim() <= dim or x.size(dim) != samples:
                     return x
                 rows = samples // num_members
                 return x.clone() if isinstance(which, str) else x.narrow(dim, which * rows, rows).clone()
 
             with members(copied, which), buffers_kept(copied):
-                return _recorded(copied, lambda: copied(*tree_map(of_members, args), **tree_map(of_members, kwargs)))
+                answer = functools.partial(copied, *tree_map(of_members, args), **tree_map(of_members, kwargs))
+                return _recorded(copied, answer, inside)
 
         try:
             together, calls = run("stacked")
-        except RuntimeError as error:
-            raise RuntimeError(
-                "check_members: the model fails on this batch in float64 (is another type written into its code?): "
-                f"{error}"
-            ) from error
-        if not all(_agree(a, b) for a, b in zip(together, run("stacked")[0], strict=True)):
+        except (RuntimeError, ValueError) as error:
+            hint = " (is another type written into its code?)" if isinstance(error, RuntimeError) else ""
+            where = f" at {inside[-1]}" if inside else ""
+            dtype = torch.float32
+            copied = _prepared(model, dtype)
+            try:
+                together, calls = run("stacked")
+            except (RuntimeError, ValueError):
+                raise RuntimeError(
+                    f"check_members: the model fails on this batch in float64{where}{hint}: {error}"
+                ) from error
+        agree = functools.partial(_agree, tolerance=_TOLERANCES[dtype])
+        if not all(agree(a, b) for a, b in zip(together, run("stacked")[0], strict=True)):
             raise RuntimeError(
                 "check_members: the model answers the same batch differently each time (a function's dropout, or other "
                 "noise?); switch that off for this call"
@@ -70,12 +81,12 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
         _check_answers(together, samples, dim)
         for member in range(num_members):
             alone, alone_calls = run(member)
-            if all(_agrees(a, b, member, num_members, dim) for a, b in zip(together, alone, strict=True)):
+            if all(_agrees(agree, a, b, member, num_members, dim) for a, b in zip(together, alone, strict=True)):
                 continue
             parted = (
                 f"{name} ({kind})"
                 for (name, kind, a), (_, _, b) in zip(calls, alone_calls)
-                if not _agrees(a, b, member, num_members, dim)
+                if not _agrees(agree, a, b, member, num_members, dim)
             )
             raise RuntimeError(
                 f"check_members: member {member} answers differently beside the others and alone, first at "
@@ -87,9 +98,10 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
 _NOISY = ("Drop", "StochasticDepth", "RReLU")  # in the names of classes whose training flag switches noise alone
 
 
-def _prepared(model: nn.Module) -> nn.Module:
-    """Return a copy in float64 and train mode, without noise, whose members and branches all tell."""
-    copied = copy.deepcopy(model).double()
+def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy in this type and train mode, without noise, whose members and branches all tell."""
+    copied = copy.deepcopy(model)
+    copied = copied.double() if dtype == torch.float64 else copied.float()
     if not copied.training:
         copied.train()
     for module in copied.modules():
@@ -118,20 +130,26 @@ def _check_answers(answers: list, samples: int, dim: int) -> None:
         raise RuntimeError("check_members: the model's answer has no finite value")
 
 
-def _to_double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+def _recorded(model: nn.Module, run: Callable[[], Any], inside: list[str]) -> tuple[list, list[tuple[str, str, Any]]]:
+    """Return the leaves of the model's answer and what its modules put out meanwhile: (name, type, first leaf).
 
-
-def _recorded(model: nn.Module, run: Callable[[], Any]) -> tuple[list, list[tuple[str, str, Any]]]:
-    """Return the leaves of the model's answer and what its modules put out meanwhile: (name, type, first leaf)."""
+    `inside` holds the names of the modules that run meanwhile, also when one has failed.
+    """
     calls: list[tuple[str, str, Any]] = []
+    inside.clear()
 
-    def record(name: str) -> Callable:
-        return lambda module, _, output: calls.append(
-            (name, type(module).__name__, next(iter(tree_leaves(output)), None))
-        )
+    def enter(name: str, module: nn.Module, args: tuple) -> None:
+        inside.append(f"{name} ({type(module).__name__})")
 
-    hooks = [module.register_forward_hook(record(name)) for name, module in model.named_modules() if name]
+    def leave(name: str, module: nn.Module, args: tuple, output: Any) -> None:
+        inside.pop()
+        calls.append((name, type(module).__name__, next(iter(tree_leaves(output)), None)))
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(functools.partial(enter, name)))
+            hooks.append(module.register_forward_hook(functools.partial(leave, name)))
     try:
         return tree_leaves(run()), calls
     finally:
@@ -139,17 +157,17 @@ def _recorded(model: nn.Module, run: Callable[[], Any]) -> tuple[list, list[tupl
             hook.remove()
 
 
-def _agrees(together: Any, alone: Any, member: int, num_members: int, dim: int) -> bool:
+def _agrees(agree: Callable, together: Any, alone: Any, member: int, num_members: int, dim: int) -> bool:
     """Whether a member's rows of what all put out are what it puts out alone, as far as the shapes tell."""
     if not isinstance(together, Tensor) or not isinstance(alone, Tensor) or together.dim() != alone.dim():
         return True
-    for d in dict.fromkeys((dim, 0)):
+    for d in dict.fromkeys((dim, *range(alone.dim()))):  # a module inside, or one of several answers, may have another
         if d < alone.dim() and alone.size(d) and together.size(d) == num_members * alone.size(d):
-            return _agree(together.narrow(d, member * alone.size(d), alone.size(d)), alone)
-    return together.dim() == 0 or _agree(together, alone)
+            return agree(together.narrow(d, member * alone.size(d), alone.size(d)), alone)
+    return together.dim() == 0 or agree(together, alone)
 
 
-def _agree(a: Any, b: Any) -> bool:
+def _agree(a: Any, b: Any, tolerance: float) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return True
     if a.shape != b.shape:
@@ -158,4 +176,4 @@ def _agree(a: Any, b: Any) -> bool:
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
     a, b = a.nan_to_num(posinf=0.0, neginf=0.0), b.nan_to_num(posinf=0.0, neginf=0.0)
-    return a.numel() == 0 or bool((a - b).abs().max() <= _TOLERANCE * max(a.abs().max().item(), b.abs().max().item()))
+    return a.numel() == 0 or bool((a - b).abs().max() <= tolerance * max(a.abs().max().item(), b.abs().max().item()))

@@ -24,6 +24,7 @@ from .optimizers import (
     mark_replaced,
     move_parameters,
 )
+from .stale_wrappers import mark_stale
 from .targets import (
     MEMBER_TYPES,
     RANK1_TYPES,
@@ -62,8 +63,9 @@ def expand(
         num_members: K.
         targets: one or several of
             "batch_norm";
-            "head": the last linear layer;
-            "layer_norm", "group_norm", "rms_norm": those with weights; a subclass's own forward runs once a member;
+            "head": the last linear layer (one: name several, as a detector has, by a callable);
+            "layer_norm", "group_norm", "rms_norm": those with weights, layer and RMS norms of other libraries by the
+                names of their classes (T5LayerNorm); a forward of their own runs once a member;
             "rank1": a pair of gains around every nn.Linear, nn.Conv2d and nn.LSTM of exactly these types (two pairs a
                 layer of the LSTM), but where attention reads a weight without calling its layer; input_gain and
                 output_gain join the state dict; a layer that another target names too is the other's;
@@ -131,6 +133,7 @@ def expand(
         for scheduler in schedulers:
             extend_scheduler(scheduler, optimizer, groups_left)
     mark_replaced(moved, "expand")
+    mark_stale(model, "expand")
     left = _trained_by_none(model, moved.values(), optimizers)
     if optimizers and left:
         warnings.warn(
@@ -265,6 +268,7 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     _replace(model, replacements)
     open_fast_paths(model)
     mark_replaced({p for _, module in expanded for p in module.parameters()}.difference(model.parameters()), "collapse")
+    mark_stale(model, "collapse")
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.routing import routings_of
-from .optimizers import member_parameters
+from .optimizers import member_parameters, plain_optimizer
 
 _handles: "weakref.WeakKeyDictionary[torch.optim.Optimizer, object]" = weakref.WeakKeyDictionary()
 
@@ -57,6 +57,7 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
             f"set_base_grad_scale: optimizer must be a torch optimizer, got {type(optimizer).__name__}; "
             "give it the one that trains the base weights"
         )
+    optimizer = plain_optimizer(optimizer)
     members = set(member_parameters(model))
     base = {parameter for parameter in model.parameters() if parameter not in members}
     if not any(parameter in base for group in optimizer.param_groups for parameter in group["params"]):

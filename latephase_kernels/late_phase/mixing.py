@@ -47,7 +47,7 @@ def check_not_mixing(model: nn.Module) -> None:
             effect, remedy = _MIXING[known]
             raise NotImplementedError(f"expand: {at} {effect}; {remedy}")
         statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]
-        frozen = any(name.startswith("Frozen") for _, name in classes)
+        frozen = any("Frozen" in name for _, name in classes)
         if any(buffer is not None for buffer in statistics) and not isinstance(module, _BatchNorm) and not frozen:
             unknown.append(at)
     if unknown:

@@ -37,6 +37,15 @@ def _is_cautious(group: dict, options: dict) -> bool:
     return bool({**group, **options}.get("caution"))
 
 
+def plain_optimizer(optimizer: Any) -> Any:
+    """Return the torch optimizer inside wrappers such as Accelerate's and timm's Lookahead, or the argument itself."""
+    for name in ("optimizer", "base_optimizer", "_base_optimizer"):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, torch.optim.Optimizer):
+            return plain_optimizer(inner)
+    return optimizer
+
+
 def listed_optimizers(optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer]) -> list:
     """Return one or several optimizers, as expand takes them, as a list; check_optimizers looks at what is in it."""
     if isinstance(optimizers, torch.optim.Optimizer):
@@ -49,15 +58,17 @@ def listed_optimizers(optimizers: torch.optim.Optimizer | Iterable[torch.optim.O
 
 
 def listed_schedulers(schedulers: Any) -> list:
-    """Return one or several schedulers, or None, as a list."""
-    if schedulers is None or hasattr(schedulers, "optimizer"):
-        return [] if schedulers is None else [schedulers]
+    """Return one or several schedulers, or None, as a list; of wrappers (Accelerate's) the schedulers inside."""
+    if schedulers is None:
+        return []
+    if hasattr(schedulers, "optimizer") or hasattr(schedulers, "scheduler"):
+        schedulers = [schedulers]
     if not isinstance(schedulers, Iterable):
         raise TypeError(
             f"expand: schedulers must be learning rate schedulers, got {type(schedulers).__name__}; "
             "give one or a list of them"
         )
-    return list(schedulers)
+    return [s if hasattr(s, "optimizer") else getattr(s, "scheduler", s) for s in schedulers]
 
 
 def check_optimizers(
@@ -79,7 +90,7 @@ def check_optimizers(
     if not isinstance(options, dict):
         raise TypeError(f"expand: member_options must be a dict, got {type(options).__name__}")
     for scheduler in schedulers:
-        if not any(getattr(scheduler, "optimizer", None) is optimizer for optimizer in optimizers):
+        if not any(_belongs(scheduler, optimizer) for optimizer in optimizers):
             raise ValueError(
                 f"expand: schedulers must be learning rate schedulers of the optimizers given, got "
                 f"{type(scheduler).__name__} of another one; give its optimizer as optimizers="
@@ -104,9 +115,10 @@ def check_optimizers(
                 f"expand: member_options has {unknown[0]!r}, which {type(optimizer).__name__} does not know; "
                 f"it knows {', '.join(sorted(known))}"
             )
-        if held and _mixes(optimizer):
+        rule = plain_optimizer(optimizer)
+        if held and _mixes(rule):
             raise NotImplementedError(
-                f"expand: {type(optimizer).__name__} mixes the elements of a tensor and cannot hold replicated "
+                f"expand: {type(rule).__name__} mixes the elements of a tensor and cannot hold replicated "
                 "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
             )
         leaves = [group for group in optimizer.param_groups if any(p in moved or p in added for p in group["params"])]
@@ -115,8 +127,8 @@ def check_optimizers(
                 f"expand: {type(optimizer).__name__} with caution=True mixes the elements of a tensor and cannot hold "
                 'replicated parameters [K, …]; give member_options={"caution": False}'
             )
-        unknown_scheduler = not any(scheduler.optimizer is optimizer for scheduler in schedulers)
-        if hasattr(optimizer.step, "_wrapped_by_lr_sched") and unknown_scheduler:
+        scheduled = any(hasattr(o.step, "_wrapped_by_lr_sched") for o in (optimizer, rule))
+        if scheduled and not any(_belongs(scheduler, optimizer) for scheduler in schedulers):
             warnings.warn(
                 f"expand: the {type(optimizer).__name__} has a learning rate scheduler, which does not know the "
                 "members' new groups; give it as schedulers=",
@@ -148,7 +160,7 @@ def move_parameters(
     The gains of the weights in a group join that new group, and leave `added`. Returns the numbers of the groups left.
     """
     new_groups, left = [], []
-    takes_gains = not _mixes(optimizer)
+    takes_gains = not _mixes(plain_optimizer(optimizer))
     for number, group in enumerate(optimizer.param_groups):
         positions = [i for i, parameter in enumerate(group["params"]) if parameter in moved]
         gains = [gain for parameter in group["params"] if takes_gains for gain in added.pop(parameter, ())]
@@ -191,7 +203,7 @@ def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
 
 def _begin_adagrad(optimizer: torch.optim.Optimizer, group: dict) -> None:
     """Make the state of a new group: Adagrad makes it with the optimizer, and of some versions of torch not later."""
-    if not isinstance(optimizer, torch.optim.Adagrad):
+    if not isinstance(plain_optimizer(optimizer), torch.optim.Adagrad):
         return
     options = {key: group[key] for key in ("initial_accumulator_value", "fused")}
     for parameter in group["params"]:
@@ -209,13 +221,18 @@ _OF_GROUPS = (
 )
 
 
+def _belongs(scheduler: Any, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether scheduler is one of optimizer, either of them wrapped or not."""
+    return plain_optimizer(getattr(scheduler, "optimizer", None)) is plain_optimizer(optimizer)
+
+
 def extend_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer, left: list[int]) -> None:
     """Make a scheduler treat each group that move_parameters added as it does the group left, whose number is given."""
     inner = [*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "lr_scheduler", None)]  # the last: timm's
     for other in inner:
         if other is not None:
             extend_scheduler(other, optimizer, left)
-    if scheduler.optimizer is not optimizer:
+    if not _belongs(scheduler, optimizer):
         return
     groups = optimizer.param_groups
     new = groups[len(groups) - len(left) :]

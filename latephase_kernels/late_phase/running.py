@@ -136,7 +136,8 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
     """Recompute every running statistic of an expanded model as the average over a loader, in one stacked pass.
 
     Args:
-        loader: yields input batches [N, …], or tuples and lists whose first entry is one.
+        loader: yields input batches [N, …], or tuples and lists whose first entry is one. Where batches are dicts of a
+            model's arguments by name: (batch["pixel_values"] for batch in loader).
         model: expanded; flags and momenta are the same afterwards.
         share: False: every member sees all the data (each batch is replicated K times). True: each sees 1/K of it,
             an approximation at 1/K of the cost; leftover and short batches are not used.

@@ -34,7 +34,7 @@ from ..nn import (
     SharedSyncBatchNormAct,
 )
 from ..nn.norm_act import norm_act_class
-from ..nn.norms import is_rms_norm
+from ..nn.norms import is_layer_norm, is_rms_norm
 from ..nn.routing import Routed
 
 MEMBER_TYPES: dict[type, type] = {
@@ -97,17 +97,30 @@ def _head(model: nn.Module) -> list[nn.Module]:
 
 
 @functools.cache
+def _forward_source(cls: type) -> str:
+    """Return the source of a module's forward and of the methods that it calls, without comments."""
+    sources: dict[str, str] = {}
+    names = ["forward"]
+    while names:
+        name = names.pop()
+        if name in sources or not hasattr(cls, name):
+            continue
+        try:
+            sources[name] = re.sub("#.*", "", inspect.getsource(getattr(cls, name)))
+        except (OSError, TypeError):
+            sources[name] = ""
+        names += re.findall(r"\bself\.(\w+)\(", sources[name])
+    return "\n".join(sources.values())
+
+
+@functools.cache
 def _reads_weight(parent: type, name: str) -> bool:
     """Return whether parent's forward takes self.<name>.weight without calling self.<name>, as some attentions do."""
     if issubclass(parent, nn.TransformerEncoderLayer):  # its fast path does; expand closes it
         return False
-    try:
-        source = inspect.getsource(parent.forward)
-    except (OSError, TypeError):
-        return False
     asked = r"\.(dtype|device|shape|is_\w+|requires_grad|numel|size|ndim|dim)\b"  # of it, rather than computed with it
     read = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{asked})"
-    return re.search(read, re.sub("#.*", "", source)) is not None
+    return re.search(read, _forward_source(parent)) is not None
 
 
 def _uncalled(model: nn.Module) -> dict[int, str]:
@@ -134,7 +147,7 @@ def _norms(model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> list[nn.Mo
 _NAMED: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "batch_norm": lambda model: [module for module in model.modules() if isinstance(module, _BatchNorm)],
     "head": _head,
-    "layer_norm": lambda model: _norms(model, lambda module: isinstance(module, nn.LayerNorm)),
+    "layer_norm": lambda model: _norms(model, is_layer_norm),
     "group_norm": lambda model: _norms(model, lambda module: isinstance(module, nn.GroupNorm)),
     "rms_norm": lambda model: _norms(model, is_rms_norm),
     "rank1": _rank1,
@@ -232,8 +245,8 @@ def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> 
     if any(nn.parameter.is_lazy(tensor) for tensor in [*module.parameters(), *module.buffers()]):
         raise NotImplementedError(f"expand: {name} ({cls}) is not initialized; run one batch through the model first")
     plain = next((plain for plain in types if isinstance(module, plain)), None)
-    if plain is None and nn.RMSNorm in types and is_rms_norm(module):  # other libraries' classes have other parents
-        plain = nn.RMSNorm
+    if plain is None and nn.RMSNorm in types:  # other libraries' classes have other parents
+        plain = nn.RMSNorm if is_rms_norm(module) else nn.LayerNorm if is_layer_norm(module) else None
     if plain is None:
         raise NotImplementedError(
             f"expand: {name} is a {cls}, which cannot be expanded, only "
@@ -269,9 +282,12 @@ def check_ties(model: nn.Module, targets: dict[int, nn.Module], rank1: set[int])
             other = next(name for name, _ in owners if name != multiplied)
             raise ValueError(
                 f"expand: {multiplied} is tied to {other}, but collapse multiplies rank-1 gains into it alone; "
-                "untie them or choose other targets"
+                "untie them, or choose the other layers by a callable target: lambda name, module: "
+                f'"rank1" if type(module) is nn.Linear and name != "{multiplied.rpartition(".")[0]}" else False'
             )
         late = next((name for name, owner in owners if owner in targets), None)
         staying = next((name for name, owner in owners if owner not in targets), None)
         if late is not None and staying is not None:
-            raise ValueError(f"expand: {late} is tied to {staying}, which is no target; target both or untie them")
+            raise ValueError(
+                f"expand: {late} is tied to {staying}, which is no target; untie them, or target both or none of them"
+            )

@@ -53,7 +53,7 @@ def check_rows(where: str, input: Tensor, num_members: int) -> None:
     if input.size(0) % num_members:
         raise ValueError(
             f"{where}: input.size(0)={input.size(0)} is not divisible by num_members={num_members}; "
-            f"stack {num_members} equal minibatches along dim 0"
+            f"stack {num_members} equal minibatches along dim 0 (if they are, lp.check_members names the layer)"
         )
 
 

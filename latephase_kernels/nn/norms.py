@@ -7,6 +7,8 @@ Shapes: K members, B rows a member. Stacked input is [K·B, …], member-major: 
 """
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,12 @@ def is_rms_norm(module: nn.Module) -> bool:
     cls = type(module)
     simple = cls.__name__.startswith("SimpleNorm") and cls.__module__.startswith("timm.")
     return "weight" in module._parameters and (simple or re.search("rms_?norm", cls.__name__, re.I) is not None)
+
+
+def is_layer_norm(module: nn.Module) -> bool:
+    """Return whether module is an nn.LayerNorm, or a norm with a weight whose class has such a name in any library."""
+    named = re.search(r"LayerNorm(2d)?$", type(module).__name__) is not None
+    return isinstance(module, nn.LayerNorm) or (named and "weight" in module._parameters)
 
 
 class _EnsembleNorm(MemberModule):
@@ -214,6 +222,10 @@ class EnsembleLayerNorm(_EnsembleNorm, nn.LayerNorm):
 
     _plain = nn.LayerNorm
 
+    @classmethod
+    def _accepts(cls, module: nn.Module) -> bool:
+        return is_layer_norm(module)
+
     def __init__(
         self, normalized_shape, num_members, eps=1e-5, elementwise_affine=True, bias=True, device=None, dtype=None
     ):
@@ -291,6 +303,7 @@ class MemberwiseNorm(_EnsembleNorm):
 
     Exact wherever dim 0 is the batch and samples do not mix. What the class does behind the norm (an activation, say)
     comes to the averaged weights too: the average is then that of the weights, not of the members' outputs.
+    What else its forward takes goes along: of tensors with input's rows, as a gate, every member gets its own.
     """
 
     _affine_last = False
@@ -298,6 +311,24 @@ class MemberwiseNorm(_EnsembleNorm):
     def extra_repr(self) -> str:
         return f"{self.plain_type.__name__}, num_members={self.num_members}"
 
-    def _norm(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the norm of input, in its shape; see EnsembleLayerNorm."""
+        members = self.active_members()
+        if isinstance(members, str):
+            return self._norm(input, *self.averaged(), *args, **kwargs)
+        num_members, rows = len(members), input.size(0)
+        check_rows(type(self).__name__, input, num_members)
+
+        def parts(x: Any) -> Sequence:
+            own = isinstance(x, Tensor) and x.dim() > 0 and x.size(0) == rows
+            return x.unflatten(0, (num_members, rows // num_members)).unbind(0) if own else [x] * num_members
+
+        tensors = (self._members_of(members, self._parameters.get(name)) for name in ("weight", "bias"))
+        columns = [parts(input), *([None] * num_members if tensor is None else tensor.unbind(0) for tensor in tensors)]
+        columns += [parts(x) for x in (*args, *kwargs.values())]
+        named = 3 + len(args)
+        return torch.cat([self._norm(*own[:named], **dict(zip(kwargs, own[named:]))) for own in zip(*columns)])
+
+    def _norm(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         own = {"weight": weight, "bias": bias}
-        return self._as_plain({name: own[name] for name in self._parameters}).forward(input)
+        return self._as_plain({name: own[name] for name in self._parameters}).forward(input, *args, **kwargs)

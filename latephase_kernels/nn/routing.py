@@ -121,6 +121,20 @@ class Routed(nn.Module):
         """Return "average" or the range of members to run as."""
         return range(self.num_members) if self.routing is None else self.routing.resolve(self.training)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Called by nn.DataParallel for every device; torch.nn has the name.
+
+        Raises:
+            NotImplementedError: several members run, whose rows it would cut into as many parts as there are devices.
+        """
+        members = self.active_members()
+        if members != "average" and len(members) > 1:
+            raise NotImplementedError(
+                "nn.DataParallel cuts the stacked batch into parts for its devices, each with rows of other members; "
+                "use one process for each device (DistributedDataParallel, lp.Distributed), or let one device be seen"
+            )
+        return super()._replicate_for_data_parallel()
+
 
 def is_expanded(model: nn.Module) -> bool:
     """Return whether a model has members."""
