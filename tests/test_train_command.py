@@ -158,7 +158,23 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_nohup_keeps_its_promise():
+    """A SIGHUP that is ignored before stays ignored; one that is not is remembered."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run_training._Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received is None
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with run_training._Signals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_an_interrupted_run_goes_on(finished, tmp_path, number):
     """Wherever the signal finds it, the resumed run ends in the same bits."""
     folder = tmp_path / "run"

@@ -26,7 +26,8 @@ Slot = dict[str, np.ndarray]
 Work = Callable[[Slot, Callable[[int], None]], Any]
 
 _POLL_SECONDS = 0.5
-_IGNORED = (signal.SIGINT, signal.SIGTERM)  # by workers
+# What asks a program to end: Ctrl-C, a job's end, and a terminal's, which Windows does not have.
+ENDING_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _LONGEST_TEXT = 1500  # messages stay below PIPE_BUF: written whole or not at all
 
 
@@ -42,7 +43,7 @@ def available_cores() -> int:
 class WorkerPool:
     """Forked processes and the slots they share with this one; a context manager.
 
-    The workers take tasks in the order they were submitted. They ignore SIGINT and SIGTERM, which are the caller's to
+    The workers take tasks in the order they were submitted. They ignore ENDING_SIGNALS, which are the caller's to
     answer, and end with it, whatever ends it.
 
     Args:
@@ -265,9 +266,9 @@ def _kill(processes: Iterable[Any]) -> None:
 
 def _worker(work: Work, slots: list[Slot], stages: Any, beats: Any, tasks: Any, results: Any) -> None:
     """What a worker process runs: tasks, until the caller's process is gone."""
-    for number in _IGNORED:
+    for number in ENDING_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
     _die_with_parent()
     tasks._writer.close()  # when the caller's end is gone, too, reading ends with an EOFError
     while True:
@@ -300,7 +301,7 @@ def _worker(work: Work, slots: list[Slot], stages: Any, beats: Any, tasks: Any, 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
     """Hold back the signals that workers ignore: one forked in here does not meet them before it ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import torch
 
 from .. import late_phase as lp
 from ..data import TextSet
+from ..data.worker_pool import ENDING_SIGNALS
 from .build import AnyData, build_data
 from .determinism import determinism
 from .image_task import ImageEvaluation
@@ -39,14 +40,16 @@ class Interrupted(Exception):
 
 
 class _Signals:
-    """Remembers SIGINT and SIGTERM instead of raising in the middle of a step; a second one acts as usual."""
+    """Remembers SIGINT, SIGTERM and SIGHUP instead of raising in the middle of a step; a second one acts as usual."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
+            if signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # by nohup: the terminal's end is not the run's
             try:
                 self._before[number] = signal.signal(number, self._receive)
             except ValueError:  # not in the main thread
@@ -89,7 +92,7 @@ def run_training(
         RunError: another process has the folder, or all checkpoints are damaged.
         RuntimeError: the saved model does not answer as the trained one.
         FloatingPointError: a loss, or the trained model's outputs, were not finite.
-        Interrupted: by SIGINT or SIGTERM; a checkpoint holds everything.
+        Interrupted: by SIGINT, SIGTERM or SIGHUP; a checkpoint holds everything.
     """
     check(recipe)
     with contextlib.ExitStack() as closing:
