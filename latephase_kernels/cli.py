@@ -167,6 +167,15 @@ def _add_nqp(commands: "argparse._SubParsersAction[_Parser]") -> None:
     nqp.set_defaults(run=_nqp)
 
 
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    """Add what the commands that read a run's model have in common."""
+    command.add_argument("--data", metavar="DIR", help="where all data lie (default: as in the run's recipe)")
+    command.add_argument(
+        "--last", action="store_true", help="of a run with SWA the last weights, not their average over time"
+    )
+    command.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+
+
 def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate = commands.add_parser(
         "eval",
@@ -180,7 +189,6 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate.add_argument(
         "folders", nargs="+", metavar="RUN", help="the folder of the run; several, of one recipe: their deep ensemble"
     )
-    evaluate.add_argument("--data", metavar="DIR", help="where all data lie (default: as in the run's recipe)")
     evaluate.add_argument(
         "--ood",
         type=lambda text: text.split(","),
@@ -191,10 +199,7 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     evaluate.add_argument(
         "--corruptions", action="store_true", help="error of the averaged model on CIFAR-10-C or CIFAR-100-C"
     )
-    evaluate.add_argument(
-        "--last", action="store_true", help="of a run with SWA the last weights, not their average over time"
-    )
-    evaluate.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    _add_reading(evaluate)
     evaluate.add_argument(
         "--output", metavar="DIR", help="folder to write to (default: the run's, or NAME_deep_ensemble-seedN beside it)"
     )
@@ -218,11 +223,7 @@ def _add_collapse(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="exact averages the layers' outputs in eval mode, for inference (the default); weights averages the "
         "tensors, for further training",
     )
-    collapse.add_argument(
-        "--last", action="store_true", help="of a run with SWA the last weights, not their average over time"
-    )
-    collapse.add_argument("--data", metavar="DIR", help="where all data lie (default: as in the run's recipe)")
-    collapse.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    _add_reading(collapse)
     collapse.add_argument(
         "--output", metavar="FILE", help="file or folder to write to (default RUN/collapsed.safetensors)"
     )

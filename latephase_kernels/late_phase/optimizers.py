@@ -121,8 +121,8 @@ def check_optimizers(
                 f"expand: {type(rule).__name__} mixes the elements of a tensor and cannot hold replicated "
                 "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
             )
-        leaves = [group for group in optimizer.param_groups if any(p in moved or p in added for p in group["params"])]
-        if any(_is_cautious(group, options) for group in leaves):
+        touched = [group for group in optimizer.param_groups if any(p in moved or p in added for p in group["params"])]
+        if any(_is_cautious(group, options) for group in touched):
             raise NotImplementedError(
                 f"expand: {type(optimizer).__name__} with caution=True mixes the elements of a tensor and cannot hold "
                 'replicated parameters [K, …]; give member_options={"caution": False}'
