@@ -142,7 +142,9 @@ def _fitting(path: Path, command: str) -> Iterator[None]:
     try:
         from safetensors import SafetensorError
     except ModuleNotFoundError:
-        raise ImportError("eval: reading a run needs safetensors; pip install 'latephase_kernels[train]'") from None
+        raise ImportError(
+            f"{command}: reading a run needs safetensors; pip install 'latephase_kernels[train]'"
+        ) from None
     try:
         yield
     except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
