@@ -75,6 +75,13 @@ def check_digest(path: str | Path, algorithm: str, expected: str, size: int | No
         )
 
 
+def write_synced(path: Path, content: bytes | memoryview) -> None:
+    """Write a file; it is on the disk when this returns, its name after sync_folder."""
+    path.write_bytes(content)
+    with open(path, "r+b") as file:  # Windows syncs only what may be written
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename durable; not every system lets a folder be opened."""
     try:

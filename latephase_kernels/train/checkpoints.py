@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.files import sync_folder
+from ..data.files import sync_folder, write_synced
 
 _NAME = re.compile(r"step-(\d{9,})-([0-9a-f]{32})(\.pt)?")
 _UNFINISHED = "unfinished.pt"
@@ -75,10 +75,7 @@ class CheckpointFolder:
         path = self.folder / f"step-{step:09d}-{_digest(content)}.pt"
         unfinished = self.folder / _UNFINISHED
         try:
-            with open(unfinished, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(unfinished, content)
             os.replace(unfinished, path)
             sync_folder(self.folder)
         except OSError as error:

@@ -27,6 +27,7 @@ from typing import IO, Any
 import torch
 
 from .. import __version__
+from ..data.files import write_synced
 from .checkpoints import CheckpointFolder, RunError
 from .figures import new_figure
 
@@ -76,9 +77,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with naming(path):
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-            with open(unfinished, "rb") as file:
-                os.fsync(file.fileno())
+            write_synced(unfinished, content.encode() if isinstance(content, str) else content)
             os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from ..data.files import sync_folder
+from ..data.files import sync_folder, write_synced
 from .checkpoints import CheckpointFolder, RunError
 from .ranks import Answer, RankError, SeveralRanks
 
@@ -83,10 +83,7 @@ class ShardedCheckpointFolder(CheckpointFolder):
                 "give --output a folder that all ranks share"
             )
         content = json.dumps(all_digests, indent=1, sort_keys=True).encode()
-        with open(unfinished / _DIGESTS, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(unfinished / _DIGESTS, content)
         sync_folder(unfinished)
         path = self.folder / f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:32]}"
         if path.exists():  # the same state again
