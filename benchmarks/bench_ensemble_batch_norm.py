@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
+from timing import HUGE_PAGES, attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
 
 import latephase_kernels as lp
 
@@ -280,6 +280,7 @@ def main():
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rows", type=int, help="per member; default: by network and device")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and layout")
+    parser.add_argument("--huge-pages", **HUGE_PAGES)
     parser.add_argument("--residual", action="store_true", help="add a residual before the ReLU")
     parser.add_argument(
         "--compiled", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER", help="peers to compile (GPU)"
@@ -298,7 +299,8 @@ def main():
     report = {
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(), "dtype": arguments.dtype, "members": NUM_MEMBERS,
-        "residual": arguments.residual, "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
+        "residual": arguments.residual, "huge pages": arguments.huge_pages,
+        "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
     }  # fmt: skip
     suffix = "_residual" if arguments.residual else ""
     output = arguments.output or (

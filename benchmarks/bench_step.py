@@ -17,7 +17,7 @@ from bench_ensemble_batch_norm import processor
 from memory import peak_mib
 from step_contenders import CONTENDERS, GRAPHED, IN_TURN, NETWORKS, PLAIN, STEPS, Setting, largest_difference
 from step_floor import arithmetic_floor
-from timing import interleaved, quartiles, ratios
+from timing import HUGE_PAGES, interleaved, quartiles, ratios
 
 DEFAULTS = {  # networks, K, images a member, layouts, contenders that run there
     "cpu": (["ResNet-18", "WRN-16-4"], [4], {"ResNet-18": 8, "WRN-16-4": 16}, ["contiguous", "channels_last"]),
@@ -137,6 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="images a member; default: by network and device")
     parser.add_argument("--layouts", nargs="+", choices=["contiguous", "channels_last"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help="default: all that run on the device")
+    parser.add_argument("--huge-pages", **HUGE_PAGES)
     parser.add_argument("--seconds", type=float, default=40.0, help="for each table")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/step_DEVICE_DTYPE.json")
     arguments = parser.parse_args()
@@ -156,7 +157,7 @@ def main() -> None:
     on_gpu = arguments.device == "cuda"
     report = {
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if on_gpu else processor(),
-        "threads": torch.get_num_threads(), "tables": [],
+        "threads": torch.get_num_threads(), "huge pages": arguments.huge_pages, "tables": [],
     }  # fmt: skip
     output = arguments.output or Path(__file__).parent / "results" / f"step_{arguments.device}_{arguments.dtype}.json"
     for setting in settings(arguments):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from bench_ensemble_batch_norm import processor
-from timing import attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
+from timing import HUGE_PAGES, attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
 
 OURS = "ours"
 
@@ -119,6 +119,7 @@ def make_parser(description, *, seconds):
     parser.add_argument(
         "--one-thread", action="store_true", help="its CPU time in place of the clock's: for a machine in use"
     )
+    parser.add_argument("--huge-pages", **HUGE_PAGES)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes its time")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/OP_DEVICE_DTYPE.json")
     return parser
@@ -139,7 +140,7 @@ def run(op, arguments, cases, plain, floor=None):
     report = {
         "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": arguments.dtype,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
-        "members": arguments.members, "load": os.getloadavg()[0],
+        "members": arguments.members, "load": os.getloadavg()[0], "huge pages": arguments.huge_pages,
         "clock": "CPU time of one thread" if arguments.one_thread else "wall",
         "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
     }  # fmt: skip

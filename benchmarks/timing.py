@@ -1,6 +1,7 @@
 """Interleaved timing: what is compared is timed in turn, in one run, on the CPU or a GPU."""
 
 import math
+import os
 import random
 import statistics
 import time
@@ -10,6 +11,19 @@ import torch
 
 _FLUSH_BYTES = 256 << 20  # written between two timings on a GPU: more than its L2 cache
 _HEAD_START = 1_000_000  # cycles that a GPU waits, half a millisecond, so that launches of what is short are not timed
+
+
+def huge_pages(whose: str) -> str:
+    """The type of HUGE_PAGES: turns pages of 2 MiB on and off for this process, which has made no large tensor yet."""
+    os.environ["LATEPHASE_HUGE_PAGES"] = str(int(whose != "none"))
+    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(whose == "all"))  # PyTorch's allocator
+    return whose
+
+
+HUGE_PAGES = {
+    "type": huge_pages, "default": "ours", "choices": ["ours", "all", "none"],
+    "help": "whose results on a CPU come in pages of 2 MiB: our ops' (as installed), PyTorch's too, or nobody's",
+}  # fmt: skip
 
 
 class Timer:

@@ -22,6 +22,8 @@
 #include <tuple>
 #include <utility>
 
+#include "huge_pages.h"
+
 namespace latephase {
 
 using torch::headeronly::ScalarType;
@@ -37,7 +39,10 @@ inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* size
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor made(handle);
+  if (device_type == aoti_torch_device_type_cpu())
+    ask_for_huge_pages(made.mutable_data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
+  return made;
 }
 
 // A new contiguous tensor.
