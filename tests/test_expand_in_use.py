@@ -181,6 +181,33 @@ def test_wrapped_optimizers(wrap):
         lp.expand(model, K, optimizers=wrap(lamb))
 
 
+@pytest.mark.parametrize("state", ["fresh", "copy"])
+def test_the_state_inside_a_wrapped_optimizer_moves(state):
+    model = Net()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    wrapped = lookahead(inner)
+    model(images()).square().sum().backward()
+    wrapped.step()
+    momentum = inner.state[model.head.weight]["momentum_buffer"].clone()
+    lp.expand(model, K, targets=("batch_norm", "head"), optimizers=wrapped, member_state=state)
+    assert len(wrapped.state_dict()["state"]) == len(inner.state) == (6 if state == "copy" else 2)
+    if state == "copy":
+        assert torch.equal(inner.state[model.head.weight]["momentum_buffer"], momentum.expand(K, *momentum.shape))
+    wrapped.step()
+
+
+def test_sharpness_aware_minimization_is_refused():
+    class SAM(torch.optim.Optimizer):  # as all implementations do: a wrapper with a norm over all gradients
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 0.1, "rho": 0.05})
+            self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+            self.param_groups = self.base_optimizer.param_groups
+
+    model = Net()
+    with pytest.raises(NotImplementedError, match="SAM mixes the elements"):
+        lp.expand(model, K, optimizers=SAM(model.parameters()))
+
+
 def test_data_parallel_does_not_cut_a_stacked_batch():
     model = expanded()
     with pytest.raises(NotImplementedError, match="DataParallel cuts the stacked batch into parts"):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import re
 import warnings
 import weakref
@@ -24,12 +25,16 @@ Gains = dict[nn.Parameter, list[tuple[str, nn.Parameter]]]
 _MIXING = {
     *("Adafactor", "AdafactorBigVision", "AdamP", "FusedLAMB", "Kron", "LAMB", "LARS", "LBFGS", "Lamb", "Lars", "Mars"),
     *("Muon", "NovoGrad", "NvNovoGrad", "SGDP", "SOAP"),
+    *("BSAM", "GSAM", "LookSAM", "SAM", "WSAM"),  # one norm of all gradients for the step to the sharp side
 }
 
 
-def _mixes(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimizer is, or derives from, one of these."""
-    return any(kind.__name__ in _MIXING for kind in type(optimizer).__mro__)
+def _mixing(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return the name of an optimizer, or of one inside it, that is or derives from one of these; None if none does."""
+    return next(
+        (type(o).__name__ for o in _nested(optimizer) if any(kind.__name__ in _MIXING for kind in type(o).__mro__)),
+        None,
+    )
 
 
 def _is_cautious(group: dict, options: dict) -> bool:
@@ -37,13 +42,20 @@ def _is_cautious(group: dict, options: dict) -> bool:
     return bool({**group, **options}.get("caution"))
 
 
-def plain_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer inside wrappers such as Accelerate's and timm's Lookahead, or the argument itself."""
+def _nested(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and, from wrappers such as Accelerate's and timm's Lookahead, those inside it."""
+    yield optimizer
     for name in ("optimizer", "base_optimizer", "_base_optimizer"):
         inner = getattr(optimizer, name, None)
         if isinstance(inner, torch.optim.Optimizer):
-            return plain_optimizer(inner)
-    return optimizer
+            yield from _nested(inner)
+            return
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """Return the torch optimizer inside wrappers, or the argument itself."""
+    *_, plain = _nested(optimizer)
+    return plain
 
 
 def listed_optimizers(optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer]) -> list:
@@ -115,10 +127,10 @@ def check_optimizers(
                 f"expand: member_options has {unknown[0]!r}, which {type(optimizer).__name__} does not know; "
                 f"it knows {', '.join(sorted(known))}"
             )
-        rule = plain_optimizer(optimizer)
-        if held and _mixes(rule):
+        mixing = _mixing(optimizer)
+        if held and mixing is not None:
             raise NotImplementedError(
-                f"expand: {type(rule).__name__} mixes the elements of a tensor and cannot hold replicated "
+                f"expand: {mixing} mixes the elements of a tensor and cannot hold replicated "
                 "parameters [K, …]; give the targets' parameters an optimizer of their own, such as SGD or AdamW"
             )
         touched = [group for group in optimizer.param_groups if any(p in moved or p in added for p in group["params"])]
@@ -127,7 +139,7 @@ def check_optimizers(
                 f"expand: {type(optimizer).__name__} with caution=True mixes the elements of a tensor and cannot hold "
                 'replicated parameters [K, …]; give member_options={"caution": False}'
             )
-        scheduled = any(hasattr(o.step, "_wrapped_by_lr_sched") for o in (optimizer, rule))
+        scheduled = any(hasattr(o.step, "_wrapped_by_lr_sched") for o in _nested(optimizer))
         if scheduled and not any(_belongs(scheduler, optimizer) for scheduler in schedulers):
             warnings.warn(
                 f"expand: the {type(optimizer).__name__} has a learning rate scheduler, which does not know the "
@@ -135,7 +147,8 @@ def check_optimizers(
                 stacklevel=3,
             )
         for parameter in held if member_state == "copy" else ():
-            for key, value in optimizer.state.get(parameter, {}).items():
+            states = [nested.state.get(parameter, {}) for nested in _nested(optimizer)]
+            for key, value in itertools.chain.from_iterable(state.items() for state in states):
                 if isinstance(value, Tensor) and value.shape != parameter.shape and value.numel() != 1:
                     raise ValueError(
                         f'expand: member_state="copy" cannot broadcast the state {key!r} of shape {list(value.shape)} '
@@ -160,7 +173,7 @@ def move_parameters(
     The gains of the weights in a group join that new group, and leave `added`. Returns the numbers of the groups left.
     """
     new_groups, left = [], []
-    takes_gains = not _mixes(plain_optimizer(optimizer))
+    takes_gains = _mixing(optimizer) is None
     for number, group in enumerate(optimizer.param_groups):
         positions = [i for i, parameter in enumerate(group["params"]) if parameter in moved]
         gains = [gain for parameter in group["params"] if takes_gains for gain in added.pop(parameter, ())]
@@ -179,13 +192,13 @@ def move_parameters(
             group["param_names"] = [n for i, n in enumerate(group["param_names"]) if i not in set(positions)]
         new["params"] += gains if "param_names" in group else [gain for _, gain in gains]
         group["params"] = [parameter for parameter in group["params"] if parameter not in moved]
-        for parameter in leaving:
-            _move_state(optimizer, parameter, moved[parameter], member_state)
+        for parameter, nested in itertools.product(leaving, _nested(optimizer)):
+            _move_state(nested, parameter, moved[parameter], member_state)
         new_groups.append(new)
         left.append(number)
     for new in new_groups:
         optimizer.add_param_group(new)
-        _begin_adagrad(optimizer, optimizer.param_groups[-1])
+        _begin_adagrad(plain_optimizer(optimizer), optimizer.param_groups[-1])
     return left
 
 
@@ -203,7 +216,7 @@ def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Par
 
 def _begin_adagrad(optimizer: torch.optim.Optimizer, group: dict) -> None:
     """Make the state of a new group: Adagrad makes it with the optimizer, and of some versions of torch not later."""
-    if not isinstance(plain_optimizer(optimizer), torch.optim.Adagrad):
+    if not isinstance(optimizer, torch.optim.Adagrad):
         return
     options = {key: group[key] for key in ("initial_accumulator_value", "fused")}
     for parameter in group["params"]:
