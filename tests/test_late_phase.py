@@ -43,6 +43,23 @@ def diverged(targets=("batch_norm", "head"), model=None):
 # ---------------------------------------------------------------------------------------------- round trips
 
 
+@pytest.mark.parametrize("mode", ["exact", "weights"])
+@pytest.mark.parametrize("targets", [("batch_norm", "head"), "head", "rank1"])
+def test_one_member_as_a_plain_model(targets, mode):
+    model, plain, x = diverged(targets), small_net(), images(5)
+    for k in range(K):
+        alone = lp.collapse(copy.deepcopy(model), mode=mode, member=k)
+        plain.load_state_dict(alone.state_dict())
+        torch.testing.assert_close(plain.eval()(x), lp.predict(model, x, members=k))
+        for key, value in model.state_dict().items():
+            if targets != "rank1" and value.shape != plain.state_dict()[key].shape:
+                assert torch.equal(alone.state_dict()[key], value[k])
+    with pytest.raises(ValueError, match=r"collapse: member must be within range\(3\), got 3; member 0 is the first"):
+        lp.collapse(model, member=3)
+    with pytest.raises(TypeError, match="collapse: member must be an int or None, got bool"):
+        lp.collapse(model, member=True)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_round_trip(name):
     models = pytest.importorskip("torchvision").models

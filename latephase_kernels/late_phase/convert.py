@@ -228,8 +228,8 @@ def _replaced(value: Any, replacements: dict[int, nn.Module], depth: int = 5) ->
 
 
 @torch.no_grad()
-def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
-    """Average the members of an expanded model into the plain model it came from, in place.
+def collapse(model: nn.Module, *, mode: str = "exact", member: int | None = None) -> nn.Module:
+    """Average the members of an expanded model into the plain model it came from, in place, or keep one of them.
 
     Keys and shapes of the state dict are the original ones. Optimizers still hold the members: make new ones.
 
@@ -237,13 +237,14 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
         model: expanded; it is changed.
         mode: "exact" (each layer answers, in eval mode, with the average of its members' outputs: for inference) or
             "weights" (every tensor is averaged: for further training). Identical members give back their bits in both.
+        member: keep this one, with its statistics, instead of the average; the same in both modes.
 
     Returns:
         model.
 
     Raises:
-        TypeError: model is wrapped or no module.
-        ValueError: an unknown mode, or model itself is a member module.
+        TypeError: model is wrapped or no module, or member no int.
+        ValueError: an unknown mode or member, or model itself is a member module.
         RuntimeError: model is not expanded, other ranks have members of it, or SyncBatchNorm was put in after expand.
     """
     check_not_wrapped("collapse", model)
@@ -257,6 +258,8 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
         if module.routing is not None:
             module.routing.check_whole("collapse")
     _check_foreign_norms(model)
+    if member is not None:
+        _keep(member, [module for _, module in expanded if isinstance(module, MemberModule)])
     replacements = {id(module): module.collapse(mode) for _, module in expanded}
     for _, module in expanded:
         for name, new in replacements[id(module)]._parameters.items():
@@ -270,6 +273,19 @@ def collapse(model: nn.Module, *, mode: str = "exact") -> nn.Module:
     mark_replaced({p for _, module in expanded for p in module.parameters()}.difference(model.parameters()), "collapse")
     mark_stale(model, "collapse")
     return model
+
+
+def _keep(member: int, modules: list[MemberModule]) -> None:
+    """Give all members the weights and statistics of one: their average is that member, bit for bit."""
+    if isinstance(member, bool) or not isinstance(member, int):
+        raise TypeError(f"collapse: member must be an int or None, got {type(member).__name__}")
+    num_members = modules[0].num_members
+    if not 0 <= member < num_members:
+        raise ValueError(f"collapse: member must be within range({num_members}), got {member}; member 0 is the first")
+    for module in modules:
+        for tensor in (*module.replicated_parameters().values(), *module._buffers.values()):
+            if tensor is not None:
+                tensor.copy_(tensor[member].clone())
 
 
 def _check_foreign_norms(model: nn.Module) -> None:

@@ -24,6 +24,8 @@ from .running import repeat, training_flags_kept
 def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average", **kwargs: Any) -> Any:
     """Return an expanded model's answer to an ordinary batch, in eval mode and without gradients.
 
+    All of the model is in eval mode, dropout too: for MC-dropout call the model itself inside `members`.
+
     Args:
         model: expanded; its training flags are the same afterwards.
         x: [N, …], or a tuple, list or dict of such tensors: the model's first argument.
