@@ -351,6 +351,7 @@ def test_command(tmp_path, capsys):
     assert checks["largest"] == max(zs) and 0 < checks["chance"] < 0.1
     table = (output / "nqp.md").read_text(encoding="utf-8")
     assert table.strip() in printed.out and "30 checks" in table
+    assert "if the seeds' losses were normal" in table  # else the bound does not hold
     assert sum(line.startswith("|") and "±" in line for line in table.splitlines()) == 12 + 6
     assert "\r" not in printed.err and printed.err.count("\n") == 4  # a line a stage
     try:

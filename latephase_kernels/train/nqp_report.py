@@ -60,7 +60,9 @@ def checks(cells: Sequence[Cell]) -> list[float]:
 
 
 def chance(num_checks: int, num_seeds: int) -> float:
-    """At most so probable is a |z| beyond ALLOWED in one or more checks, where theory holds.
+    """At most so probable is a |z| beyond ALLOWED in one or more checks, where theory holds and losses are normal.
+
+    Losses are skewed to the right: with few seeds, or few coordinates, |z| is beyond ALLOWED more often.
 
     The sum of the tails of Student's t with ν = num_seeds − 1, an upper bound for checks that share noise as well. With
     t = √ν tan x the density is cos^(ν−1) x · Γ((ν+1)/2) / (√π Γ(ν/2)).
@@ -139,7 +141,8 @@ def _footer(facts: dict) -> list[str]:
         "With the mean it is 1/K whatever the share; with the sum it falls as the share and, for small steps, K grow.",
         "Multiplicative: the approximation is for little noise (step / minibatch); it is not a check.",
         f"{found['number']} checks, largest |z| {found['largest']:.2f}, {found['failed']} beyond {ALLOWED:g}. Where "
-        f"theory holds, any beyond {ALLOWED:g} has a probability of {found['chance']:.1g} at most.",
+        f"theory holds, any beyond {ALLOWED:g} would have a probability of {found['chance']:.1g} at most if the seeds' "
+        "losses were normal; they are skewed, which makes it more with few seeds or few coordinates.",
         f"latephase_kernels {facts['latephase_kernels']}, torch {facts['torch']}, {facts['threads']} thread, "
         f"{facts['seconds_total']:.0f} s in all.",
     ]
