@@ -9,7 +9,6 @@ benchmarks/README.md says how to read the figures. K members, B rows a member, C
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from timing import HUGE_PAGES, attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
 
 import latephase_kernels as lp
+from latephase_kernels.train.runs import processor
 
 NUM_MEMBERS = 10
 ROWS = {"cpu": {"WRN-28-10": 16, "ResNet-50": 4, "DenseNet-161": 4},
@@ -255,15 +255,6 @@ def floors():
                 f"| {floor_bytes(tensor, residual=True) / 2**20:,.0f} |"
             )
     return "\n".join(lines)
-
-
-def processor():
-    """The processor's name, as the system has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def cases(device, networks=tuple(NETWORKS)):

@@ -14,7 +14,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from latephase_kernels.data.image_decoding import training_pixels
 from latephase_kernels.data.image_folder import ImageFolder
 from latephase_kernels.data.worker_pool import available_cores
 from latephase_kernels.train.recipe import Data, Images, Late, Model, Optimizer, Recipe, Schedule, check
+from latephase_kernels.train.runs import processor
 from latephase_kernels.train.trainer import Trainer
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
@@ -155,14 +155,10 @@ def limit(found: dict[str, Any]) -> str:
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return where this runs, for a reader of the figures."""
-    processor = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     on_gpu = arguments.device.startswith("cuda")
     return {
-        "hardware": torch.cuda.get_device_name() if on_gpu else processor,
-        "processor": processor,
+        "hardware": torch.cuda.get_device_name() if on_gpu else processor(),
+        "processor": processor(),
         "cores": available_cores(),
         "torch": torch.__version__,
         **{name: value for name, value in vars(arguments).items() if name != "output"},

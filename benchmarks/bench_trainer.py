@@ -12,7 +12,6 @@ optimizer do nothing: its ratio to the bare step within a round is the overhead,
 import argparse
 import json
 import os
-import platform
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from timing import interleaved, quartiles, ratios
 from latephase_kernels.data import ImageSet
 from latephase_kernels.train.determinism import determinism
 from latephase_kernels.train.recipe import Data, Late, Model, Recipe, check
+from latephase_kernels.train.runs import processor
 from latephase_kernels.train.trainer import Trainer
 
 CLASSES, IMAGES = 10, 50_000
@@ -114,9 +114,9 @@ def main():
             low, ratio, high = row["to_bare"]
             print(f"  {phase:10} {name:14} {row['ms'][1]:9.2f} ms   × {ratio:.4f} ({low:.4f} … {high:.4f})")
     if arguments.output:
-        machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor()
+        machine = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
         with open(arguments.output, "w") as file:
-            json.dump({**settings, "machine": machine or platform.machine(), "rows": rows}, file, indent=1)
+            json.dump({**settings, "machine": machine, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import errno
 import io
 import json
 import os
+import platform
 import re
 import struct
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -130,6 +132,11 @@ def test_the_environment_is_of_the_runs_device(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert environment("cuda:1")["device"] == "the name of cuda:1" and environment()["devices"] == 8
     assert "the name of" not in environment("cpu")["device"] and environment("cpu")["devices"] == 1
+
+
+@pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="has /proc/cpuinfo's names")
+def test_the_environment_names_the_processor():
+    assert f"model name\t: {environment('cpu')['device']}\n" in Path("/proc/cpuinfo").read_text()
 
 
 def test_damaged_metrics_are_named(tmp_path):

@@ -98,6 +98,15 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
+def processor() -> str:
+    """Return the processor's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def environment(device: str | torch.device | None = None) -> dict[str, Any]:
     """Return what a reader needs to repeat a run on a device; None: the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
@@ -107,7 +116,7 @@ def environment(device: str | torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "devices": torch.cuda.device_count() if cuda else 1,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
