@@ -208,6 +208,14 @@ def test_sharpness_aware_minimization_is_refused():
         lp.expand(model, K, optimizers=SAM(model.parameters()))
 
 
+def test_rules_that_mix_are_known_in_every_spelling():
+    model = Net()
+    for name in ("AdaFactor", "MARS", "Prodigy"):
+        rule = type(name, (torch.optim.SGD,), {})(model.parameters(), lr=0.1)
+        with pytest.raises(NotImplementedError, match=f"{name} mixes the elements"):
+            lp.expand(model, K, optimizers=rule)
+
+
 def test_data_parallel_does_not_cut_a_stacked_batch():
     model = expanded()
     with pytest.raises(NotImplementedError, match="DataParallel cuts the stacked batch into parts"):

@@ -21,18 +21,20 @@ from ..nn.member_module import REPLACED_BY, MemberModule
 # Rank-1 gains with their names, by the weight that they multiply.
 Gains = dict[nn.Parameter, list[tuple[str, nn.Parameter]]]
 
-# Rules that mix the elements of a tensor (a norm, a factorization, a matrix sign): [K, …] is not K tensors to them.
+# Rules that mix the elements of a tensor or of all (a norm, a factorization, a matrix sign, a step size found from all
+# gradients, a step to the sharp side): [K, …] is not K tensors to them. Libraries write their names in several ways.
 _MIXING = {
-    *("Adafactor", "AdafactorBigVision", "AdamP", "FusedLAMB", "Kron", "LAMB", "LARS", "LBFGS", "Lamb", "Lars", "Mars"),
-    *("Muon", "NovoGrad", "NvNovoGrad", "SGDP", "SOAP"),
-    *("BSAM", "GSAM", "LookSAM", "SAM", "WSAM"),  # one norm of all gradients for the step to the sharp side
+    *("adafactor", "adafactorbigvision", "adamp", "came", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion"),
+    *("dadaptsgd", "fusedlamb", "kron", "lamb", "lars", "lbfgs", "mars", "muon", "novograd", "nvnovograd", "prodigy"),
+    *("ranger", "ranger21", "sgdp", "shampoo", "sm3", "soap", "stableadamw"),
+    *("bsam", "friendlysam", "gsam", "looksam", "sam", "wsam"),
 }
 
 
 def _mixing(optimizer: torch.optim.Optimizer) -> str | None:
     """Return the name of an optimizer, or of one inside it, that is or derives from one of these; None if none does."""
     return next(
-        (type(o).__name__ for o in _nested(optimizer) if any(kind.__name__ in _MIXING for kind in type(o).__mro__)),
+        (type(o).__name__ for o in _nested(optimizer) if any(k.__name__.lower() in _MIXING for k in type(o).__mro__)),
         None,
     )
 
