@@ -112,6 +112,10 @@ class BuildKernels(build_ext):
     """Build both libraries into build/kernels and copy them beside the package."""
 
     def run(self) -> None:
+        if not (ROOT / "csrc").is_dir():
+            sys.exit(
+                f"latephase_kernels: {ROOT} has no csrc, the kernels' sources; build from the repository or an sdist"
+            )
         cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if cxx is None:
             print(

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,3 +148,31 @@ def test_a_damaged_library_names_its_likely_causes(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "_LIBRARY_FOLDER", tmp_path)
     failure = backend._load("cpu")
     assert failure is not None and "(1)" in failure and "(3) the file is damaged" in failure
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def setup(folder, *arguments):
+    command = [sys.executable, "setup.py", "--quiet", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_the_source_distribution_has_the_sources_of_the_kernels(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    found = setup(ROOT, "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    assert found.returncode == 0, found.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "tests", "benchmarks", "docs"):
+        files = [path for path in (ROOT / folder).rglob("*.*") if path.is_file() and path.suffix not in (".pyc", ".so")]
+        assert files and {str(path.relative_to(ROOT)) for path in files} <= names
+    assert {"setup.py", "Makefile", "latephase_kernels/py.typed"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_no_build_without_the_sources_of_the_kernels(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    found = setup(tmp_path, "build_ext")
+    assert found.returncode and "has no csrc, the kernels' sources; build from the repository" in found.stderr
