@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import pickle
+import threading
 import warnings
+from collections import OrderedDict, UserDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -357,6 +359,28 @@ def test_two_threads_cannot_choose_at_once():
         assert torch.equal(lp.predict(model, x), expected)
 
 
+def test_predictions_of_several_threads():
+    """While one predicts, the others wait: none runs as the members of another's choice."""
+    model, x = expanded(noise_std=0.5).eval(), images()
+    expected = {which: lp.predict(model, x, members=which) for which in ("average", "all", 0, 1)}
+    begun, several = threading.Event(), threading.Event()
+
+    def let_others_begin(*_):
+        begun.set()
+        several.wait(0.02)  # nobody sets it
+
+    handle = model.conv.register_forward_hook(let_others_begin)
+    with ThreadPoolExecutor(4) as threads:
+        first = threads.submit(lp.predict, model, x)
+        begun.wait()
+        found = {which: threads.submit(lp.predict, model, x, members=which) for which in ("all", 0, 1)}
+        for which, prediction in {"average": first, **found}.items():
+            assert torch.equal(prediction.result(), expected[which]), which
+    handle.remove()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # each with turns of its own
+        assert torch.equal(lp.predict(other, x, members="all"), expected["all"])
+
+
 def test_heads_whose_weight_is_asked_for_its_type():
     class Cast(Net):
         def forward(self, x):  # self.head.weight stays as it is
@@ -427,6 +451,30 @@ def test_norms_put_in_after_expand():
     with pytest.raises(RuntimeError, match=r"norm \(SyncBatchNorm\) has the weights of all members, \[3, 8\]"):
         lp.collapse(model)
     assert type(model.head) is not nn.Linear
+
+
+def test_predictions_of_mappings_that_pytree_does_not_know():
+    class Output(OrderedDict):
+        pass
+
+    class Rows(list):
+        pass
+
+    class Named(Net):
+        def forward(self, batch, output=Output):
+            logits = super().forward(batch["image"])
+            return output([("logits", logits), ("names", batch["names"])] if output is Output else [logits])
+
+    model, x = lp.expand(Named(), K, noise_std=0.5).eval(), images()
+    batch = UserDict(image=x, names="unknown")
+    together = lp.predict(model, batch, members="all")
+    assert type(together) is Output and together["names"] == "unknown"
+    for member in range(K):
+        torch.testing.assert_close(together["logits"][member], lp.predict(model, batch, members=member)["logits"])
+    with pytest.raises(TypeError, match="outputs must be tensors, or tuples, lists or dicts of them, got Rows"):
+        lp.predict(model, batch, Rows, members="all")
+    with pytest.raises(TypeError, match="predict: a batch must hold a tensor with a batch dimension, got str"):
+        lp.predict(model, "image", members="all")
 
 
 def test_predictions_of_several_arguments():

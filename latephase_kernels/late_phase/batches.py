@@ -4,17 +4,18 @@ Shapes: K members, B samples a minibatch; the stacked batch has K·B rows, row k
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..ops.checks import check_num_members
 
 
-def rows_of(batch: Any) -> int:
+def rows_of(batch: Any, where: str = "stack_batches") -> int:
     """Return the number of samples of a batch: the size of its first tensor or array.
 
     Raises:
@@ -29,7 +30,19 @@ def rows_of(batch: Any) -> int:
                     return rows_of(part)
                 except TypeError:
                     continue
-    raise TypeError(f"stack_batches: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
+    raise TypeError(f"{where}: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
+
+
+def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
+    """Return structure with function of each leaf, as tree_map does, in mappings too that pytree takes for leaves."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, Mapping):
+            return function(leaf)
+        rebuild: Any = type(leaf)
+        return rebuild({key: map_leaves(function, value) for key, value in leaf.items()})
+
+    return tree_map(of, structure)
 
 
 def concatenate(batches: list) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.member_module import MemberModule, check_mode, check_replication, copy_marks
-from ..nn.routing import Routed, Routing
+from ..nn.routing import Model, Routed, Routing
 from .fuse import unfuse
 from .mixing import check_not_mixing
 from .optimizers import (
@@ -39,7 +39,7 @@ from .transformers import check_batch_first, close_fast_paths, open_fast_paths
 
 
 def expand(
-    model: nn.Module,
+    model: Model,
     num_members: int,
     *,
     targets: str | Callable | Iterable[str | Callable] = ("batch_norm",),
@@ -49,7 +49,7 @@ def expand(
     member_state: str = "fresh",
     member_options: dict | None = None,
     schedulers: Any = (),
-) -> nn.Module:
+) -> Model:
     """Replicate the targets of model into num_members members, in place.
 
         φ_k = φ + noise_std · rms(φ) · ε_k,   ε_k ~ N(0, I)
@@ -228,7 +228,7 @@ def _replaced(value: Any, replacements: dict[int, nn.Module], depth: int = 5) ->
 
 
 @torch.no_grad()
-def collapse(model: nn.Module, *, mode: str = "exact", member: int | None = None) -> nn.Module:
+def collapse(model: Model, *, mode: str = "exact", member: int | None = None) -> Model:
     """Average the members of an expanded model into the plain model it came from, in place, or keep one of them.
 
     Keys and shapes of the state dict are the original ones. Optimizers still hold the members: make new ones.

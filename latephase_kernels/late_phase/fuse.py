@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..nn.routing import Routed
+from ..nn.routing import Model, Routed
 from .fuse_block import FusedForward, analyze, find_blocks, fuse_block, unfuse_block
 from .fuse_graph import ADD_RELU, RELU
 from .running import buffers_kept, random_numbers_kept
@@ -42,7 +42,7 @@ class Fusion:
     reason: str
 
 
-def fuse(model: nn.Module, example: Any = None) -> nn.Module:
+def fuse(model: Model, example: Any = None) -> Model:
     """Run BN → ReLU and BN → add → ReLU of an expanded model as one op each, in place, with the rank-1 gains beside.
 
     Keys, parameters, hooks and the model's code stay; the values are equal to rounding. What cannot be proved to mean

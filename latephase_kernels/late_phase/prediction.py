@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..nn.rank1_lstm import Rank1LSTM
 from ..nn.routing import routings_of
-from .batches import rows_of
+from .batches import map_leaves, rows_of
 from .running import members as _members  # predict's argument has the same name
 from .running import repeat, training_flags_kept
 
@@ -25,6 +24,7 @@ def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average"
     """Return an expanded model's answer to an ordinary batch, in eval mode and without gradients.
 
     All of the model is in eval mode, dropout too: for MC-dropout call the model itself inside `members`.
+    Several threads may call it for one model, each for members of its choice: they take turns.
 
     Args:
         model: expanded; its training flags are the same afterwards.
@@ -40,25 +40,34 @@ def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average"
         TypeError, ValueError: members is none of these, or an output's dim 0 is not the batch.
         NotImplementedError: "all" with a recurrent layer whose batch is in dim 1.
     """
-    routing = routings_of("predict", model)[0]
+    routings = routings_of("predict", model)
+    routing = routings[0]
     routing.check_whole("predict")
     num_members = routing.num_members
     if members != "all" and members != "average" and (isinstance(members, bool) or not isinstance(members, int)):
         raise ValueError(f'predict: members must be "average", "all" or an int, got {members!r}')
-    if members == "average" and routing.override is None and not any(module.training for module in model.modules()):
-        return model(x, *args, **kwargs)  # as it stands: from several threads at once, too
+    with contextlib.ExitStack() as turn:
+        for each in sorted(routings, key=id):  # in one order: no two threads wait for each other
+            turn.enter_context(each.turn)
+        if members == "average" and routing.override is None and not any(m.training for m in model.modules()):
+            return model(x, *args, **kwargs)  # as it stands
+        return _predict(model, x, args, kwargs, members, num_members)
+
+
+def _predict(model: nn.Module, x: Any, args: tuple, kwargs: dict, members: str | int, num_members: int) -> Any:
+    """predict in this thread's turn, arguments checked."""
     with training_flags_kept(model), _members(model, "stacked" if members == "all" else members):
         model.eval()
         if members != "all":
             return model(x, *args, **kwargs)
-        rows = rows_of(x)
-        args, kwargs = tree_map(
+        rows = rows_of(x, "predict")
+        args, kwargs = map_leaves(
             lambda t: repeat(t, num_members) if isinstance(t, Tensor) and t.dim() and t.size(0) == rows else t,
             (args, kwargs),
         )
         with _rows_in_front(model, num_members * rows):
             output = model(repeat(x, num_members), *args, **kwargs)
-    return tree_map(functools.partial(_by_member, num_members=num_members, rows=rows), output)
+    return map_leaves(functools.partial(_by_member, num_members=num_members, rows=rows), output)
 
 
 @contextlib.contextmanager
@@ -83,7 +92,8 @@ def _rows_in_front(model: nn.Module, rows: int) -> Iterator[None]:
 
 def _by_member(output: Any, num_members: int, rows: int) -> Any:
     if not isinstance(output, Tensor):
-        if any(isinstance(value, Tensor) for value in getattr(output, "__dict__", {}).values()):
+        parts = output if isinstance(output, (list, tuple)) else getattr(output, "__dict__", {}).values()
+        if any(isinstance(part, Tensor) for part in parts):
             raise TypeError(
                 f'predict: with members="all" outputs must be tensors, or tuples, lists or dicts of them, got '
                 f"{type(output).__name__}; register it with torch.utils._pytree, or return a dict"
@@ -132,7 +142,7 @@ def predictive_entropy(logits: Tensor, *, dim: int = -1) -> Tensor:
     """
     log_p = _log_probabilities("predictive_entropy", logits, dim)
     class_dim = dim if dim < 0 else dim - 1
-    return -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(class_dim)
+    return 0.0 - torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(class_dim)  # certain: 0, not −0
 
 
 def member_disagreement(logits: Tensor, *, dim: int = -1) -> Tensor:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..nn.routing import routings_of
+from ..nn.routing import Model, routings_of
 from ..ops.checks import check_num_members
-from .batches import StackedBatches, concatenate
+from .batches import StackedBatches, concatenate, map_leaves
 
 
 @contextlib.contextmanager
-def members(model: nn.Module, which: str | int | range) -> Iterator[nn.Module]:
+def members(model: Model, which: str | int | range) -> Iterator[Model]:
     """Inside the with block, run an expanded model as these members, whatever its training flag.
 
     Args:
@@ -66,7 +66,7 @@ def training_flags_kept(model: nn.Module) -> Iterator[None]:
 
 def repeat(batch: Any, num_members: int) -> Any:
     """Return the stacked batch in which every member gets the same samples."""
-    return tree_map(lambda x: concatenate([x] * num_members) if isinstance(x, Tensor) and x.dim() else x, batch)
+    return map_leaves(lambda x: torch.cat([x] * num_members) if isinstance(x, Tensor) and x.dim() else x, batch)
 
 
 def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, *, num_members: int) -> Tensor:
@@ -164,7 +164,7 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
                 layer.momentum = None
             for batch in batches:
                 x = batch[0] if isinstance(batch, (list, tuple)) else batch
-                x = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+                x = map_leaves(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
                 model(x if share else repeat(x, num_members))
                 passes += 1
             if not passes:

@@ -6,8 +6,11 @@ Shapes: K members. Members first … last−1 run on a stacked batch; "average" 
 import copy
 import dataclasses
 import threading
+from typing import TypeVar
 
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)  # what changes a model in place returns one of its type
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,16 +34,21 @@ class Routing:
         self.first_member = 0
         self.override: str | range | None = None
         self.blocks: list[Block] = []  # of lp.members, the innermost last; its choice is the override
+        self.turn = threading.RLock()  # of the thread that predicts
         self.base_grad_scale = 1.0
 
     def __deepcopy__(self, memo: dict) -> "Routing":
         """Return that of a copied model, which is in the memo, or of a part copied alone; no choice is copied."""
         new = memo[id(self)] = copy.copy(self)
-        new.model, new.override, new.blocks = memo.get(id(self.model)), None, []
+        new.model = memo.get(id(self.model))
         return new
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "override": None, "blocks": []}
+        return {**vars(self), "override": None, "blocks": [], "turn": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.turn = threading.RLock()
 
     def enter(self, choice: str | range) -> "Block":
         """Begin a block in which all modules run as `choice`; leave() ends it.
