@@ -353,6 +353,62 @@ def test_compiled_training_step():
     torch.testing.assert_close(model.bn1.running_var, reference.bn1.running_var)
 
 
+class Predictor(nn.Module):
+    """What is exported: every member's answer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return lp.predict(self.model, x, members="all")
+
+
+def exported(model, x):
+    """The program for any number of samples, and the names of its operators."""
+    shapes = ({0: torch.export.Dim("samples", min=2, max=1024)},)
+    program = torch.export.export(Predictor(model).eval(), (x,), dynamic_shapes=shapes)
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    return program.module(), {str(node.target) for graph in graphs for node in graph.nodes}
+
+
+def test_exported_for_any_number_of_samples():
+    layers = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 5)
+    model = lp.fuse(lp.expand(nn.Sequential(*layers), K, targets=("batch_norm", "rank1"), noise_std=0.2)).eval()
+    few, many = torch.randn(4, 12), torch.randn(200, 12)  # with the gains over the rows, and in the weight
+    expected = [lp.predict(model, x, members="all") for x in (few, many)]
+    program, operators = exported(model, few)
+    assert "latephase_kernels.rank1_linear.default" in operators
+    for x, y in zip((few, many), expected):
+        torch.testing.assert_close(program(x), y)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_exported_without_the_librarys_operators():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)
+            self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(self.norm(self.conv(x)).mean(2).mT)[0][:, -1])
+
+    model = lp.fuse(lp.expand(Recurrent(), K, targets=("batch_norm", "rank1"), noise_std=0.2)).eval()
+    x, other = torch.randn(4, 2, 2, 2), torch.randn(7, 2, 2, 2)
+    expected = lp.predict(model, other, members="all")
+    lp.set_backend("reference")
+    try:
+        program, operators = exported(model, x)
+        traced = torch.jit.trace(Predictor(model), x, check_trace=False)
+    finally:
+        lp.set_backend("auto")
+    # repeat_interleave's translation to ONNX is wrong for any number of rows.
+    assert not [name for name in operators if "latephase" in name or "repeat_interleave" in name]
+    for run in (program, traced):
+        torch.testing.assert_close(run(other), expected)
+
+
 def test_mixup_stays_inside_a_member():
     v2 = pytest.importorskip("torchvision.transforms.v2")
     x, target = images(K * B), labels(K * B)

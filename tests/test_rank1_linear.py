@@ -377,6 +377,15 @@ def test_opcheck(way):
             torch.library.opcheck(backward, (inputs["dy"], *detached, kept, needs))
 
 
+def test_opcheck_without_the_product(monkeypatch):
+    choose(monkeypatch, "by rows")  # which would keep it
+    inputs = make_inputs((6, 2), 3, 5, 4, dtype=torch.float32)
+    arguments = *(inputs[n].requires_grad_() for n in NAMES), False
+    op = torch.ops.latephase_kernels.rank1_linear.default
+    assert op(*arguments)[1].numel() == 0
+    torch.library.opcheck(op, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("own_type", [True, False], ids=["weight in the data's type", "weight in float32"])
 def test_the_ops_around_the_products(dtype, own_type):

@@ -10,8 +10,8 @@ a CPU), else over the rows. For backward nothing is kept but the arguments and, 
 gain.
 
 Registered ops: `rank1_linear` and `rank1_linear_backward`: natively made of other operators, the same on every device;
-in Triton products with the gains inside. `product` is what the first keeps for the second, like the output, or empty;
-without it the second computes it again.
+in Triton products with the gains inside. `product` is what the first keeps for the second, like the output, or empty
+(always without `keep`, so that a graph holds for any number of rows); without it the second computes it again.
 """
 
 import math
@@ -63,7 +63,9 @@ def _way(x: Tensor, weight: Tensor, num_members: int, dtype: torch.dtype | None 
 
 
 def passes_over_rows(input: Tensor, weight: Tensor, num_members: int) -> bool:
-    """Whether a call with this input [K·B, …, in] has passes over rows for its gains, natively."""
+    """Whether a call with this input [K·B, …, in] has passes over rows for its gains, natively; no when exporting."""
+    if torch.compiler.is_exporting():  # what holds for any number of rows
+        return False
     return _way(input, weight, num_members, autocast_dtype(input)) is by_rows
 
 
@@ -101,12 +103,12 @@ def _backward(dy, input, weight, input_gain, output_gain, bias, product, needs: 
 # ---------------------------------------------------------------------------------------------- registration
 
 
-def _fake_forward(input, weight, input_gain, output_gain, bias):
+def _fake_forward(input, weight, input_gain, output_gain, bias, keep=True):
     y = input.new_empty(*input.shape[:-1], weight.size(0))
-    return y, input.new_empty(y.shape if _way(input, weight, input_gain.size(0)).KEEPS_PRODUCT else 0)
+    return y, input.new_empty(y.shape if keep and _way(input, weight, input_gain.size(0)).KEEPS_PRODUCT else 0)
 
 
-def _fake_triton_forward(input, weight, input_gain, output_gain, bias):
+def _fake_triton_forward(input, weight, input_gain, output_gain, bias, keep=True):
     return input.new_empty(*input.shape[:-1], weight.size(0)), input.new_empty(0)
 
 
@@ -121,7 +123,7 @@ def _fake_backward(dy, input, weight, input_gain, output_gain, bias, product, ne
 _ARGUMENTS = "Tensor input, Tensor weight, Tensor input_gain, Tensor output_gain, Tensor? bias"
 registry.define(
     "rank1_linear",
-    f"({_ARGUMENTS}) -> (Tensor output, Tensor product)",
+    f"({_ARGUMENTS}, bool keep=True) -> (Tensor output, Tensor product)",
     _fake_forward,
     op_file="rank1_linear",
     composite=_forward,
@@ -138,11 +140,17 @@ registry.define(
 # ---------------------------------------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx, inputs, output):
-    _, product = output
-    ctx.save_for_backward(*inputs, product if product.numel() and ctx.needs_input_grad[-2] else None)
+def _save(ctx, arguments, found, needs: Sequence[bool]) -> None:
+    """needs: of the five arguments."""
+    _, product = found
+    ctx.needs = [bool(need) for need in needs]
+    ctx.save_for_backward(*arguments, product if product.numel() and ctx.needs[3] else None)
     ctx.mark_non_differentiable(product)
     ctx.set_materialize_grads(False)
+
+
+def _setup_context(ctx, inputs, output):
+    _save(ctx, inputs[:5], output, ctx.needs_input_grad[:5])
 
 
 def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
@@ -150,10 +158,10 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple:
     *arguments, product = ctx.saved_tensors
     if dy is None:
         return (None,) * len(arguments)
-    needs = [bool(need) for need in ctx.needs_input_grad[-len(arguments) :]]
     if is_differentiated((dy, *arguments)) or is_batched(dy):
-        return _formula_gradients(dy, arguments, needs)
-    return tuple(gradient if need else None for gradient, need in zip(backward(dy, *arguments, product, needs), needs))
+        return _formula_gradients(dy, arguments, ctx.needs)
+    gradients = backward(dy, *arguments, product, ctx.needs)
+    return tuple(gradient if need else None for gradient, need in zip(gradients, ctx.needs))
 
 
 def _formula_gradients(dy: Tensor, arguments, needs: Sequence[bool]) -> tuple:
@@ -175,7 +183,7 @@ class _Rank1Linear(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 found = registry.op(namespace, "rank1_linear")(*arguments)
-        _setup_context(ctx, arguments, found)
+        _save(ctx, arguments, found, ctx.needs_input_grad[1:])
         ctx.namespace = namespace
         return found
 
@@ -186,7 +194,7 @@ class _Rank1Linear(torch.autograd.Function):
 
 
 def _registered_gradients(namespace, ctx, dy, _):
-    return _gradients(ctx, dy, registry.op(namespace, _BACKWARD))
+    return *_gradients(ctx, dy, registry.op(namespace, _BACKWARD)), None
 
 
 _BACKWARD = "rank1_linear_backward"
@@ -230,12 +238,15 @@ def rank1_linear(
     """
     arguments = _autocast(input, weight, input_gain, output_gain, bias)
     check_arguments(*arguments)
-    if torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active()
+    namespace = None if transformed else registry.namespace_for(input, "rank1_linear")
+    if transformed or (namespace is None and registry.is_exporting()):
         with without_autocast(input.device):
             return reference.rank1_linear(*arguments)
-    namespace = registry.namespace_for(input, "rank1_linear") or registry.NATIVE
+    namespace = namespace or registry.NATIVE
     if torch.compiler.is_compiling():
-        return registry.op(namespace, "rank1_linear")(*arguments)[0]
+        keep = output_gain.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        return registry.op(namespace, "rank1_linear")(*arguments, keep)[0]
     return _Rank1Linear.apply(namespace, *arguments)[0]
 
 

@@ -216,7 +216,8 @@ def rank1_lstm(
     check_input("rank1_lstm", input)
     input = input.to(autocast_dtype(input) or input.dtype)
     check_arguments(input, h0, c0, weight_ih, weight_hh, *gains, bias)
-    if torch._C._are_functorch_transforms_active():
+    plain = registry.is_exporting() and registry.namespace_for(input, "rank1_lstm") is None
+    if plain or torch._C._are_functorch_transforms_active():
         output, c_n = reference.rank1_lstm(input, h0, c0, weight_ih, weight_hh, *gains, bias)
     else:
         forward = torch.ops.latephase_kernels.rank1_lstm.default

@@ -78,3 +78,8 @@ def op(namespace: str, name: str) -> torch._ops.OpOverload:
 def namespace_for(tensor: Tensor, name: str) -> str | None:
     """The namespace of the backend that `name` runs on for this tensor; None: the reference."""
     return _NAMESPACES[backend.backend_for(tensor, name)]
+
+
+def is_exporting() -> bool:
+    """Whether the call is traced into a program for elsewhere, where ops of the library may be unknown."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()

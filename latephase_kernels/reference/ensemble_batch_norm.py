@@ -25,7 +25,8 @@ def statistics(input: Tensor, num_members: int) -> tuple[Tensor, Tensor]:
 def per_row(per_member: Tensor, input: Tensor) -> Tensor:
     """Expand [K, C] or [C] to a shape that broadcasts against input [K·B, C, *]."""
     if per_member.dim() == 2:
-        per_member = per_member.repeat_interleave(input.size(0) // per_member.size(0), dim=0)
+        # What repeat_interleave does, whose translation to ONNX is wrong where the number of rows is not fixed.
+        per_member = per_member.unsqueeze(1).expand(-1, input.size(0) // per_member.size(0), -1).flatten(0, 1)
     else:
         per_member = per_member.unsqueeze(0)
     return per_member.reshape(*per_member.shape, *[1] * (input.dim() - 2))

@@ -360,6 +360,7 @@ def rank1_linear(
     input_gain: Tensor,  # [K, in]
     output_gain: Tensor,  # [K, out]
     bias: Tensor | None,  # [K, out] or [out]
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return y in input's type, and an empty tensor: backward needs the arguments alone."""
     x = _rows(input, input_gain.size(0))
