@@ -1,4 +1,4 @@
-"""Images on the device: crops against slicing by hand, their distribution, the order, stacking and resuming."""
+"""Images on the device: crops against slicing by hand, their distribution, the order, stacking and shares."""
 
 import itertools
 
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import latephase_kernels as lp
 from latephase_kernels.data import DeviceBatches, DeviceImages, ImageSet
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -73,7 +72,7 @@ def test_values_dtype_and_layout(dtype, memory_format):
     exact = torch.from_numpy(np.stack([normalize_by_hand(image) for image in data.images.numpy()]))
     # Three roundings in float32, then one in the output's type.
     torch.testing.assert_close(output.double(), exact, rtol=torch.finfo(dtype).eps, atol=4 * 2**-24)
-    stacked, labels = DeviceBatches(images, 4, num_members=3, cutout=2).stack(0, 3)
+    stacked, labels = DeviceBatches(images, 4, cutout=2).stack(0, 3)
     for batch in (*(batch for batch, _ in batches), stacked):
         assert batch.dtype == dtype and batch.is_contiguous(memory_format=memory_format)
     assert stacked.shape == (12, 3, 5, 6) and labels.dtype == torch.int64
@@ -83,7 +82,7 @@ def test_a_batch_equals_its_images_treated_one_by_one():
     # 1-pixel classes tell which image it is; every combination of crop and flip is tried by hand until one fits.
     data = random_set(count=30, height=4, width=4)
     padding, erased_value = 2, 0.0
-    images, labels = next(iter(DeviceBatches(DeviceImages(data, padding=padding), 30, cutout=2, seed=5)))
+    images, labels = DeviceBatches(DeviceImages(data, padding=padding), 30, cutout=2, seed=5).stack(0, 1)
     assert labels.sort().values.tolist() == list(range(30))
     erased_pixels = 0
     for image, label in zip(images, labels.tolist()):
@@ -117,10 +116,9 @@ def test_every_crop_and_flip_is_equally_likely_and_independent():
         outcomes[window.tobytes()] = len(outcomes)
     assert len(outcomes) == 162
     counts = np.zeros(162)
-    for _ in range(3):
-        for images, _ in batches:
-            for window in (images * 255).round().numpy().astype(int):
-                counts[outcomes[window.tobytes()]] += 1
+    for number in range(3):
+        for window in (batches.stack(number, 1)[0] * 255).round().numpy().astype(int):
+            counts[outcomes[window.tobytes()]] += 1
     expected = counts.sum() / 162  # 66.7
     chi_squared = ((counts - expected) ** 2 / expected).sum()
     assert chi_squared < 161 + 4 * np.sqrt(2 * 161)
@@ -149,94 +147,43 @@ def test_what_is_switched_off_leaves_the_rest_as_it_was(crop, flip, cutout):
     assert torch.equal((images * 255).round(), expected) and torch.equal(labels, data.labels[index])
 
 
-def collect(batches, passes):
-    return [batch for _ in range(passes) for batch in batches]
-
-
-def assert_same(first, second):
-    assert len(first) == len(second)
-    for (images, labels), (other_images, other_labels) in zip(first, second):
-        assert torch.equal(labels, other_labels) and torch.equal(images, other_images)
-
-
 def test_an_epoch_is_one_pass_in_a_new_order_decided_by_seed_and_epoch():
     images = DeviceImages(random_set(count=23))
-    batches = DeviceBatches(images, 5, seed=3)
-    assert len(batches) == 4 and batches.epoch == batches.step == 0
-    orders = [torch.cat([labels for _, labels in batches]).tolist() for _ in range(12)]
-    assert batches.epoch == 12
-    for order in orders:
+
+    def orders(seed):
+        batches = DeviceBatches(images, 5, seed=seed)
+        assert batches.minibatches_per_epoch == 4
+        return [batches.stack(4 * epoch, 4)[1].tolist() for epoch in range(12)]
+
+    first = orders(3)
+    for order in first:
         assert len(set(order)) == len(order) == 20
-    assert len({tuple(order) for order in orders}) == 12
-    assert set().union(*orders) == set(range(23))  # not always the same ones sit out
+    assert len({tuple(order) for order in first}) == 12
+    assert set().union(*first) == set(range(23))  # not always the same ones sit out
     torch.rand(3)  # the global generator has no part in it
-    again = DeviceBatches(images, 5, seed=3)
-    assert [torch.cat([labels for _, labels in again]).tolist() for _ in range(12)] == orders
-    other = DeviceBatches(images, 5, seed=4)
-    assert torch.cat([labels for _, labels in other]).tolist() != orders[0]
+    assert orders(3) == first and orders(4)[0] != first[0]
 
 
-@pytest.mark.parametrize(("count", "batch_size", "num_members"), [(24, 4, 3), (23, 3, 3), (23, 5, 3), (11, 5, 5)])
-def test_stacked_batches_are_those_of_stack_batches(count, batch_size, num_members):
+@pytest.mark.parametrize(("count", "batch_size", "members"), [(24, 4, 3), (23, 3, 3), (23, 5, 3), (11, 5, 5)])
+def test_a_stack_is_its_minibatches_whatever_was_taken_before(count, batch_size, members):
     images = DeviceImages(random_set(count=count))
-    one_by_one = lp.stack_batches(DeviceBatches(images, batch_size, cutout=2), num_members)
-    stacked = DeviceBatches(images, batch_size, num_members=num_members, cutout=2)
-    for _ in range(5):  # 4 or 7 minibatches an epoch by 3, 2 by 5: some open the next pass
-        assert len(stacked) == len(one_by_one)
-        assert_same([*stacked], [*one_by_one])
-
-
-def test_members_get_minibatches_of_their_own_and_k_may_change_between_passes():
-    batches = DeviceBatches(DeviceImages(random_set(count=23)), 2)
-    plain = torch.cat([labels for _, labels in batches])
-    batches.num_members = 4
-    assert len(batches) == 2
-    for images, labels in batches:
-        assert images.shape == (8, 3, 5, 6) and len(labels.unique()) == 8
-        with pytest.raises(RuntimeError, match="num_members must be set between two passes"):
-            batches.num_members = 2
-    rows = torch.cat([labels for _, labels in batches])  # opens with the 3 minibatches left over
-    assert len(batches) == 3 and len(rows) == 24 and len(plain) == 22
-
-
-@pytest.mark.parametrize("num_members", [1, 3])
-@pytest.mark.parametrize("taken", range(9))
-def test_a_run_goes_on_from_any_step_bit_for_bit(taken, num_members):
-    def make():
-        return DeviceBatches(DeviceImages(random_set(count=23)), 3, num_members=num_members, cutout=2, seed=9)
-
-    uninterrupted = make()
-    expected = [collect(uninterrupted, 1) for _ in range(4)]
-    interrupted = make()
-    handed_out = 0
-    state = interrupted.state_dict()
-    while handed_out < taken:
-        for _ in interrupted:
-            handed_out += 1
-            state = interrupted.state_dict()
-            if handed_out == taken:
-                break
-    assert all(type(value) is int for value in state.values())
-    resumed = make()
-    resumed.load_state_dict(state)
-    length, step = len(resumed), resumed.step
-    rest = [collect(resumed, 1) for _ in range(4 - resumed.epoch)]
-    flat = [batch for epoch in expected for batch in epoch]
-    assert_same([batch for epoch in rest for batch in epoch], flat[taken:])
-    assert resumed.epoch == uninterrupted.epoch == 4
-    assert step + len(rest[0]) == length == len(expected[state["epoch"]])
-    assert_same(collect(interrupted, 1), rest[0])  # a pass that was left early goes on where it stopped
+    batches = DeviceBatches(images, batch_size, cutout=2)
+    single = [batches.stack(number, 1) for number in range(5 * members)]
+    for first in (*range(0, 5 * members, members), 4, 1):  # in order, as in a run, and back again
+        for other in (batches, DeviceBatches(images, batch_size, cutout=2)):  # a run that goes on from there
+            found, expected = other.stack(first, members), zip(*single[first : first + members])
+            assert all(torch.equal(stacked, torch.cat(parts)) for stacked, parts in zip(found, expected))
 
 
 def test_ranks_share_every_minibatch():
     images = DeviceImages(random_set())
-    whole = DeviceBatches(images, 6, num_members=2, cutout=2)
-    shares = [DeviceBatches(images, 6, num_members=2, cutout=2, rank=rank, num_ranks=3) for rank in range(3)]
-    assert shares[0].batch_size == 2 and shares[1].state_dict() == whole.state_dict()
-    for (whole_images, whole_labels), *parts in zip(whole, *shares):
-        joined = torch.cat([part.view(2, 2, 3, 5, 6) for part, _ in parts], dim=1).flatten(0, 1)
-        assert torch.equal(joined, whole_images)
-        assert torch.equal(torch.cat([labels.view(2, 2) for _, labels in parts], dim=1).flatten(), whole_labels)
+    whole = DeviceBatches(images, 6, cutout=2)
+    shares = [DeviceBatches(images, 6, cutout=2, rank=rank, num_ranks=3) for rank in range(3)]
+    assert shares[0].batch_size == 2
+    for first in (0, 2, 4):
+        parts = zip(*(share.stack(first, 2) for share in shares))
+        for expected, shared in zip(whole.stack(first, 2), parts):
+            assert torch.equal(torch.cat([part.unflatten(0, (2, 2)) for part in shared], 1).flatten(0, 1), expected)
 
 
 class NoSynchronization(TorchDispatchMode):
@@ -257,9 +204,10 @@ class NoSynchronization(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device():
-    batches = DeviceBatches(DeviceImages(random_set(), dtype=torch.bfloat16), 3, num_members=2, cutout=2)
+    batches = DeviceBatches(DeviceImages(random_set(), dtype=torch.bfloat16), 3, cutout=2)
     with NoSynchronization():
-        assert len(collect(batches, 2)) == 7
+        for first in range(0, 14, 2):
+            batches.stack(first, 2)
         with pytest.raises(AssertionError):  # the check itself works
             torch.ones(1).item()
 
@@ -285,7 +233,6 @@ def test_arguments_that_do_not_fit_are_refused():
     for arguments, message in (
         ({"batch_size": 24}, "batch_size must be from 1 to 23"),
         ({"batch_size": 0}, "batch_size must be from 1 to 23"),
-        ({"batch_size": 4, "num_members": 0}, "num_members must be at least 1"),
         ({"batch_size": 4, "cutout": -1}, "cutout must be at least 0"),
         ({"batch_size": 4, "num_ranks": 3}, "batch_size=4 must be divisible by num_ranks=3"),
         ({"batch_size": 4, "num_ranks": 2, "rank": 2}, "rank=2 smaller than that"),
@@ -296,14 +243,3 @@ def test_arguments_that_do_not_fit_are_refused():
         next(images.batches(0))
     with pytest.raises(ValueError, match="padding must be at least 0"):
         DeviceImages(random_set(), padding=-1)
-    state = DeviceBatches(images, 4).state_dict()
-    for change, message in (
-        ({"seed": 1}, "saved with seed=1, here it is 0"),
-        ({"batch_size": 5}, "saved with batch_size=5"),
-        ({"num_images": 7}, "saved with num_images=7"),
-        ({"next": 6}, "position does not fit"),
-        ({"epoch": None}, "position does not fit"),
-        ({"pass_start": 1}, "position does not fit"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            DeviceBatches(images, 4).load_state_dict({**state, **change})

@@ -53,8 +53,6 @@ class ImageBatches:
         ImportError: Pillow is missing.
     """
 
-    drop_last = True
-
     def __init__(
         self,
         files: ImageFiles,
