@@ -33,7 +33,6 @@ AXES = {
     },
 }
 LABELS = {"members": "members K, at constant K·B", "rows": "images a member B, at constant K", "width": "width"}
-_POSITION = {"members": 0, "rows": 1, "width": 2}
 
 
 def setting_of(point: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Setting:

@@ -36,6 +36,11 @@ def recipe(parallel=None, **changes):
     return check(Recipe(**{**given, **changes}))
 
 
+def in_double(images):
+    normalize = images.normalize
+    images.normalize = lambda *given: normalize(*given).double()
+
+
 def trainer_of(recipe, several):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -48,10 +53,10 @@ def trainer_of(recipe, several):
 
     def set_share_and_type(*share):
         set_share(*share)
-        trainer.batches.images.dtype = torch.float64
+        in_double(trainer.batches.images)
 
     trainer.task.set_share = set_share_and_type
-    trainer.batches.images.dtype = torch.float64
+    in_double(trainer.batches.images)
     return trainer
 
 
@@ -107,7 +112,7 @@ def evaluate(images, batch, several=True):
     test = data()
     test = ImageSet(test.images[:images], test.labels[:images], test.classes, test.mean, test.std)
     evaluation = image_task.ImageEvaluation(trainer.recipe, data(), test, trainer.ranks)
-    evaluation.images.dtype = torch.float64
+    in_double(evaluation.images)
     seen = []
     batches = evaluation.images.batches
     evaluation.images.batches = lambda *given: ((seen.append(len(y)), (x, y))[1] for x, y in batches(*given))

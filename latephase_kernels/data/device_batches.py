@@ -71,7 +71,7 @@ class DeviceBatches:
         """Return minibatches first … first + count − 1 of the run, whatever was taken before.
 
         Returns:
-            images [count·B, C, H, W] in the set's dtype and memory format, labels [count·B] int64, member-major; B is
+            images [count·B, C, H, W] float32 in the set's memory format, labels [count·B] int64, member-major; B is
             this rank's share.
         """
         parts = []

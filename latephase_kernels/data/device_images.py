@@ -54,7 +54,6 @@ class DeviceImages:
         mean: per channel; data.mean by default.
         std: per channel; data.std by default.
         padding: p, the largest shift of a crop.
-        dtype: of the output: float32, bfloat16 or float16.
         memory_format: of the output: torch.contiguous_format or torch.channels_last.
 
     Raises:
@@ -73,7 +72,6 @@ class DeviceImages:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         padding: int = 4,
-        dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
     ):
         images, labels = data.images, data.labels
@@ -95,7 +93,7 @@ class DeviceImages:
         self.device = self.labels.device  # with its index, whatever the current device will be later
         self.mean = per_channel("mean", mean, images.size(1), self.device)
         self.std = per_channel("std", std, images.size(1), self.device)
-        self.padding, self.dtype, self.memory_format = padding, dtype, memory_format
+        self.padding, self.memory_format = padding, memory_format
         self.height, self.width = images.shape[2:]
         padded_shape = (len(images), self.height + 2 * padding, self.width + 2 * padding, images.size(1))
         self._padded = torch.zeros(padded_shape, dtype=torch.uint8, device=self.device)
@@ -125,13 +123,13 @@ class DeviceImages:
         return self._padded[index[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
     def normalize(self, images: Tensor, erase: Tensor | None = None) -> Tensor:
-        """Return what a network takes: normalized, in this set's dtype and memory format.
+        """Return what a network takes: normalized, in this set's memory format.
 
         Args:
             images: [M, C, H, W] uint8
             erase: [M, H, W] bool, pixels that become 0: the mean colour.
         """
-        return normalize(images, self.mean, self.std, self.memory_format, erase).to(self.dtype)
+        return normalize(images, self.mean, self.std, self.memory_format, erase)
 
     def square(self, center_row: Tensor, center_column: Tensor, size: int) -> Tensor:
         """Return where a square around each centre lies, cut off at the border: [M, H, W] bool."""

@@ -295,13 +295,6 @@ class Distributed:
         self._check_watched("reduce_gradients")
         self._reduction.finish(rows)
 
-    @torch.no_grad()
-    def reduce_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss of all ranks from each one's: the sum over members of the means over all rows."""
-        total = loss.detach().clone()
-        dist.all_reduce(total, group=self._all)
-        return total / (self.num_ranks if self.members is None else self.data_ranks)
-
     # ------------------------------------------------------------------------------------------ all members
 
     def own_statistics(self, model: nn.Module | None = None) -> list[tuple[str, Tensor, bool]]:

@@ -56,9 +56,9 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], members: str | int = "average") -> Tensor:
-    """Return the logits of a plain or expanded model in eval mode: [N, classes], or [K, N, classes] for "all"."""
-    return _logits_of(model, data, [members])[0]
+def logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the logits [N, classes] of a plain model, or of an expanded one's average, in eval mode."""
+    return _logits_of(model, data, ["average"])[0]
 
 
 @torch.no_grad()

@@ -132,26 +132,24 @@ def late_mask(dimension: int, share: float, order: str = "spread") -> Tensor:
     return late
 
 
-def sgd_moments(
+def sgd_variance(
     problem: Problem,
     step_size: float | Tensor,
     batch_size: int,
     iterations: float = math.inf,
-    mean: Tensor | float = 0.0,
     variance: Tensor | float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of plain SGD's deviation after some iterations, exactly.
+) -> Tensor:
+    """Variance of plain SGD's deviation after some iterations, exactly.
 
     Args:
         problem: H and C; its batch size is not used.
         step_size: α, one for all or [d].
         batch_size: B; batches of K minibatches have K times their size.
         iterations: t, or math.inf for the steady state.
-        mean: of the deviation at the start, [d] or one for all.
-        variance: of the deviation at the start, likewise.
+        variance: of the deviation at the start, [d] or one for all.
 
     Returns:
-        Two [d], float64.
+        [d], float64.
 
     Raises:
         ValueError: no steady state: α h is 2 or more for a curvature.
@@ -161,7 +159,7 @@ def sgd_moments(
         raise ValueError(f"nqp: the step must be above 0 and below 2/h for each curvature h, got {step_size}")
     decay = (1 - step_size * h) ** iterations
     steady = step_size * c / (batch_size * h * (2 - step_size * h))
-    return decay * mean, decay**2 * variance + (1 - decay**2) * steady
+    return decay**2 * variance + (1 - decay**2) * steady
 
 
 def check_stability(rule: Rule) -> None:
@@ -192,9 +190,9 @@ def expected_losses(problem: Problem, rule: Rule, late: Tensor, iterations: floa
     """
     check_stability(rule)
     small, large = problem.batch_size, rule.num_members * problem.batch_size
-    _, at_t0 = sgd_moments(problem, rule.step_size, small)
+    at_t0 = sgd_variance(problem, rule.step_size, small)
     base, averaged, member = (
-        sgd_moments(problem, step, batch, iterations, variance=at_t0)[1]
+        sgd_variance(problem, step, batch, iterations, at_t0)
         for step, batch in ((rule.base_step, large), (rule.step_size, large), (rule.step_size, small))
     )
     return (
@@ -219,7 +217,7 @@ def normal(shape: Sequence[int], generator: Generator) -> Tensor:
 
 def start_at_t0(problem: Problem, rules: Sequence[Rule], num_seeds: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Draw δ from plain SGD's steady state and replicate it: late [S, K, d] and base [R, S, 1, d]."""
-    _, variance = sgd_moments(problem, rules[0].step_size, problem.batch_size)
+    variance = sgd_variance(problem, rules[0].step_size, problem.batch_size)
     deviation = normal((num_seeds, 1, problem.dimension), generator) * variance.sqrt()
     return deviation.expand(-1, rules[0].num_members, -1), deviation.expand(len(rules), -1, -1, -1)
 
@@ -228,11 +226,11 @@ def start_in_steady_state(
     problem: Problem, rules: Sequence[Rule], num_seeds: int, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Draw δ as if T0 were long ago: late [S, K, d], members independent, and base [R, S, 1, d]."""
-    _, member = sgd_moments(problem, rules[0].step_size, problem.batch_size)
+    member = sgd_variance(problem, rules[0].step_size, problem.batch_size)
     late = normal((num_seeds, rules[0].num_members, problem.dimension), generator) * member.sqrt()
     base = []
     for rule in rules:
-        _, variance = sgd_moments(problem, rule.base_step, rule.num_members * problem.batch_size)
+        variance = sgd_variance(problem, rule.base_step, rule.num_members * problem.batch_size)
         base.append(normal((num_seeds, 1, problem.dimension), generator) * variance.sqrt())
     return late, torch.stack(base)
 

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Generator, Tensor
 
-from .nqp import Problem, Rule, minibatch_noise, normal, sgd_moments, squares, time_mean
+from .nqp import Problem, Rule, minibatch_noise, normal, sgd_variance, squares, time_mean
 
 
 def _steps(rule: Rule, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,8 @@ def balance(problem: Problem, rule: Rule) -> Tensor:
 def _variances(problem: Problem, rule: Rule) -> tuple[Tensor, Tensor]:
     """Of δ̄ in the steady state, and of the SGD of step μ."""
     step, member_step = _steps(rule, balance(problem, rule))
-    _, averaged = sgd_moments(problem, step, rule.num_members * problem.batch_size)
-    _, member = sgd_moments(problem, member_step, problem.batch_size)
+    averaged = sgd_variance(problem, step, rule.num_members * problem.batch_size)
+    member = sgd_variance(problem, member_step, problem.batch_size)
     return averaged, member
 
 
