@@ -46,19 +46,26 @@ ANNEALED = ["--schedule.anneal_start=1", "--schedule.anneal_end=2"]
 
 
 def command(folder, *more):
-    return [sys.executable, "-m", "latephase_kernels", "train", "digits", *SHORT, "--output", str(folder), *more]
+    return ["train", "digits", *SHORT, "--output", str(folder), *more]
 
 
-def run(folder, *more):
+def run(start, arguments):
+    """In a process of its own, which begins as `start`, the first arguments of Python, says."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(folder, *more), capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, env=environment)
+
+
+def run_here(folder, *more):
+    """In this process, which saves some seconds; return the exit code."""
+    torch.set_num_threads(1)  # with other numbers of threads sums round otherwise
+    return main(command(folder, *more))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run from start to end."""
     folder = tmp_path_factory.mktemp("train") / "run"
-    result = run(folder)
+    result = run(["-m", "latephase_kernels"], command(folder))
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -103,7 +110,7 @@ def test_metrics_count_the_members_that_were_trained(finished):
 
 
 def test_a_seed_reproduces_a_run(finished, tmp_path):
-    assert run(tmp_path / "again").returncode == 0
+    assert run_here(tmp_path / "again") == 0
     assert_same_run(tmp_path / "again", finished[0])
 
 
@@ -119,8 +126,7 @@ def test_deterministic(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", looking)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     before = torch.backends.cudnn.benchmark
-    torch.set_num_threads(1)
-    assert main(command(tmp_path / "run", "--deterministic=true")[3:]) == 0
+    assert run_here(tmp_path / "run", "--deterministic=true") == 0
     assert set(seen) == {(True, False)} and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.benchmark == before
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -130,7 +136,7 @@ def test_deterministic(finished, tmp_path, monkeypatch):
 
 def test_resuming_a_finished_run_says_that_it_is_trained(finished, tmp_path, capsys):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    assert main(command(folder, "--resume")[3:]) == 0
+    assert run_here(folder, "--resume") == 0
     assert re.search(r"\[100 %\] digits\S*: all 4 epochs are trained", error := capsys.readouterr().err), error
     assert_same_run(folder, finished[0])
 
@@ -177,32 +183,28 @@ def test_nohup_keeps_its_promise():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-def test_an_interrupted_run_goes_on(finished, tmp_path, number):
+def test_an_interrupted_run_goes_on(finished, tmp_path, number, capsys):
     """Wherever the signal finds it, the resumed run ends in the same bits."""
     folder = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = ["--checkpoint_minutes=0"] if number == signal.SIGKILL else []
-    process = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(int(number)), *command(folder, *options)[3:]],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if number == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+    killed = number == signal.SIGKILL
+    options = ["--checkpoint_minutes=0"] if killed else []
+    ended = run(["-c", INTERRUPTED, str(int(number))], command(folder, *options))
+    if killed:
+        assert ended.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 128 + number and f"--resume --output {folder}" in process.stderr
+        assert ended.returncode == 128 + number and f"--resume --output {folder}" in ended.stderr
     assert not (folder / "model.safetensors").exists()
-    if number == signal.SIGKILL:  # and the disk flipped a bit of the newest checkpoint
+    assert run_here(folder, *options) == 2
+    assert "already holds a run; give --resume" in capsys.readouterr().err
+    if not killed:
+        assert run_here(folder, "--resume") == 0
+    else:  # and the disk flipped a bit of the newest checkpoint
         *_, before, newest = sorted((folder / "checkpoints").glob("step-*.pt"))  # one more if killed before its removal
         content = bytearray(newest.read_bytes())
         content[len(content) // 2] ^= 1
         newest.write_bytes(content)
-    refused = run(folder, *options)
-    assert refused.returncode == 2 and "already holds a run; give --resume" in refused.stderr
-    resumed = run(folder, "--resume", *options)
-    assert resumed.returncode == 0, resumed.stderr
-    if number == signal.SIGKILL:
+        resumed = run(["-m", "latephase_kernels"], command(folder, "--resume", *options))
+        assert resumed.returncode == 0, resumed.stderr
         assert f"checkpoint {newest.name}" in resumed.stderr and f"going on from {before.name}" in resumed.stderr
     assert_same_run(folder, finished[0])
 
@@ -214,18 +216,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
     last = max((folder / "checkpoints").glob("step-*.pt"))
     start = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({last.stat().st_size // 2},) * 2); "
     start += "from latephase_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
-    again = [sys.executable, "-c", start, *command(folder, "--resume")[3:]]
-    result = subprocess.run(again, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = run(["-c", start], command(folder, "--resume"))
     assert result.returncode == 2 and f"[Errno {errno.EFBIG}] checkpoint of step" in result.stderr
     assert f"'{folder / 'checkpoints' / 'step-'}" in result.stderr
     assert last.exists() and not list(folder.glob("**/*unfinished*"))
-    assert run(folder, "--resume").returncode == 0  # where there is room again
+    assert run_here(folder, "--resume") == 0  # where there is room again
     assert_same_run(folder, finished[0])
 
 
 def test_a_diverging_run_says_so(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main(command(folder, "--optimizer.lr=1e30")[3:]) == 2
+    assert main(command(folder, "--optimizer.lr=1e30")) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert re.search(
         r"loss of minibatch \d+ \(epoch 0.\d+\) is not finite; lower optimizer.lr, or give --skip_non", message
@@ -317,7 +318,7 @@ def test_what_ends_a_run_is_a_message(error, monkeypatch, capsys):
 def test_what_is_needed_at_the_end_is_missed_at_the_start(name, tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda found, *more: None if found == name else find(found, *more))
-    assert main(command(tmp_path / "run")[3:]) == 2
+    assert main(command(tmp_path / "run")) == 2
     assert f"needs {name}; pip install 'latephase_kernels[train]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -325,7 +326,7 @@ def test_what_is_needed_at_the_end_is_missed_at_the_start(name, tmp_path, monkey
 def test_a_signal_acts_at_once_when_all_is_trained(tmp_path, monkeypatch):
     before, found = signal.getsignal(signal.SIGINT), []
     monkeypatch.setattr(run_training, "_finish", lambda *_: found.append(signal.getsignal(signal.SIGINT)) or {})
-    assert main(command(tmp_path / "run")[3:]) == 0
+    assert main(command(tmp_path / "run")) == 0
     assert found == [before]
 
 
@@ -337,7 +338,7 @@ def test_a_signal_at_the_last_checkpoint_is_not_lost(tmp_path, monkeypatch, caps
         return save(folder, state, step)
 
     monkeypatch.setattr(CheckpointFolder, "save", interrupted)
-    assert main(command(tmp_path / "run")[3:]) == 130
+    assert main(command(tmp_path / "run")) == 130
     assert "SIGINT after a checkpoint was written" in capsys.readouterr().err
 
 
@@ -361,16 +362,16 @@ def test_throughput_is_of_work_that_is_done():
 
 def test_a_run_that_trained_nothing_leaves_its_folder_free(finished, tmp_path):
     folder = tmp_path / "run"
-    assert main(command(folder, "--optimizer.lr=1e30")[3:]) == 2
-    assert main(command(folder, "--epochs=5")[3:]) == 0
+    assert main(command(folder, "--optimizer.lr=1e30")) == 2
+    assert main(command(folder, "--epochs=5")) == 0
     with pytest.raises(ValueError, match=r"of another recipe \(epochs is 5 there and 4 here\); resume with"):
-        run_train(command(folder, "--resume")[4:])
+        run_train(command(folder, "--resume")[1:])
 
 
 @pytest.mark.parametrize("num_members, every", [(7, 10), (17, 1)])
 def test_the_last_epoch_is_evaluated_where_cycles_leave_minibatches_over(num_members, every, tmp_path):
     changes = (f"--late.members={num_members}", "--late.start=1", "--swa.start=null", f"--evaluate_every={every}")
-    assert main(command(tmp_path / "run", *changes)[3:]) == 0
+    assert main(command(tmp_path / "run", *changes)) == 0
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics[-1]["step"] == 10 + 30 // num_members * num_members  # 10 minibatches an epoch
     assert "test accuracy" in metrics[-1]
@@ -378,7 +379,7 @@ def test_the_last_epoch_is_evaluated_where_cycles_leave_minibatches_over(num_mem
 
 def test_a_model_that_answers_nan_is_not_saved(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main(command(folder, "--optimizer.lr=1e30", "--skip_nonfinite=true")[3:]) == 2
+    assert main(command(folder, "--optimizer.lr=1e30", "--skip_nonfinite=true")) == 2
     assert "the trained model's outputs are not finite, so it was not saved" in capsys.readouterr().err
     assert not (folder / "model.safetensors").exists()
 
