@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, tmp_path):
 
 def test_a_diverging_run_says_so(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main(command(folder, "--optimizer.lr=1e30")) == 2
+    assert run_here(folder, "--optimizer.lr=1e30") == 2
     message = " ".join(capsys.readouterr().err.split())
     assert re.search(
         r"loss of minibatch \d+ \(epoch 0.\d+\) is not finite; lower optimizer.lr, or give --skip_non", message
@@ -318,7 +318,7 @@ def test_what_ends_a_run_is_a_message(error, monkeypatch, capsys):
 def test_what_is_needed_at_the_end_is_missed_at_the_start(name, tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda found, *more: None if found == name else find(found, *more))
-    assert main(command(tmp_path / "run")) == 2
+    assert run_here(tmp_path / "run") == 2
     assert f"needs {name}; pip install 'latephase_kernels[train]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -326,7 +326,7 @@ def test_what_is_needed_at_the_end_is_missed_at_the_start(name, tmp_path, monkey
 def test_a_signal_acts_at_once_when_all_is_trained(tmp_path, monkeypatch):
     before, found = signal.getsignal(signal.SIGINT), []
     monkeypatch.setattr(run_training, "_finish", lambda *_: found.append(signal.getsignal(signal.SIGINT)) or {})
-    assert main(command(tmp_path / "run")) == 0
+    assert run_here(tmp_path / "run") == 0
     assert found == [before]
 
 
@@ -338,7 +338,7 @@ def test_a_signal_at_the_last_checkpoint_is_not_lost(tmp_path, monkeypatch, caps
         return save(folder, state, step)
 
     monkeypatch.setattr(CheckpointFolder, "save", interrupted)
-    assert main(command(tmp_path / "run")) == 130
+    assert run_here(tmp_path / "run") == 130
     assert "SIGINT after a checkpoint was written" in capsys.readouterr().err
 
 
@@ -362,8 +362,8 @@ def test_throughput_is_of_work_that_is_done():
 
 def test_a_run_that_trained_nothing_leaves_its_folder_free(finished, tmp_path):
     folder = tmp_path / "run"
-    assert main(command(folder, "--optimizer.lr=1e30")) == 2
-    assert main(command(folder, "--epochs=5")) == 0
+    assert run_here(folder, "--optimizer.lr=1e30") == 2
+    assert run_here(folder, "--epochs=5") == 0
     with pytest.raises(ValueError, match=r"of another recipe \(epochs is 5 there and 4 here\); resume with"):
         run_train(command(folder, "--resume")[1:])
 
@@ -371,7 +371,7 @@ def test_a_run_that_trained_nothing_leaves_its_folder_free(finished, tmp_path):
 @pytest.mark.parametrize("num_members, every", [(7, 10), (17, 1)])
 def test_the_last_epoch_is_evaluated_where_cycles_leave_minibatches_over(num_members, every, tmp_path):
     changes = (f"--late.members={num_members}", "--late.start=1", "--swa.start=null", f"--evaluate_every={every}")
-    assert main(command(tmp_path / "run", *changes)) == 0
+    assert run_here(tmp_path / "run", *changes) == 0
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics[-1]["step"] == 10 + 30 // num_members * num_members  # 10 minibatches an epoch
     assert "test accuracy" in metrics[-1]
@@ -379,7 +379,7 @@ def test_the_last_epoch_is_evaluated_where_cycles_leave_minibatches_over(num_mem
 
 def test_a_model_that_answers_nan_is_not_saved(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert main(command(folder, "--optimizer.lr=1e30", "--skip_nonfinite=true")) == 2
+    assert run_here(folder, "--optimizer.lr=1e30", "--skip_nonfinite=true") == 2
     assert "the trained model's outputs are not finite, so it was not saved" in capsys.readouterr().err
     assert not (folder / "model.safetensors").exists()
 
