@@ -6,10 +6,11 @@ from .convert import collapse, expand
 from .distributed import Distributed
 from .fuse import Fusion, fuse, fusions
 from .gradients import clip_grad_norm_, set_base_grad_scale
+from .members import map_members, member_loss, members
 from .optimizers import param_groups
 from .prediction import ensemble_probabilities, member_disagreement, predict, predictive_entropy
-from .running import map_members, member_loss, members, update_bn
 from .sequential import SequentialTrainer
+from .update_bn import update_bn
 
 __all__ = [
     "Distributed",

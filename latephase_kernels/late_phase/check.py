@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn.routing import routings_of
-from .running import buffers_kept, members, random_numbers_kept
+from .members import buffers_kept, members, random_numbers_kept
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value
 

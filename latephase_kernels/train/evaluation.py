@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import late_phase as lp
-from ..late_phase.running import training_flags_kept
+from ..late_phase.members import training_flags_kept
 from ..nn.routing import is_expanded
 from .deep_ensemble import DeepEnsemble
 

@@ -1,20 +1,19 @@
-"""Running an expanded model: routing, the members' loss and transforms, recomputed statistics.
+"""An expanded model's members as it runs: which ones, their loss, transforms of each one's rows.
 
-Shapes: K members, B rows a member, N rows of an ordinary batch.
+Shapes: K members, B rows a member.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.routing import Model, routings_of
 from ..ops.checks import check_num_members
-from .batches import StackedBatches, concatenate, map_leaves
+from .batches import concatenate, map_leaves
 
 
 @contextlib.contextmanager
@@ -129,51 +128,3 @@ def _chunks(where: str, name: str, stacked: Any, num_members: int) -> list:
             )
         columns.append(leaf.unflatten(0, (num_members, leaf.size(0) // num_members)).unbind(0))
     return [tree_unflatten([column[k] for column in columns], spec) for k in range(num_members)]
-
-
-@torch.no_grad()
-def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> None:
-    """Recompute every running statistic of an expanded model as the average over a loader, in one stacked pass.
-
-    Args:
-        loader: yields input batches [N, …], or tuples and lists whose first entry is one. Where batches are dicts of a
-            model's arguments by name: (batch["pixel_values"] for batch in loader).
-        model: expanded; flags and momenta are the same afterwards.
-        share: False: every member sees all the data (each batch is replicated K times). True: each sees 1/K of it,
-            an approximation at 1/K of the cost; leftover and short batches are not used.
-
-    Raises:
-        RuntimeError: model is not expanded.
-        ValueError: there was no batch (with share=True, not num_members full ones); statistics are as before then.
-    """
-    num_members = routings_of("update_bn", model)[0].num_members
-    layers = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-    ]
-    momenta = [layer.momentum for layer in layers]
-    buffers = [buffer for layer in layers for buffer in layer._buffers.values() if buffer is not None]
-    before = [(buffer, buffer.clone()) for buffer in buffers]
-    device = next((buffer.device for buffer in buffers), None)
-    batches = StackedBatches(loader, num_members) if share else loader
-    passes = 0
-    with training_flags_kept(model), members(model, "stacked"):
-        try:
-            model.train()
-            for layer in layers:
-                layer.reset_running_stats()
-                layer.momentum = None
-            for batch in batches:
-                x = batch[0] if isinstance(batch, (list, tuple)) else batch
-                x = map_leaves(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
-                model(x if share else repeat(x, num_members))
-                passes += 1
-            if not passes:
-                needed = f"{num_members} batches of equal size" if share else "one batch"
-                raise ValueError(f"update_bn: loader must yield at least {needed}")
-        except BaseException:
-            for buffer, value in before:
-                buffer.copy_(value)
-            raise
-        finally:
-            for layer, momentum in zip(layers, momenta):
-                layer.momentum = momentum
