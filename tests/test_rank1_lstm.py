@@ -14,7 +14,6 @@ from latephase_kernels.nn import MemberLinear, Rank1Linear, Rank1LSTM
 from latephase_kernels.reference.rank1_lstm import rank1_lstm as reference
 
 K, B, T, C, H = 3, 2, 5, 4, 6
-NAMES = ("weight_ih", "weight_hh", "input_gain_ih", "output_gain_ih", "input_gain_hh", "output_gain_hh")
 
 
 def make_arguments(bias="shared", members=K, batch=B, dtype=torch.float64):
