@@ -154,7 +154,7 @@ def _fitting(path: Path, command: str) -> Iterator[None]:
         ) from error
 
 
-class Evaluation:
+class Findings:
     """What is known of one model, collected part by part; what cannot be evaluated is named and left out.
 
     Args:
@@ -345,14 +345,14 @@ def run_eval(
     if isinstance(test, TextSet):
         results.update(metrics=TextEvaluation(recipe, test, device).final(model)[0], left_out={})
     else:
-        evaluation = Evaluation(recipe, model, test, recipe.data.folder, device)
-        evaluation.test_set()
-        evaluation.out_of_distribution(known if "all" in ood else list(dict.fromkeys(ood)))
+        findings = Findings(recipe, model, test, recipe.data.folder, device)
+        findings.test_set()
+        findings.out_of_distribution(known if "all" in ood else list(dict.fromkeys(ood)))
         if corruptions:
-            evaluation.corruptions()
-        results.update(evaluation.results, left_out=evaluation.left_out)
-        if len(evaluation.entropies) > 1:
-            draw_entropies(evaluation.entropies, len(test.classes), target / "ood.png")
+            findings.corruptions()
+        results.update(findings.results, left_out=findings.left_out)
+        if len(findings.entropies) > 1:
+            draw_entropies(findings.entropies, len(test.classes), target / "ood.png")
     for name in ("evaluation.json", "results.json") if several else ("evaluation.json",):
         write_json(target / name, results)
     print(format_evaluation(results))
