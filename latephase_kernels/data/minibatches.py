@@ -1,4 +1,4 @@
-"""Shuffled, augmented minibatches of a data set that fits in memory."""
+"""The loader of `latephase demo`: minibatches of images in memory. `latephase train` has device_batches.py."""
 
 from collections.abc import Iterator
 
