@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "latephase_kernels", "ranks"])
+_context.set_forkserver_preload(
+    [  # what a step of training imports when it is first needed, too: it takes a second in each process
+        *("torch", "torch.distributed", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo"),
+        *("latephase_kernels", "latephase_kernels.train.trainer", "ranks"),
+    ]
+)
 
 
 def _rank(function, rank, ranks, store, timeout, arguments, results):
