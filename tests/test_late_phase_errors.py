@@ -98,7 +98,12 @@ REFUSED = {
     "a module": (net, {"targets": ("head", nn.Linear(2, 2))}, TypeError, r"isinstance\(module, Linear\)"),
     "no targets": (net, {"targets": None}, TypeError, "targets must be names or callables, got NoneType"),
     "unknown target": (net, {"targets": ("layers",)}, ValueError, "targets must be .* got 'layers'"),
-    "not convertible": (net, {"targets": lambda name, m: name == "0"}, NotImplementedError, "0 is a .*Conv2d"),
+    "not convertible": (
+        lambda: net(nn.ReLU()),
+        {"targets": lambda name, m: isinstance(m, nn.ReLU)},
+        NotImplementedError,
+        "ReLU has no parameters of its own to replicate",
+    ),
     "tied": (Tied, {"targets": "head"}, ValueError, "fc.weight is tied to words.weight"),
     "attention": (
         lambda: nn.Sequential(nn.MultiheadAttention(4, 2)),

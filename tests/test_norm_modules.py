@@ -68,7 +68,7 @@ def torchvision_layer_norm_2d():
     return LayerNorm2d(4, eps=1e-6)
 
 
-LAYER, GROUP, RMS, OWN = "EnsembleLayerNorm", "EnsembleGroupNorm", "EnsembleRMSNorm", "MemberwiseNorm"
+LAYER, GROUP, RMS, OWN = "EnsembleLayerNorm", "EnsembleGroupNorm", "EnsembleRMSNorm", "Memberwise"
 IMAGE, TOKENS = (4, 3, 2), (5, 4)  # [C, H, W] and [tokens, C]
 CASES = {  # the plain norm, the shape of a sample, the target, the class that it becomes
     "layer": (lambda: nn.LayerNorm(4), TOKENS, "layer_norm", LAYER),
@@ -534,7 +534,11 @@ REFUSED = {
     "parametrized": (parametrized, "layer_norm", "0: .*other tensors than weight and bias"),
     "buffer": (WithBuffer, "layer_norm", "0: .*WithBuffer has other tensors"),
     "patched": (patched, "layer_norm", "0: .*called by other than its class's forward"),
-    "no norm": (lambda: nn.LocalResponseNorm(2), lambda name, module: name == "0", "0 is a .*LocalResponseNorm"),
+    "no norm": (
+        lambda: nn.LocalResponseNorm(2),
+        lambda name, module: name == "0",
+        "0: .*LocalResponseNorm has no parameters",
+    ),
 }
 
 

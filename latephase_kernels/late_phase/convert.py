@@ -70,7 +70,8 @@ def expand(
                 layer of the LSTM), but where attention reads a weight without calling its layer; input_gain and
                 output_gain join the state dict; a layer that another target names too is the other's;
             "embedding": the embeddings of hypernetwork layers (HyperConv2d, HyperLinear); their templates stay shared;
-            callables (name, module) -> bool, or "rank1" to give that layer gains.
+            callables (name, module) -> bool, or "rank1" to give that layer gains. They may choose any module that has
+                parameters, no submodules and no buffers: its forward then runs once a member (lp.nn.Memberwise).
             All but batch norms and LSTMs take dim 0 of what reaches them for the batch.
         noise_std: σ0.
         generator: of ε.

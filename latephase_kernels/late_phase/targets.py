@@ -23,6 +23,7 @@ from ..nn import (
     MemberHyperConv2d,
     MemberHyperLinear,
     MemberLinear,
+    Memberwise,
     Rank1Conv2d,
     Rank1Linear,
     Rank1LSTM,
@@ -114,12 +115,12 @@ def _forward_source(cls: type) -> str:
 
 
 @functools.cache
-def _reads_weight(parent: type, name: str) -> bool:
+def _reads_weight(parent: type, name: str, parameters: tuple[str, ...]) -> bool:
     """Return whether parent's forward takes self.<name>.weight without calling self.<name>, as some attentions do."""
     if issubclass(parent, nn.TransformerEncoderLayer):  # its fast path does; expand closes it
         return False
     asked = r"\.(dtype|device|shape|is_\w+|requires_grad|numel|size|ndim|dim)\b"  # of it, rather than computed with it
-    read = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{asked})"
+    read = rf"(?<!isinstance\()self\.{re.escape(name)}\.({'|'.join(parameters)})\b(?!{asked})"
     return re.search(read, _forward_source(parent)) is not None
 
 
@@ -129,7 +130,10 @@ def _uncalled(model: nn.Module) -> dict[int, str]:
         id(child): f"{at}.{name}".lstrip(".")
         for at, parent in model.named_modules()
         for name, child in parent._modules.items()
-        if isinstance(child, tuple(RANK1_TYPES)) and _reads_weight(type(parent), name)
+        if child is not None
+        and child._parameters
+        and (isinstance(child, tuple(RANK1_TYPES)) or not isinstance(child, tuple(MEMBER_TYPES)))
+        and _reads_weight(type(parent), name, tuple(child._parameters))
     }
 
 
@@ -247,12 +251,12 @@ def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> 
     plain = next((plain for plain in types if isinstance(module, plain)), None)
     if plain is None and nn.RMSNorm in types:  # other libraries' classes have other parents
         plain = nn.RMSNorm if is_rms_norm(module) else nn.LayerNorm if is_layer_norm(module) else None
-    if plain is None:
+    if plain is None and types is not MEMBER_TYPES:
         raise NotImplementedError(
             f"expand: {name} is a {cls}, which cannot be expanded, only "
             f"{', '.join(accepted.__name__ for accepted in types)} can"
         )
-    replacement = types[plain]
+    replacement = Memberwise if plain is None else types[plain]
     if norm_act_class(module) is not None:
         replacement = _WITH_ACTIVATION.get(replacement, replacement)
     try:

@@ -3,8 +3,9 @@
 from .batch_norm import EnsembleBatchNorm1d, EnsembleBatchNorm2d, EnsembleBatchNorm3d
 from .hypernetwork import HyperConv2d, HyperLinear, MemberHyperConv2d, MemberHyperLinear, TemplateBank
 from .linear import MemberLinear
+from .memberwise import Memberwise
 from .norm_act import EnsembleBatchNormAct2d, EnsembleSyncBatchNormAct, SharedBatchNormAct2d, SharedSyncBatchNormAct
-from .norms import EnsembleGroupNorm, EnsembleLayerNorm, EnsembleLayerNorm2d, EnsembleRMSNorm, MemberwiseNorm
+from .norms import EnsembleGroupNorm, EnsembleLayerNorm, EnsembleLayerNorm2d, EnsembleRMSNorm
 from .rank1 import Rank1Conv2d, Rank1Linear
 from .rank1_lstm import Rank1LSTM
 from .shared_batch_norm import SharedBatchNorm1d, SharedBatchNorm2d, SharedBatchNorm3d
@@ -26,7 +27,7 @@ __all__ = [
     "MemberHyperConv2d",
     "MemberHyperLinear",
     "MemberLinear",
-    "MemberwiseNorm",
+    "Memberwise",
     "Rank1Conv2d",
     "Rank1LSTM",
     "Rank1Linear",

@@ -220,6 +220,12 @@ class MemberModule(Routed):
         carry_over(self, plain)
         return plain
 
+    def _as_plain(self, tensors: dict[str, Tensor | None]) -> nn.Module:
+        """Return a module of the class this one came from, with these parameters, and all else shared."""
+        plain = twin(self, self.plain_type)
+        vars(plain)["_parameters"] = tensors  # tensors of the graph, too, where the plain module computes for a member
+        return plain
+
     def _members_of(self, members: range, tensor: Tensor | None) -> Tensor | None:
         """Return the rows of the active members, a view; tensor itself where all are active."""
         if tensor is None or len(members) == self.num_members:

@@ -7,8 +7,6 @@ Shapes: K members, B rows a member. Stacked input is [K·B, …], member-major: 
 """
 
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +25,7 @@ from .member_module import (
     replicate_parameter,
     twin,
 )
+from .memberwise import Memberwise
 
 # Classes with a forward of their own that computes what torch.nn's does, here by name: neither library is imported.
 _AS_TORCH = {f"timm.layers.norm.{name}" for name in ("LayerNorm", "GroupNorm", "GroupNorm1", "RmsNorm")}
@@ -126,7 +125,7 @@ class _EnsembleNorm(MemberModule):
 
         Args:
             module: of the torch.nn class, or one derived from it. A derived class with a forward of its own becomes a
-                MemberwiseNorm, but for those of timm and torchvision that compute the same.
+                Memberwise, but for those of timm and torchvision that compute the same.
             num_members: K.
             noise_std: σ0, φ_k = φ + σ0 · rms(φ) · ε_k for weight and bias, each.
             generator: of ε.
@@ -157,16 +156,10 @@ class _EnsembleNorm(MemberModule):
             return cls
         name = f"{owner.__module__}.{owner.__qualname__}"
         if getattr(module, "_fast_norm", False):  # timm's switch for apex, and for low precision under autocast
-            return MemberwiseNorm
+            return Memberwise
         if name in _CHANNELS_FIRST:
             return EnsembleLayerNorm2d
-        return cls if name in _AS_TORCH else MemberwiseNorm
-
-    def _as_plain(self, tensors: dict[str, Tensor | None]) -> nn.Module:
-        """Return a module of the class this one came from, with these parameters."""
-        plain = twin(self, self.plain_type)
-        vars(plain)["_parameters"] = tensors  # tensors of the graph, too, where the plain module computes for a member
-        return plain
+        return cls if name in _AS_TORCH else Memberwise
 
     @torch.no_grad()
     def collapse(self, mode: str = "exact") -> nn.Module:
@@ -296,39 +289,3 @@ class EnsembleRMSNorm(_EnsembleNorm, nn.RMSNorm):
     @classmethod
     def _accepts(cls, module: nn.Module) -> bool:
         return is_rms_norm(module)
-
-
-class MemberwiseNorm(_EnsembleNorm):
-    """Any norm with a forward of its own, which runs once for each member, with that member's weights.
-
-    Exact wherever dim 0 is the batch and samples do not mix. What the class does behind the norm (an activation, say)
-    comes to the averaged weights too: the average is then that of the weights, not of the members' outputs.
-    What else its forward takes goes along: of tensors with input's rows, as a gate, every member gets its own.
-    """
-
-    _affine_last = False
-
-    def extra_repr(self) -> str:
-        return f"{self.plain_type.__name__}, num_members={self.num_members}"
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the norm of input, in its shape; see EnsembleLayerNorm."""
-        members = self.active_members()
-        if isinstance(members, str):
-            return self._norm(input, *self.averaged(), *args, **kwargs)
-        num_members, rows = len(members), input.size(0)
-        check_rows(type(self).__name__, input, num_members)
-
-        def parts(x: Any) -> Sequence:
-            own = isinstance(x, Tensor) and x.dim() > 0 and x.size(0) == rows
-            return x.unflatten(0, (num_members, rows // num_members)).unbind(0) if own else [x] * num_members
-
-        tensors = (self._members_of(members, self._parameters.get(name)) for name in ("weight", "bias"))
-        columns = [parts(input), *([None] * num_members if tensor is None else tensor.unbind(0) for tensor in tensors)]
-        columns += [parts(x) for x in (*args, *kwargs.values())]
-        named = 3 + len(args)
-        return torch.cat([self._norm(*own[:named], **dict(zip(kwargs, own[named:]))) for own in zip(*columns)])
-
-    def _norm(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        own = {"weight": weight, "bias": bias}
-        return self._as_plain({name: own[name] for name in self._parameters}).forward(input, *args, **kwargs)
