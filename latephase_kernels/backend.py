@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -30,8 +31,13 @@ def _load(device: str) -> str | None:
     if device == "cuda" and torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
     if not path.exists():
+        if sys.platform == "win32":
+            return f"{path.name} was not built: the kernels are for Linux and macOS; on Windows, WSL has them"
         compiler = "nvcc" if device == "cuda" else "a C++ compiler"
-        return f"{path.name} was not built: {compiler} was missing at installation; install it and reinstall"
+        return (
+            f"{path.name} was not built: {compiler} was missing at installation, or LATEPHASE_WITHOUT_KERNELS set; "
+            "mend that and reinstall"
+        )
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:

@@ -126,6 +126,21 @@ else:
 
 
 @pytest.mark.parametrize(
+    "system, device, remedy",
+    [
+        ("win32", "cpu", "on Windows, WSL has them"),
+        ("darwin", "cpu", "a C++ compiler was missing at installation, or LATEPHASE_WITHOUT_KERNELS set"),
+        ("linux", "cuda", "nvcc was missing at installation"),
+    ],
+)
+def test_a_library_that_was_not_built_says_what_to_do(system, device, remedy, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(backend, "_LIBRARY_FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert remedy in backend._load(device)
+
+
+@pytest.mark.parametrize(
     "driver, message",
     [
         (0, None),

@@ -7,6 +7,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace latephase::LATEPHASE_ISA {
@@ -66,6 +68,8 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -75,6 +79,8 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif defined(__AVX2__)
   return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
   return a * b + c;
 #endif
@@ -112,11 +118,16 @@ class DoubleSum {
     if constexpr (sizeof(A) == sizeof(double)) {
       sum_[0] += v;
     } else {
+#if defined(__aarch64__)  // GCC converts lane by lane
+      sum_[0] += (Vec<double>)vcvt_f64_f32(vget_low_f32((float32x4_t)v));
+      sum_[1] += (Vec<double>)vcvt_high_f64_f32((float32x4_t)v);
+#else
       typedef float HalfRegister __attribute__((vector_size(kVectorBytes / 2)));
       HalfRegister halves[2];
       std::memcpy(halves, &v, sizeof v);
       sum_[0] += __builtin_convertvector(halves[0], Vec<double>);
       sum_[1] += __builtin_convertvector(halves[1], Vec<double>);
+#endif
     }
   }
   inline double total() const { return lane_sum<double>(sum_[0] + sum_[1]); }
@@ -136,6 +147,8 @@ inline Vec<float> widen(Bits16 bits, BFloat16) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#elif defined(__aarch64__)
+  return (Vec<float>)vshll_n_u16((uint16x4_t)bits, 16);
 #else
   return (Vec<float>)(__builtin_convertvector(bits, Bits32) << 16);
 #endif
@@ -155,8 +168,12 @@ inline Bits16 narrow(Vec<float> v, BFloat16) {
   const __m256i high = _mm256_srli_epi32(all, 16);
   return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000));
 #else
-  const Bits32 is_number = (Bits32)(v == v);
-  return __builtin_convertvector(((rounded & is_number) | (quiet_nan & ~is_number)) >> 16, Bits16);
+  const Bits32 is_number = (Bits32)(v == v), all = (rounded & is_number) | (quiet_nan & ~is_number);
+#if defined(__aarch64__)
+  return (Bits16)vshrn_n_u32((uint32x4_t)all, 16);
+#else
+  return __builtin_convertvector(all >> 16, Bits16);
+#endif
 #endif
 }
 
@@ -200,6 +217,8 @@ inline Vec<float> widen(Bits16 bits, Half) {
   return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
 #elif defined(__AVX2__) && defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
+#elif defined(__aarch64__)
+  return (Vec<float>)vcvt_f32_f16((float16x4_t)bits);
 #else
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(bits[i]);
@@ -212,6 +231,8 @@ inline Bits16 narrow(Vec<float> v, Half) {
   return (Bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__) && defined(__F16C__)
   return (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (Bits16)vcvt_f16_f32((float32x4_t)v);
 #else
   Bits16 bits;
   for (int i = 0; i < kLanes<float>; ++i) bits[i] = float_to_half(v[i]);
@@ -224,6 +245,14 @@ inline Bits16 narrow(Vec<float> v, Half) {
 
 template <class A>
 using Whole = std::integral_constant<int, kLanes<A>>;
+
+// The first `count` values; a loop that ended there would be a call of memcpy.
+template <int lanes, class T>
+inline void copy_first(const T* from, int count, T* to) {
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i)
+    if (i < count) to[i] = from[i];
+}
 
 inline void load(const float* p, Vec<float>& v) { std::memcpy(&v, p, sizeof v); }
 inline void load(const double* p, Vec<double>& v) { std::memcpy(&v, p, sizeof v); }
@@ -265,7 +294,7 @@ inline Vec<typename Accumulation<T>::type> load(const T* p, int count) {
   if constexpr (sizeof(T) == 4) return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes<float>(count));
 #endif
   T lanes[kLanes<A>] = {};
-  for (int i = 0; i < count; ++i) lanes[i] = p[i];
+  copy_first<kLanes<A>>(p, count, lanes);
   return load(lanes);
 }
 template <class T, class V>
@@ -283,9 +312,10 @@ inline void store(T* p, V v, int count) {
   if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd(p, (__m256i)first_lanes<double>(count), (__m256d)v);
   if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(count), (__m256)v);
 #endif
-  T lanes[kLanes<typename Accumulation<T>::type>];
+  constexpr int kCount = kLanes<typename Accumulation<T>::type>;
+  T lanes[kCount];
   store(lanes, v);
-  for (int i = 0; i < count; ++i) p[i] = lanes[i];
+  copy_first<kCount>(lanes, count, p);
 }
 
 // ---- packed masks: bit j of a row says whether column j passed
@@ -298,6 +328,9 @@ inline uint32_t to_bits(Mask<A> mask) {
 #elif defined(__AVX2__)
   if constexpr (sizeof(A) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
   return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)mask));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(A) == 4) return vaddvq_u32((uint32x4_t)mask & uint32x4_t{1, 2, 4, 8});
+  return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)mask & uint64x2_t{1, 2}));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes<A>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
