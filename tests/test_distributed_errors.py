@@ -63,6 +63,10 @@ def every_error_on_rank():
     found["sparse"] = message_of(of_embedding.backward, sparse(torch.tensor([1])).sum())
     found["partial predict"] = message_of(lp.predict, model, torch.zeros(2, 2, 6, 6, dtype=torch.float64), members=0)
 
+    with distributed.gathered():
+        found["gathered"] = message_of(distributed.reduce_gradients)
+        found["gathered collapse"] = message_of(distributed.collapse)
+
     halves = nn.Linear(2, 2, dtype=torch.bfloat16)
     of_halves = lp.Distributed(halves)
     halves(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
@@ -141,6 +145,8 @@ EXPECTED = {
     "collapsed": "make a new Distributed to train a collapsed model",
     "expanded by hand": "expand and collapse by its own methods",
     "optimizer": "optimizers must not be a ZeroRedundancyOptimizer where ranks divide the members",
+    "gathered": "RuntimeError: Distributed.reduce_gradients: inside `with distributed.gathered():`",
+    "gathered collapse": "RuntimeError: Distributed.collapse: inside `with distributed.gathered():`",
     "sparse": "NotImplementedError: Distributed: gradients must be dense",
 }
 

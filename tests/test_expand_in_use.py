@@ -1,8 +1,10 @@
 """expand and collapse amid what a script has made before: optimizers, schedulers, references, hooks, copies."""
 
+import contextlib
 import copy
 import dataclasses
 import pickle
+import sys
 import threading
 import warnings
 from collections import OrderedDict, UserDict
@@ -245,6 +247,17 @@ def test_an_optimizer_that_trains_what_is_gone_warns_once():
         new.step()
 
 
+def test_optimizers_made_after_expand_warn_if_they_mix_members():
+    model = expanded()
+    model(images()).sum().backward()
+    muon = torch.optim.Muon([model.norm.weight], lr=0.1)
+    with pytest.warns(UserWarning, match=r"Muon.step: .* replicated parameters \(the first is \[3, 8\]\).* 3 members"):
+        muon.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        muon.step(), torch.optim.LBFGS([model.conv.weight]).step(lambda: 0.0)
+
+
 def test_live_optimizers_do_not_warn():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -379,6 +392,24 @@ def test_predictions_of_several_threads():
     handle.remove()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # each with turns of its own
         assert torch.equal(lp.predict(other, x, members="all"), expected["all"])
+
+
+def test_threads_that_take_turns_leave_no_choice():
+    model = expanded()
+
+    def choose(member):
+        for _ in range(8000):
+            with contextlib.suppress(RuntimeError), lp.members(model, member):
+                assert model.norm.active_members() == range(member, member + 1)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(K) as threads:
+            list(threads.map(choose, range(K)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert model.norm.routing.override is None and not model.norm.routing.blocks
 
 
 def test_heads_whose_weight_is_asked_for_its_type():

@@ -96,6 +96,7 @@ def test_a_finished_run(finished):
     network = build_network(Model("small_resnet", {"widths": [4, 4]}), 10, 1)
     load_model(network, folder / "model.safetensors")
     _, test = build_data(Data("digits"))
+    assert (folder / "classes.txt").read_text().splitlines() == list(test.classes)
     images = (test.images.float() / 255 - test.mean[0]) / test.std[0]
     with torch.no_grad():
         accuracy = 100 * (network.eval()(images).argmax(1) == test.labels).double().mean().item()
@@ -203,9 +204,12 @@ def test_an_interrupted_run_goes_on(finished, tmp_path, number, capsys):
         content = bytearray(newest.read_bytes())
         content[len(content) // 2] ^= 1
         newest.write_bytes(content)
+        logged = [{**record, "seconds": 1000.0} for record in read_metrics(folder / "metrics.jsonl")]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in logged))
         resumed = run(["-m", "latephase_kernels"], command(folder, "--resume", *options))
         assert resumed.returncode == 0, resumed.stderr
         assert f"checkpoint {newest.name}" in resumed.stderr and f"going on from {before.name}" in resumed.stderr
+        assert all(record["seconds"] >= 1000 for record in read_metrics(folder / "metrics.jsonl"))  # the time goes on
     assert_same_run(folder, finished[0])
 
 
@@ -286,6 +290,8 @@ def test_a_network_must_answer_with_logits(answer, found):
         (["digits", "--nothing=1"], "train: unrecognized arguments: --nothing=1 .see latephase train --help"),
         (["digits", "--epo=2"], "unrecognized arguments: --epo=2"),
         (["digits", "--device=foo"], "--device must be a device that works here, got foo: "),
+        (["digits", "--device=meta"], "--device must be a device that works here, got meta: "),
+        (["digits", "--swa=null"], "train: swa must hold options, such as swa.start, got null"),
         (
             ["digits", "--epochs=2", "--late.start=1", "--late.members=400"],
             "late.members must be at most 10, the steps' minibatches from late.start .1.0. on, got 400",
@@ -354,7 +360,7 @@ def test_throughput_is_of_work_that_is_done():
         expanded=False,
     )
     one = object.__new__(run_training._Run)
-    one.recipe, one.trainer, one.progress = Recipe(), trainer, Progress(10, io.StringIO())
+    one.recipe, one.trainer, one.progress, one.seconds_before = Recipe(), trainer, Progress(10, io.StringIO()), 0.0
     one.folder = types.SimpleNamespace(log=records.append)
     one._end_epochs(0, 1, (1, time.perf_counter()))
     assert 0 < records[0]["images/s"] <= 100

@@ -102,6 +102,7 @@ class Distributed:
         self.members: range | None = None
         self.total_members = 1
         self._reduction: GradientReduction | None = None
+        self._gathered = False  # inside such a block of the model that is trained
         check_same_on_ranks("Distributed", model.state_dict().items(), self._all)
         self._prepare_plain()
 
@@ -159,6 +160,7 @@ class Distributed:
                 divides its state over ranks while they divide the members.
         """
         check_num_members("Distributed.expand", num_members)
+        self._check_not_gathered("expand")
         if num_members % self.member_ranks:
             raise ValueError(
                 f"Distributed.expand: num_members={num_members} is not divisible by the {self.member_ranks} member "
@@ -225,8 +227,17 @@ class Distributed:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def _check_not_gathered(self, where: str) -> None:
+        """Raise RuntimeError where what is done to the model would be undone."""
+        if self._gathered:
+            raise RuntimeError(
+                f"Distributed.{where}: inside `with distributed.gathered():` the model is to be evaluated, and "
+                "the end puts this rank's members back; train and collapse outside of it"
+            )
+
     def _check_watched(self, where: str) -> None:
         """Raise RuntimeError where gradients would stay a rank's own."""
+        self._check_not_gathered(where)
         if [*map(id, self._trained())] != [*map(id, self._watched)]:
             raise RuntimeError(
                 f"Distributed.{where}: the model trains other parameters than those whose gradients are summed; "
@@ -274,7 +285,7 @@ class Distributed:
 
         Raises:
             RuntimeError: another rank is gone or does not answer, or has gradients of other parameters, or other rows;
-                or the model trains other parameters than at Distributed(model) or expand.
+                or the model trains other parameters than at Distributed(model) or expand; or inside `gathered`.
             NotImplementedError: a gradient is sparse.
         """
         self._check_watched("backward")
@@ -326,10 +337,12 @@ class Distributed:
         changed = [tensor for _, tensor, _ in self.own_statistics(model)]
         changed += [] if self.members is None else member_tensors(model)
         before = [(tensor, tensor.data) for tensor in changed]
+        outer, self._gathered = self._gathered, self._gathered or model is self.model
         try:
             self._gather(model)
             yield model
         finally:
+            self._gathered = outer
             for tensor, data in before:
                 tensor.data = data
             if self.members is not None:
@@ -350,9 +363,10 @@ class Distributed:
             model, the same on every rank.
 
         Raises:
-            As lp.collapse.
+            As lp.collapse, and RuntimeError: inside `gathered`.
         """
         check_mode(mode)
+        self._check_not_gathered("collapse")
         if self.members is None:
             raise RuntimeError("Distributed.collapse: model is not expanded; call Distributed.expand first")
         self._reduction.remove()

@@ -275,13 +275,14 @@ def mark_replaced(parameters: Iterable[nn.Parameter], by: str) -> None:
 
 @functools.cache
 def _watch_steps() -> None:
-    register_optimizer_step_pre_hook(_warn_of_replaced)
+    register_optimizer_step_pre_hook(_look_at)
 
 
-def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+def _look_at(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     if torch.compiler.is_compiling() or optimizer in _looked_at:
         return
     _looked_at.add(optimizer)
+    _warn_of_mixed(optimizer)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     replaced = [parameter for parameter in held if hasattr(parameter, REPLACED_BY)]
     if not replaced:
@@ -294,6 +295,20 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dic
         f"what they became; {remedy}",
         stacklevel=3,
     )
+
+
+def _warn_of_mixed(optimizer: torch.optim.Optimizer) -> None:
+    """Warn if an optimizer that was made after expand, which would refuse it, takes members for one tensor."""
+    for group in optimizer.param_groups:
+        members = [parameter for parameter in group["params"] if hasattr(parameter, "num_members")]
+        if members and (_mixes(optimizer) or _is_cautious(group, {})):
+            warnings.warn(
+                f"{type(optimizer).__name__}.step: the rule mixes the elements of a tensor, and the optimizer holds "
+                f"replicated parameters (the first is {list(members[0].shape)}): it takes the {members[0].num_members} "
+                "members for one tensor; give them an optimizer of their own, such as SGD or AdamW",
+                stacklevel=4,
+            )
+            return
 
 
 # ---------------------------------------------------------------------------------------------- groups

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)  # what changes a model in place returns one of its type
+_lock = threading.Lock()  # of every routing's blocks, and their choice
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,20 +58,23 @@ class Routing:
             RuntimeError: another thread is in one.
         """
         block = Block(choice, threading.get_ident())
-        self.blocks.append(block)  # before it looks: of two threads at once, both see the other
-        if any(other.thread != block.thread for other in self.blocks):
-            self.leave(block)
+        with _lock:
+            alone = all(other.thread == block.thread for other in self.blocks)
+            if alone:
+                self.blocks.append(block)
+                self.override = choice
+        if not alone:
             raise RuntimeError(
                 "members: another thread runs this model as members of its choice (by members, predict or update_bn), "
                 "and a model has one choice at a time; give each thread a copy (copy.deepcopy), or a lock"
             )
-        self.override = choice
         return block
 
     def leave(self, block: "Block") -> None:
         """End a block, the innermost or not."""
-        self.blocks = [other for other in self.blocks if other is not block]
-        self.override = self.blocks[-1].choice if self.blocks else None
+        with _lock:
+            self.blocks = [other for other in self.blocks if other is not block]
+            self.override = self.blocks[-1].choice if self.blocks else None
 
     def resolve(self, training: bool) -> str | range:
         """Return "average" or the range of members: the explicit choice, else by the root model's training flag.

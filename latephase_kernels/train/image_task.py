@@ -123,7 +123,7 @@ class ImageEvaluation(Evaluation):
         test: ImageSet | ImageFiles,
         ranks: Ranks,
     ):
-        self.recipe = recipe
+        self.recipe, self.classes = recipe, train.classes
         self.images = evaluation_images(recipe, train, test, ranks.device)
         self.share = _Share(self.images, ranks)
 

@@ -17,8 +17,9 @@ class OtherRanksFolder:
     def __init__(self, checkpoints: CheckpointFolder):
         self.checkpoints = checkpoints
 
-    def start_metrics(self, step: int) -> None:
-        """Do nothing; see RunFolder."""
+    def start_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Return no records; see RunFolder."""
+        return []
 
     def log(self, record: dict[str, Any]) -> None:
         """Do nothing; see RunFolder."""

@@ -254,7 +254,7 @@ def usable_device(where: str, name: str | None) -> str:
     if _several_ranks() and name.partition(":")[0] == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # which meta refuses
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where}: --device must be a device that works here, got {name}: {reason}") from None

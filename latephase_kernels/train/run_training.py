@@ -141,7 +141,8 @@ class _Run:
         saved = folder.checkpoints.load(trainer.device)
         if saved is not None:
             trainer.load_state_dict(saved[0])
-        folder.start_metrics(trainer.minibatch)
+        logged = folder.start_metrics(trainer.minibatch)
+        self.seconds_before = (logged[-1].get("seconds") or 0.0) if logged else 0.0  # of the run that is resumed
         self.progress = Progress(trainer.total, sys.stderr if trainer.ranks.rank == 0 else io.StringIO())
         self.progress.done = self.progress.start = trainer.minibatch
         self.saved_at = time.monotonic()
@@ -190,7 +191,7 @@ class _Run:
         record: dict[str, Any] = {
             "step": self.trainer.minibatch,
             "epoch": self.trainer.epoch,
-            "seconds": self.progress.elapsed(),
+            "seconds": self.seconds_before + self.progress.elapsed(),
             "train loss": loss,
             "learning rate": self.trainer.optimizer.param_groups[0]["lr"],
             "members": self.recipe.late.members if self.trainer.expanded else 1,
@@ -242,6 +243,8 @@ def _finish(recipe: Recipe, folder: AnyFolder, trainer: Trainer, evaluation: Eva
             f"{error:.1e} relative to the largest, allowed is {COLLAPSE_TOLERANCE:.0e}; please report this"
         )
     results["collapse_error"] = error
+    if evaluation.classes:
+        write_whole(folder.path / "classes.txt", "".join(f"{name}\n" for name in evaluation.classes))
     write_json(folder.path / "results.json", results)
     folder.finish_metrics()
     return results

@@ -7,6 +7,7 @@ curves.png          drawn from the metrics
 tensorboard/        the metrics once more, if asked for
 checkpoints/        see checkpoints.py
 model.safetensors   the plain model at the end
+classes.txt         the names of the classes, in the order of its outputs
 collapsed.safetensors  by `latephase collapse`, of the last checkpoint
 """
 

@@ -1,6 +1,7 @@
 """What the training loop leaves to the kind of data: minibatches, network, loss, state between steps, evaluation."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +77,13 @@ class Task(ABC):
 
 
 class Evaluation(ABC):
-    """Held-out data of one kind on its device, and how well a model does on them."""
+    """Held-out data of one kind on its device, and how well a model does on them.
+
+    Attributes:
+        classes: their names, in the order of the logits; empty where there are none.
+    """
+
+    classes: Sequence[str] = ()
 
     @abstractmethod
     def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -13,6 +14,12 @@ from .quantities import format_metrics
 from .recipe import Recipe, recipe_file, recipe_names
 
 _OWN_OPTIONS = ("config", "output", "resume", "device", "tensorboard", "base")
+# The parts of a recipe that hold options of their own.
+_PARTS: dict[str, Any] = {
+    field.name: field.default_factory
+    for field in dataclasses.fields(Recipe)
+    if dataclasses.is_dataclass(field.default_factory)
+}
 
 
 def build_parser() -> Any:
@@ -59,28 +66,23 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[Recipe, dict[str, Any]]:
     try:
         parsed = parser.parse_args([*layers, *arguments[1:]]).as_dict()
     except ArgumentError as error:
+        part = re.search(r'Parser key "(\w+)":\s+Unable to load config \'(.*?)\'', str(error))
+        if part is not None and part[1] in _PARTS:
+            raise _part_error(*part.groups()) from None
         raise ValueError(f"train: {error} (see latephase train --help)") from None
     own = {key: parsed.pop(key) for key in _OWN_OPTIONS}
     if own.pop("base") != _base_of(files[-1]):
         raise ValueError("train: base must stand in the recipe's own file; give that file in place of the recipe")
     del own["config"]
-    for field in dataclasses.fields(Recipe):
-        if dataclasses.is_dataclass(field.default_factory) and not isinstance(parsed[field.name], dict):
-            raise ValueError(
-                f"train: {field.name} must hold options, such as {field.name}.{_first_option(field)}, got "
-                f"{parsed[field.name]}"
-            )
-    parts = {
-        field.name: field.default_factory(**parsed[field.name])
-        if dataclasses.is_dataclass(field.default_factory)
-        else parsed[field.name]
-        for field in dataclasses.fields(Recipe)
-    }
-    return Recipe(**parts), own
+    for name in _PARTS:
+        if not isinstance(parsed[name], dict):
+            raise _part_error(name, parsed[name])
+    return Recipe(**parsed | {name: part(**parsed[name]) for name, part in _PARTS.items()}), own
 
 
-def _first_option(field: dataclasses.Field) -> str:
-    return dataclasses.fields(field.default_factory)[0].name  # type: ignore[arg-type]
+def _part_error(name: str, got: Any) -> ValueError:
+    first = dataclasses.fields(_PARTS[name])[0].name
+    return ValueError(f"train: {name} must hold options, such as {name}.{first}, got {got}")
 
 
 def _config_of(file: Path) -> str:
