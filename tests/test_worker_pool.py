@@ -1,5 +1,6 @@
 """Worker processes: results in order, in bounded memory; every way to fail is an error that says what happened."""
 
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -24,6 +25,9 @@ def square(slot, at):
                 os._exit(7)
             if task == -2:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if task == -7:
+                for _ in range(8):
+                    time.sleep(0.1)
             if task == -3:
                 time.sleep(60)
             if task == -4:
@@ -160,3 +164,26 @@ def test_arguments():
         make(-1)
     with pytest.raises(ValueError, match="num_slots at least 1"):
         make(num_slots=0)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_program_that_was_stopped_goes_on(waiting, monkeypatch):
+    """Ctrl-Z stops the workers, too, in the middle of their work, for longer than that may take."""
+    wait = multiprocessing.connection.wait
+
+    def stopped(*_, **__):
+        while not pool._beat.any():
+            time.sleep(0.01)
+        os.kill(pool._processes[0].pid, signal.SIGSTOP)
+        time.sleep(1.2)
+        os.kill(pool._processes[0].pid, signal.SIGCONT)
+        monkeypatch.setattr(multiprocessing.connection, "wait", wait)
+        return []
+
+    with make(1, timeout=1.0) as pool:
+        number = pool.submit(task(-7))
+        if waiting:
+            monkeypatch.setattr(multiprocessing.connection, "wait", stopped)
+        else:
+            stopped()
+        assert pool.result(number)[1] == "did -7"

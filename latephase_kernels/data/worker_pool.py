@@ -52,7 +52,8 @@ class WorkerPool:
         num_slots: how many.
         num_workers: 0: the work is done here, when its result is asked for.
         describe: told a slot and the number last passed to the work's callback; says in an error what that was.
-        timeout: seconds that one part of the work may take.
+        timeout: seconds that one part of the work may take while its result is waited for, and nothing is stopped
+            (Ctrl-Z).
 
     Raises:
         ValueError: num_workers is negative, or num_slots not positive.
@@ -88,7 +89,7 @@ class WorkerPool:
         self._processes: list[Any] = []
         self._results: list[Any] = []
         self._tasks: Any = None
-        self._heard = 0.0
+        self._heard = self._watched = 0.0  # the last message; since when we wait without a break
         self._failure: BaseException | None = None
         if num_workers:
             self._start(num_workers)
@@ -181,7 +182,7 @@ class WorkerPool:
 
     def _wait_until(self, done: Callable[[], bool]) -> None:
         self._raise_failure()
-        self._heard = time.monotonic()
+        self._heard = self._watched = time.monotonic()
         try:
             while not done():
                 self._receive() if self._processes else self._work_here()
@@ -208,6 +209,7 @@ class WorkerPool:
         """
         sentinels = {process.sentinel: process for process in self._processes}
         senders = dict(zip(self._results, self._processes, strict=True))
+        asked = time.monotonic()
         ready: list[Any] = multiprocessing.connection.wait([*senders, *sentinels], timeout=_POLL_SECONDS)
         dead = [sentinels[source] for source in ready if source in sentinels]
         for source in ready:
@@ -223,8 +225,11 @@ class WorkerPool:
             self._finish(number, report)
         if dead:
             raise self._death_of(dead[0])
+        now = time.monotonic()
         if ready:
-            self._heard = time.monotonic()
+            self._heard = now
+        elif now - asked > 2 * _POLL_SECONDS:  # this process was stopped, and perhaps the workers with it
+            self._heard = self._watched = now
         else:
             self._check_beats()
 
@@ -243,7 +248,7 @@ class WorkerPool:
     def _check_beats(self) -> None:
         now = time.monotonic()
         for number in np.flatnonzero(self._beat):
-            if number not in self._finished and now - self._beat[number] > self._timeout:
+            if number not in self._finished and now - max(self._beat[number], self._watched) > self._timeout:
                 where = self._describe(self.slots[number], int(self._stage[number]))
                 raise WorkerError(f"a data worker has been stuck for {self._timeout:.0f} s at {where}")
         if now - self._heard > self._timeout and not self._beat.any():
