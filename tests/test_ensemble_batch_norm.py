@@ -420,6 +420,17 @@ def test_compiles_for_any_batch_and_memory_format(dynamic, backend):
             torch.testing.assert_close(graph[name], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_gradient_of_the_input_is_rounded_once(dtype):
+    """Also where its parts, straight and through the statistics, nearly cancel."""
+    inputs, options = make_inputs(3, 4, 5, (2, 2), dtype), {"num_members": 3, "training": True, "activation": "none"}
+    inputs["dy"] += 100.0
+    found = run(ensemble_batch_norm, inputs, **options)["dx"].double()
+    exact = run(by_slices, inputs, dtype=torch.float64, **options)["dx"]
+    allowed = 0.5 * torch.finfo(dtype).eps * exact.abs() + 100.0 * 64 * torch.finfo(torch.float32).eps
+    assert ((found - exact).abs() <= allowed).all()
+
+
 def test_reference_agrees_with_plain_pytorch():
     inputs = make_inputs(3, 4, 5, (2, 2), torch.float64)
     _, mean, var = reference.ensemble_batch_norm(inputs["x"], None, None, None, None, None, True, 1e-5, 3, "none")

@@ -56,12 +56,13 @@ def ensemble_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, biased variance): the batch's statistics in training, else the running ones."""
     dtype = working_dtype(input)
+    x = input.to(dtype)  # once: its gradient is rounded to input's type once, too
     if training:
-        mean, var = statistics(input, num_members)
+        mean, var = statistics(x, num_members)
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(dtype), running_var.to(dtype)
-    z = (input.to(dtype) - per_row(mean, input)) * per_row((var + eps).rsqrt(), input)
+    z = (x - per_row(mean, x)) * per_row((var + eps).rsqrt(), x)
     if weight is not None:
         z = z * per_row(weight.to(dtype), input)
     if bias is not None:
