@@ -301,7 +301,7 @@ def _warn_of_mixed(optimizer: torch.optim.Optimizer) -> None:
     """Warn if an optimizer that was made after expand, which would refuse it, takes members for one tensor."""
     for group in optimizer.param_groups:
         members = [parameter for parameter in group["params"] if hasattr(parameter, "num_members")]
-        if members and (_mixes(optimizer) or _is_cautious(group, {})):
+        if members and (_mixing(optimizer) is not None or _is_cautious(group, {})):
             warnings.warn(
                 f"{type(optimizer).__name__}.step: the rule mixes the elements of a tensor, and the optimizer holds "
                 f"replicated parameters (the first is {list(members[0].shape)}): it takes the {members[0].num_members} "
