@@ -88,12 +88,11 @@ def times_gain(value, gain, member, channel, num_channels, valid, GAIN_SHARED: t
 
 @triton.jit
 def output(x, residual, mean, scale, shift, offset, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
-    """y before the output gain from x, in x's type; rounded to DTYPE before the ReLU."""
+    """y before the output gain from x, in x's type; the ReLU decides by its value as DTYPE."""
     z = tl.fma(x - mean, scale, shift)
     if residual is not None:
         z += tl.load(residual + offset, valid, other=0.0).to(x.dtype)
-    z = z.to(DTYPE).to(x.dtype)
-    return tl.where(z <= 0.0, 0.0, z) if RELU else z
+    return tl.where(z.to(DTYPE).to(x.dtype) <= 0.0, 0.0, z) if RELU else z
 
 
 @triton.jit
