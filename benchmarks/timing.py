@@ -15,14 +15,15 @@ _HEAD_START = 1_000_000  # cycles that a GPU waits, half a millisecond, so that 
 
 def huge_pages(whose: str) -> str:
     """The type of HUGE_PAGES: turns pages of 2 MiB on and off for this process, which has made no large tensor yet."""
-    os.environ["LATEPHASE_HUGE_PAGES"] = str(int(whose != "none"))
-    os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(whose == "all"))  # PyTorch's allocator
+    if whose != "as installed":
+        os.environ["LATEPHASE_HUGE_PAGES"] = str(int(whose != "none"))
+        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(whose == "all"))  # PyTorch's allocator
     return whose
 
 
 HUGE_PAGES = {
-    "type": huge_pages, "default": "ours", "choices": ["ours", "all", "none"],
-    "help": "whose results on a CPU come in pages of 2 MiB: our ops' (as installed), PyTorch's too, or nobody's",
+    "type": huge_pages, "default": "as installed", "choices": ["as installed", "ours", "all", "none"],
+    "help": "whose results on a CPU come in pages of 2 MiB: our ops', PyTorch's too, or nobody's",
 }  # fmt: skip
 
 
