@@ -4,6 +4,7 @@ Shapes: K members; a replicated tensor is [K, …] where the plain module's is [
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,15 @@ def check_plain(where: str, module: nn.Module, plain_type: type) -> None:
         )
 
 
+def check_own_forward(where: str, module: nn.Module) -> None:
+    """Raise NotImplementedError if a call of module is not its class's forward."""
+    cls = type(module)
+    if "forward" in vars(module) or cls.__call__ is not nn.Module.__call__:
+        raise NotImplementedError(
+            f"{where}: {cls.__module__}.{cls.__qualname__} is called by other than its class's forward; undo that first"
+        )
+
+
 def is_observed(module: nn.Module) -> bool:
     """Whether somebody watches the calls of module, by hooks or a forward of its own."""
     return bool(
@@ -220,11 +230,29 @@ class MemberModule(Routed):
         carry_over(self, plain)
         return plain
 
+    @classmethod
+    def _copies_of(
+        cls, module: nn.Module, num_members: int, noise_std: float, generator: torch.Generator | None
+    ) -> Any:
+        """Return num_members copies of all parameters of a module; all else is shared with it."""
+        new: Any = twin(module, cls)
+        new.num_members, new.plain_type, new.routing = num_members, type(module), None
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(new, name, replicate_parameter(parameter, num_members, noise_std, generator))
+        new._mark()
+        return new
+
     def _as_plain(self, tensors: dict[str, Tensor | None]) -> nn.Module:
         """Return a module of the class this one came from, with these parameters, and all else shared."""
         plain = twin(self, self.plain_type)
         vars(plain)["_parameters"] = tensors  # tensors of the graph, too, where the plain module computes for a member
         return plain
+
+    def _collapsed_to(self, means: dict[str, Tensor | None]) -> nn.Module:
+        """Return the plain module whose parameters, named as the members', have these values."""
+        own = self._parameters
+        return self._as_plain({n: None if p is None else plain_parameter(means[n], p) for n, p in own.items()})
 
     def _members_of(self, members: range, tensor: Tensor | None) -> Tensor | None:
         """Return the rows of the active members, a view; tensor itself where all are active."""

@@ -13,12 +13,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from .member_module import (
     MemberModule,
     check_mode,
+    check_own_forward,
     check_replication,
     check_rows,
     member_mean,
-    plain_parameter,
-    replicate_parameter,
-    twin,
 )
 
 
@@ -94,15 +92,10 @@ class Memberwise(MemberModule):
             TypeError, ValueError: num_members or noise_std does not fit.
             NotImplementedError: not all that the module computes with is its own parameters.
         """
-        check_replication("Memberwise.from_module", num_members, noise_std, generator)
-        _check_alone(module)
-        new = twin(module, cls)
-        new.num_members, new.plain_type, new.routing = num_members, type(module), None
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                setattr(new, name, replicate_parameter(parameter, num_members, noise_std, generator))
-        new._mark()
-        return new
+        where = "Memberwise.from_module"
+        check_replication(where, num_members, noise_std, generator)
+        _check_alone(where, module)
+        return cls._copies_of(module, num_members, noise_std, generator)
 
     @torch.no_grad()
     def collapse(self, mode: str = "exact") -> nn.Module:
@@ -112,16 +105,13 @@ class Memberwise(MemberModule):
             ValueError: an unknown mode.
         """
         check_mode(mode)
-        means = self.averaged()
-        return self._as_plain(
-            {n: None if p is None else plain_parameter(means[n], p) for n, p in self._parameters.items()}
-        )
+        return self._collapsed_to(self.averaged())
 
 
-def _check_alone(module: nn.Module) -> None:
+def _check_alone(where: str, module: nn.Module) -> None:
     """Raise NotImplementedError unless parameters are all that a module has, and its class's forward its call."""
     cls = type(module)
-    name = f"{cls.__module__}.{cls.__qualname__}"
+    name = f"{where}: {cls.__module__}.{cls.__qualname__}"
     if not any(parameter is not None for parameter in module._parameters.values()):
         raise NotImplementedError(f"{name} has no parameters of its own to replicate; leave it out")
     if module._modules:
@@ -140,5 +130,4 @@ def _check_alone(module: nn.Module) -> None:
             f'{name} has tensors in its attribute "{holding}", which would go on with the plain weights; choose '
             "another target"
         )
-    if "forward" in vars(module) or cls.__call__ is not nn.Module.__call__:
-        raise NotImplementedError(f"{name} is called by other than its class's forward; undo that first")
+    check_own_forward(where, module)

@@ -18,12 +18,10 @@ from ..ops.member_gain import member_gain
 from .member_module import (
     MemberModule,
     check_mode,
+    check_own_forward,
     check_replication,
     check_rows,
     member_mean,
-    plain_parameter,
-    replicate_parameter,
-    twin,
 )
 from .memberwise import Memberwise
 
@@ -52,7 +50,6 @@ class _EnsembleNorm(MemberModule):
 
     _plain: type
     _channel_dim = -1
-    _affine_last = True  # y = x̂ · weight + bias, with nothing behind it
 
     def _replicate_shapes(self, num_members: int, device, dtype) -> None:
         """Finish __init__: weight and bias [K, …] for the plain ones that torch.nn's constructor made."""
@@ -87,7 +84,7 @@ class _EnsembleNorm(MemberModule):
         weight, bias = (self._members_of(members, self._parameters.get(name)) for name in ("weight", "bias"))
         if weight is None:
             return self._norm(input, None, None)
-        if self._affine_last and num_members > 1 and _gains_pay(input):
+        if num_members > 1 and _gains_pay(input):
             return self._gains(self._norm(input, None, None), weight, bias)
         rows = input.unflatten(0, (num_members, input.size(0) // num_members)).unbind(0)
         biases = [None] * num_members if bias is None else bias.unbind(0)
@@ -120,7 +117,7 @@ class _EnsembleNorm(MemberModule):
         num_members: int,
         noise_std: float = 0.0,
         generator: torch.Generator | None = None,
-    ) -> "_EnsembleNorm":
+    ) -> MemberModule:
         """Return num_members copies of a plain norm; flags, hooks, types and devices are the module's.
 
         Args:
@@ -140,16 +137,10 @@ class _EnsembleNorm(MemberModule):
         if not cls._accepts(module):
             raise TypeError(f"{where}: module must be a {cls._plain.__name__}, got {type(module).__name__}")
         _check_norm(where, module)
-        new = twin(module, cls._class_for(module))
-        new.num_members, new.plain_type, new.routing = num_members, type(module), None
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                setattr(new, name, replicate_parameter(parameter, num_members, noise_std, generator))
-        new._mark()
-        return new
+        return cls._class_for(module)._copies_of(module, num_members, noise_std, generator)
 
     @classmethod
-    def _class_for(cls, module: nn.Module) -> type:
+    def _class_for(cls, module: nn.Module) -> type[MemberModule]:
         """The class that computes what module does, for every member."""
         owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
         if owner is cls._plain:
@@ -169,10 +160,7 @@ class _EnsembleNorm(MemberModule):
             ValueError: an unknown mode.
         """
         check_mode(mode)
-        means = dict(zip(("weight", "bias"), self.averaged()))
-        return self._as_plain(
-            {name: None if own is None else plain_parameter(means[name], own) for name, own in self._parameters.items()}
-        )
+        return self._collapsed_to(dict(zip(("weight", "bias"), self.averaged())))
 
 
 def _gains_pay(input: Tensor) -> bool:
@@ -188,8 +176,7 @@ def _check_norm(where: str, module: nn.Module) -> None:
     """Raise unless weight and bias are all that a member needs of its own."""
     cls = type(module)
     name = f"{cls.__module__}.{cls.__qualname__}"
-    if "forward" in vars(module) or cls.__call__ is not nn.Module.__call__:
-        raise NotImplementedError(f"{where}: {name} is called by other than its class's forward; undo that first")
+    check_own_forward(where, module)
     others = (set(module._parameters) | set(module._buffers)) - {"weight", "bias"}
     if others or "weight" not in module._parameters:
         raise NotImplementedError(
