@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.study_report import draw, format_table, insert_table, summarize
 from latephase_kernels.train.eval_command import run_eval
+from latephase_kernels.train.files import write_whole
 from latephase_kernels.train.run_training import Interrupted, run_training
-from latephase_kernels.train.runs import environment, write_whole
+from latephase_kernels.train.runs import environment
 from latephase_kernels.train.train_command import as_yaml, parse_recipe
 
 ROOT = Path(__file__).parents[1]

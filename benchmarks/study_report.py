@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from latephase_kernels.train.figures import new_figure
-from latephase_kernels.train.runs import write_whole
+from latephase_kernels.train.figures import new_figure, save_figure
+from latephase_kernels.train.files import write_whole
 
 Summary = dict[str, dict[str, dict[str, float]]]
 
@@ -94,5 +94,5 @@ def draw(summary: Summary, compared: Mapping[str, str], quantities: Mapping[str,
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(titles)), titles)
     panels[0].set_ylim(len(titles) - 0.5, -0.5)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     return True

@@ -223,6 +223,9 @@ def _add_collapse(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="exact averages the layers' outputs in eval mode, for inference (the default); weights averages the "
         "tensors, for further training",
     )
+    collapse.add_argument(
+        "--member", type=_whole_number_from(0), metavar="K", help="keep member K, from 0 on, instead of the average"
+    )
     _add_reading(collapse)
     collapse.add_argument(
         "--output", metavar="FILE", help="file or folder to write to (default RUN/collapsed.safetensors)"

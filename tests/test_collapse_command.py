@@ -89,6 +89,15 @@ def test_the_last_weights_answer_as_their_members_do(run, tmp_path):
     assert not same(load_file(tmp_path / "collapsed.safetensors"), load_file(run / "model.safetensors"))
 
 
+def test_one_member_alone(run, tmp_path, capsys):
+    assert main(["collapse", str(run), "--member=2", "--device=cpu"]) == 0
+    assert "the end of the run, member 2 alone\n" in capsys.readouterr().out
+    expected = lp.collapse(with_members(run), member=2).state_dict()
+    assert same(load_file(run / "collapsed.safetensors"), expected)
+    assert main(["collapse", str(run), "--member=3", "--device=cpu", f"--output={tmp_path / 'x'}"]) == 2
+    assert "member must be within range(3), got 3" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_an_unfinished_run(run, capsys):
     """The newest whole checkpoint counts; one from before T0 holds a plain model."""
     sorted((run / "checkpoints").iterdir())[-1].unlink()
@@ -102,6 +111,8 @@ def test_a_run_without_members(tmp_path, capsys):
     assert main(["collapse", str(folder), "--mode=weights", "--device=cpu"]) == 0
     assert capsys.readouterr().out.startswith("digits, seed 0: checkpoint of epoch 3, the end of the run\n")
     assert same(load_file(folder / "collapsed.safetensors"), load_file(folder / "model.safetensors"))
+    assert main(["collapse", str(folder), "--member=0", "--device=cpu"]) == 2
+    assert "has no members in its checkpoint, so that there is no member 0; leave out" in capsys.readouterr().err
 
 
 def test_without_checkpoints_there_is_the_exact_model(run, capsys):

@@ -382,6 +382,7 @@ def test_command_fails_where_theory_is_wrong(tmp_path, monkeypatch, capsys):
         (["--step-sizes", "2", "--base-grad-scale", "mean"], "step_size must be below 2/(γ·K·h) = 2 for K = 1"),
         (["--shares", "0.5,1.5"], "share must be from 0 to 1, got 1.5"),
         (["--seeds", "1"], "--seeds: must be a whole number, 2 or more, got '1'"),
+        (["--dimension", "1000000000"], "200 × 10 × 1000000000: 14,901.2 GiB, and that several times"),
         (["--steps", "9"], "the number of steps, minibatches, must be at least K = 10, got 9"),
         (["--dimension", "many"], "--dimension: must be a whole number"),
         (["--late-coordinates", "flattest"], "invalid choice: 'flattest'"),

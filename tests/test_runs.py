@@ -17,8 +17,9 @@ from typing import ClassVar
 import pytest
 
 from latephase_kernels.cli import main
+from latephase_kernels.train.files import write_whole
 from latephase_kernels.train.progress import Progress
-from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics, write_whole
+from latephase_kernels.train.runs import RunFolder, draw_metrics, environment, read_metrics
 
 try:
     import fcntl
@@ -169,8 +170,8 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
         with pytest.raises(OSError) as caught:
             run.log({"step": 1})
         assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "metrics.jsonl")
-    path = tmp_path / "results.json"
-    write_whole(path, "old")
+    path, picture = tmp_path / "results.json", tmp_path / "curves.png"
+    write_whole(path, "old"), write_whole(picture, "old")
 
     def full(file, content):
         with open(file, "wb") as stream:
@@ -181,6 +182,10 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError) as caught:
         write_whole(path, "new")
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path) and path.read_text() == "old"
+    pytest.importorskip("matplotlib")
+    with pytest.raises(OSError, match=r"No space left on device: .*curves\.png"):
+        draw_metrics([{"epoch": 1, "test accuracy": 9.0}], picture)
+    assert picture.read_text() == "old"
     assert not list(tmp_path.glob("*unfinished*"))
 
 

@@ -17,6 +17,7 @@ def run_collapse(
     folder: str | Path,
     *,
     mode: str = "exact",
+    member: int | None = None,
     data: str | None = None,
     device: str | None = None,
     last: bool = False,
@@ -27,6 +28,7 @@ def run_collapse(
     Args:
         folder: of the run.
         mode: "exact" or "weights", see lp.collapse. A run without members has one plain model in both.
+        member: keep this one instead of the average.
         data: where all data lie; the recipe's folder by default. SWA's statistics are recomputed from them.
         device: "cuda", "cpu", …; the GPU if there is one by default.
         last: of an SWA run the last weights, not their average.
@@ -36,9 +38,9 @@ def run_collapse(
         The file's path.
 
     Raises:
-        ValueError: there is no run, or damaged data.
+        ValueError: there is no run, damaged data, or no such member.
         OSError: the run's own data is missing, or the file cannot be written.
-        RunError: see load_final_model; or "weights" are asked for and there is no checkpoint.
+        RunError: see load_final_model; or "weights" or a member are asked for and there is no checkpoint with members.
         ImportError: a library of the extra "train" is missing.
     """
     path = Path(folder)
@@ -49,10 +51,13 @@ def run_collapse(
     model, source = load_final_model(path, recipe, train, device, last=last, command="collapse")
     if source["epoch"] is None and recipe.late.start is not None and mode != "exact":
         raise RunError(f"collapse: {path} has no checkpoint, and {source['weights']} is exact; leave out --mode {mode}")
+    if member is not None and not is_expanded(model):
+        where = "no checkpoint" if source["epoch"] is None else "no members in its checkpoint"
+        raise RunError(f"collapse: {path} has {where}, so that there is no member {member}; leave out --member")
     words = [format_source({"name": recipe.name, "seed": recipe.seed, **source})]
     if is_expanded(model):
-        lp.collapse(model, mode=mode)
-        words.append(f'collapsed in mode "{mode}"')
+        lp.collapse(model, mode=mode, member=member)
+        words.append(f'collapsed in mode "{mode}"' if member is None else f"member {member} alone")
     target = path if output is None else Path(output)
     if target.is_dir():
         target = target / _NAME

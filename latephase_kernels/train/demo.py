@@ -22,8 +22,8 @@ from ..data import load_digits
 from ..models import SmallResNet
 from .demo_methods import QUICK, Hyperparameters, SeedRun, accuracy_and_nll, late_images, logits_of
 from .demo_report import METHODS, MethodResult, draw_curves, format_table, write_results
+from .files import write_whole
 from .progress import Progress
-from .runs import write_whole
 
 CHECKPOINT = "late_phase_collapsed.pt"
 # The collapsed network computes what the expanded one did by other additions and multiplications: rounding, no more.

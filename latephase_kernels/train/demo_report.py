@@ -5,8 +5,8 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .figures import new_figure
-from .runs import write_json
+from .figures import new_figure, save_figure
+from .files import write_json
 
 METHODS = {
     "sgd": "SGD",
@@ -146,5 +146,5 @@ def draw_curves(results: dict[str, list[MethodResult]], t0: int, path: Path) -> 
         if quantity == "nll":
             axes.set_yscale("log")
     figure.axes[0].legend(loc="best")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     return True

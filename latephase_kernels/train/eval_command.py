@@ -35,13 +35,13 @@ from .checkpoints import CheckpointFolder, RunError, random_state
 from .deep_ensemble import DeepEnsemble, deep_ensemble_recipe
 from .eval_report import draw_entropies, format_evaluation
 from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of, metrics_of_answers
+from .files import write_json
 from .image_input import evaluation_images
 from .image_task import EVALUATION_BATCH
 from .progress import Progress
 from .ranks import usable_device
 from .recipe import Data, Recipe, check
 from .run_training import load_model
-from .runs import write_json
 from .text_task import TextEvaluation
 from .train_command import parse_recipe
 from .trainer import Trainer

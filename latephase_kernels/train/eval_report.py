@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .figures import new_figure
+from .figures import new_figure, save_figure
 from .quantities import format_metrics, format_number, format_table
 
 _BINS = 40
@@ -91,5 +91,5 @@ def draw_entropies(entropies: Mapping[str, Mapping[str, Tensor]], num_classes: i
         row[0].set_ylabel(f"share of images, {_BINS} bins")
     for axes in grid[-1]:
         axes.set_xlabel("predictive entropy, nats")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     return True

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from .. import __version__
 from .demo import NUM_THREADS, prepare_output
+from .files import write_whole
 from .nqp import (
     BASE_GRAD_SCALES,
     Problem,
@@ -30,13 +31,13 @@ from .nqp_multiplicative import approximate_losses, balance, multiplicative_loss
 from .nqp_picture import draw_losses
 from .nqp_report import ALLOWED, Cell, Measured, chance, checks, format_tables, write_results
 from .progress import Progress
-from .runs import write_whole
 
 MEMBERS = (1, 2, 5, 10)
 STEP_SIZES = (0.05, 0.1, 0.15)
 SHARES = (0.0, 0.25, 0.5, 1.0)
 SEEDS, STEPS = 200, 800
 QUICK_SEEDS, QUICK_STEPS = 50, 100
+MOST_BYTES = 2**31  # of the deviations of all members and seeds, [S, K, d]; several such tensors are alive at once
 GENERATOR_SEED = 0  # of the one generator that all noise is drawn from
 
 
@@ -81,12 +82,9 @@ def run_nqp(
     for name, values in (("members", members), ("step_sizes", step_sizes), ("shares", shares)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"nqp: {name} must be one value or more, all different, got {list(values)}")
-    scales = BASE_GRAD_SCALES if base_grad_scale == "both" else (base_grad_scale,)
-    if num_seeds < 2:
-        raise ValueError(f"nqp: the number of seeds must be 2 or more for a standard error, got {num_seeds}")
-    if num_steps < max(members):
-        raise ValueError(f"nqp: the number of steps, minibatches, must be at least K = {max(members)}, got {num_steps}")
     problem = Problem(dimension, batch_size)
+    _check_sizes(max(members), num_seeds, num_steps, dimension)
+    scales = BASE_GRAD_SCALES if base_grad_scale == "both" else (base_grad_scale,)
     pairs = list(itertools.product(step_sizes, members))
     masks = {share: late_mask(dimension, share, late_coordinates) for share in (0.0, *shares)}
     groups = [_group(*pair, shares, scales) for pair in pairs]
@@ -152,6 +150,19 @@ def run_nqp(
     if not picture:
         print("No nqp.png: matplotlib is not installed (pip install matplotlib)")
     return written
+
+
+def _check_sizes(num_members: int, num_seeds: int, num_steps: int, dimension: int) -> None:
+    if num_seeds < 2:
+        raise ValueError(f"nqp: the number of seeds must be 2 or more for a standard error, got {num_seeds}")
+    if num_steps < num_members:
+        raise ValueError(f"nqp: the number of steps, minibatches, must be at least K = {num_members}, got {num_steps}")
+    size = 8 * num_seeds * num_members * dimension
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"nqp: seeds × members × dimension, in float64, must take at most {MOST_BYTES / 2**30:g} GiB, got "
+            f"{num_seeds} × {num_members} × {dimension}: {size / 2**30:,.1f} GiB, and that several times"
+        )
 
 
 def _group(

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import new_figure
+from .figures import new_figure, save_figure
 from .nqp import Problem, Rule, expected_losses, late_mask
 from .nqp_report import Cell
 
@@ -38,7 +38,7 @@ def draw_losses(
         "Points: simulation ± 2 standard errors. Lines: closed form (dotted: approximation). "
         "Mean, sum: of the members' gradients, for base coordinates."
     )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     return True
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .files import write_json
 from .nqp import Problem, Rule, expected_losses, late_mask
-from .runs import write_json
 
 # More standard errors than this between simulation and closed form is a failure.
 ALLOWED = 4.0

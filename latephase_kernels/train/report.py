@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import new_figure
+from .figures import new_figure, save_figure
+from .files import write_json, write_whole
 from .quantities import KINDS, QUANTITIES, kind_of
-from .runs import write_json, write_whole
 from .train_command import parse_recipe
 
 # By the run's name and way to predict: what it is, and the first quantity of its kind (test accuracy in %, bits per
@@ -262,7 +262,7 @@ def draw_report(summary: Summary, path: Path, changed: Collection[str] = ()) -> 
             panels[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, borderpad=0.0)
         panels[0].set_yticks(range(len(rows)), [f"{name}{'*' * (name in changed)}, {way}" for name, way in rows])
         panels[0].set_ylim(len(rows) - 0.3, -0.7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     return True
 
 

@@ -17,12 +17,13 @@ from ..data import TextSet
 from ..data.worker_pool import ENDING_SIGNALS
 from .build import AnyData, build_data
 from .determinism import determinism
+from .files import write_json, write_whole
 from .image_task import ImageEvaluation
 from .progress import Progress
 from .rank_folder import AnyFolder, open_run_folder
 from .ranks import Ranks, start_ranks
 from .recipe import Recipe, check
-from .runs import RunFolder, write_json, write_whole
+from .runs import RunFolder
 from .task import Evaluation
 from .text_task import TextEvaluation
 from .trainer import Trainer

@@ -21,16 +21,16 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from .. import __version__
-from ..data.files import write_synced
 from .checkpoints import CheckpointFolder, RunError
-from .figures import new_figure
+from .figures import new_figure, save_figure
+from .files import finite, naming, write_json, write_whole
 
 try:
     import fcntl
@@ -56,47 +56,6 @@ def _summary_writer() -> Any:
     except ModuleNotFoundError:
         raise ImportError("train: --tensorboard needs TensorBoard; pip install tensorboard") from None
     return SummaryWriter
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Give an OSError the path that it lacks, as that of a write to a full disk does."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part.
-
-    Raises:
-        OSError: with path and errno; the old content is still there.
-    """
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with naming(path):
-            write_synced(unfinished, content.encode() if isinstance(content, str) else content)
-            os.replace(unfinished, path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def finite(value: Any) -> Any:
-    """Return value with null in place of numbers that are not finite: JSON has none of them."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write content as JSON, as write_whole does; see finite."""
-    write_whole(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def processor() -> str:
@@ -287,8 +246,7 @@ class RunFolder:
         writer.writeheader()
         writer.writerows(self._metrics)
         write_whole(self.path / "metrics.csv", table.getvalue())
-        with naming(self.path / "curves.png"):
-            draw_metrics(self._metrics, self.path / "curves.png")
+        draw_metrics(self._metrics, self.path / "curves.png")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -334,5 +292,5 @@ def draw_metrics(records: Iterable[dict[str, Any]], path: Path) -> bool:
             axes.legend()
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
     return True
