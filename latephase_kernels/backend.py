@@ -117,6 +117,8 @@ def _failure(backend: str, tensor: Tensor, op: str | None) -> str | None:
 def backend_for(tensor: Tensor, op: str | None = None) -> str:
     """Return "native", "triton" or "reference": the backend that an op on `tensor` runs on now.
 
+    Inside `torch.jit.trace`, which cannot follow the compiled ops, that is the reference unless set_backend chose.
+
     Args:
         tensor: its device and type decide.
         op: the registered name of the op; None: any op that every library has.
@@ -126,6 +128,8 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
         RuntimeError: set_backend chose one that cannot run this tensor.
     """
     kind = (tensor.dtype, tensor.device, op)
+    if torch.jit.is_tracing() and _choice == "auto":
+        return "reference"
     if kind in _native:
         return "native"
     if op is not None and op not in _ops:

@@ -397,10 +397,10 @@ def test_exported_without_the_librarys_operators():
     model = lp.fuse(lp.expand(Recurrent(), K, targets=("batch_norm", "rank1"), noise_std=0.2)).eval()
     x, other = torch.randn(4, 2, 2, 2), torch.randn(7, 2, 2, 2)
     expected = lp.predict(model, other, members="all")
-    lp.set_backend("reference")
+    programs = [torch.jit.trace(Predictor(model), x, check_trace=False)]
     operators: set[str] = set()
+    lp.set_backend("reference")
     try:
-        programs = [torch.jit.trace(Predictor(model), x, check_trace=False)]
         if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):  # before, strides are worked out for one size
             program, operators = exported(model, x)
             programs.append(program)
