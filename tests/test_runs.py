@@ -101,10 +101,14 @@ def test_a_run_killed_in_its_first_checkpoint_leaves_its_folder_free(tmp_path):
 
 
 def test_a_run_may_go_on_with_what_changes_no_result(tmp_path):
-    config = "name: a\ncheckpoint_minutes: 1.0\nkeep_checkpoints: 2\nimages:\n  size: 8\n  workers: 2\n"
+    config = (
+        "name: a\ndata:\n  name: b\n  folder: here\ncheckpoint_minutes: 1.0\nkeep_checkpoints: 2\n"
+        "images:\n  size: 8\n  workers: 2\n"
+    )
     with RunFolder(tmp_path, config):
         (tmp_path / "model.safetensors").touch()
-    with RunFolder(tmp_path, config.replace("1.0", "5.0").replace(": 2", ": null"), resume=True):
+    moved = config.replace("here", "there")
+    with RunFolder(tmp_path, moved.replace("1.0", "5.0").replace(": 2", ": null"), resume=True):
         pass
     with pytest.raises(ValueError, match="images.size is 8 there and 9 here"):
         RunFolder(tmp_path, config.replace("size: 8", "size: 9"), resume=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -78,6 +79,15 @@ def test_the_last_weights_of_a_run_with_swa(finished, book, tmp_path):
     trained = json.loads((without / "results.json").read_text())
     assert last["metrics"] == trained["metrics"]
     assert last["metrics"] != json.loads((finished / "results.json").read_text())["metrics"]
+
+
+def test_a_run_goes_on_where_its_text_was_moved_to(finished, book, tmp_path, capsys):
+    folder, moved = shutil.copytree(finished, tmp_path / "run"), tmp_path / "moved.txt"
+    for content, code in ((book.read_bytes(), 0), (book.read_bytes()[:600], 2)):
+        moved.write_bytes(content)
+        assert main(["train", *options(moved), "--output", str(folder), "--resume"]) == code
+    message = f"data.folder must hold the data of the checkpoint's run, .* got {moved} with"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_report(finished, tmp_path, capsys):

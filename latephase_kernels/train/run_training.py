@@ -16,6 +16,7 @@ from .. import late_phase as lp
 from ..data import TextSet
 from ..data.worker_pool import ENDING_SIGNALS
 from .build import AnyData, build_data
+from .checkpoints import RunError
 from .determinism import determinism
 from .files import write_json, write_whole
 from .image_task import ImageEvaluation
@@ -141,6 +142,12 @@ class _Run:
         self.signals = signals
         saved = folder.checkpoints.load(trainer.device)
         if saved is not None:
+            total = saved[0].get("total", trainer.total)
+            if total != trainer.total:
+                raise RunError(
+                    f"train: data.folder must hold the data of the checkpoint's run, whose minibatches were {total}, "
+                    f"got {recipe.data.folder} with {trainer.total}"
+                )
             trainer.load_state_dict(saved[0])
         logged = folder.start_metrics(trainer.minibatch)
         self.seconds_before = (logged[-1].get("seconds") or 0.0) if logged else 0.0  # of the run that is resumed

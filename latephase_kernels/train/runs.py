@@ -39,7 +39,7 @@ except ImportError:  # Windows: no lock there
 
 # A run may go on with others of these: its result does not depend on them.
 _FREE = re.compile(
-    r"^(  member_ranks|  timeout_seconds|  workers|checkpoint_minutes|keep_checkpoints): .*$", re.MULTILINE
+    r"^(  folder|  member_ranks|  timeout_seconds|  workers|checkpoint_minutes|keep_checkpoints): .*$", re.MULTILINE
 )
 _BOOKKEEPING = ("step", "epoch", "seconds")
 _TAG = re.compile(r"^(train|validation|test) ")  # TensorBoard puts train/… and test/… into a group each

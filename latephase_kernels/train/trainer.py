@@ -325,6 +325,7 @@ class Trainer:
         self._raise_if_nonfinite()
         state: dict[str, Any] = {
             "minibatch": self.minibatch,
+            "total": self.total,
             "expanded": self.expanded,
             "model": self.ranks.model_state(self.model),
             "optimizer": self.ranks.optimizer_state(self.optimizer),
