@@ -118,22 +118,22 @@ def load_mask(mask, row, row_valid, first_column, columns, BLOCK_R: tl.constexpr
 
 
 @triton.jit
-def gated(dy, x, mean, scale, shift, mask, row, column, columns, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
-    """dy where the ReLU passed: by its bit, or by the output recomputed and rounded as the forward did."""
+def gated(dy, centred, scale, shift, mask, row, column, columns, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
+    """dy where the ReLU passed: by its bit, or by the output recomputed from x − mean and rounded as in forward."""
     dz = dy
     if RELU:
         if mask is not None:
             byte = tl.load(mask + row * tl.cdiv(columns, 8) + column // 8, valid, other=0)
             dz = tl.where(((byte.to(tl.int32) >> (column % 8).to(tl.int32)) & 1) == 0, 0.0, dy)
         else:
-            y = tl.fma(x - mean, scale, shift).to(DTYPE).to(dy.dtype)
+            y = tl.fma(centred, scale, shift).to(DTYPE).to(dy.dtype)
             dz = tl.where(y <= 0.0, 0.0, dy)
     return dz
 
 
 @triton.jit
-def input_gradient(dz, x, mean, factor, mean_dz, slope, BATCH_STATISTICS: tl.constexpr):
-    """dx; slope = Σ(dz · x̂) · rstd / n, factor = weight · rstd · gain."""
+def input_gradient(dz, centred, factor, mean_dz, slope, BATCH_STATISTICS: tl.constexpr):
+    """dx; centred = x − mean, slope = Σ(dz · x̂) · rstd / n, factor = weight · rstd · gain."""
     if BATCH_STATISTICS:
-        dz = tl.fma(mean - x, slope, dz - mean_dz)
+        dz = tl.fma(-centred, slope, dz - mean_dz)
     return dz * factor

@@ -98,22 +98,22 @@ def resident_backward_kernel(
         0, member, channels, batch, num_channels, spatial, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C
     )
     offset = row * columns + column
-    value = tl.load(x + offset, valid, other=0.0).to(ACC)
+    centred = tl.load(x + offset, valid, other=0.0).to(ACC) - mean_value
     dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
     if RELU and mask is not None:
         row_valid, first_column = _mask_place(batch, num_channels, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C)
         dz = tl.where(load_mask(mask, row, row_valid, first_column, columns, BLOCK_R, BLOCK_C), dz, 0.0)
     else:
-        dz = gated(dz, value, mean_value, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+        dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
     total = over_tile(dz, ROWS_OF_CHANNELS)
-    dot = over_tile(dz * (value - mean_value), ROWS_OF_CHANNELS) * rstd_value
+    dot = over_tile(dz * centred, ROWS_OF_CHANNELS) * rstd_value
     tl.store(sum_dz + group, total, in_range)
     tl.store(sum_dz_xhat + group, dot, in_range)
     if dx is not None:
         count = n.to(ACC)
         slope = dot * rstd_value / count
         factor = times_gain(scale, gain, member, channels, num_channels, in_range, GAIN_SHARED)
-        gradient = input_gradient(dz, value, mean_value, factor, total / count, slope, BATCH_STATISTICS)
+        gradient = input_gradient(dz, centred, factor, total / count, slope, BATCH_STATISTICS)
         tl.store(dx + offset, gradient.to(dx.dtype.element_ty), valid)
         if dresidual is not None:
             tl.store(dresidual + offset, dz.to(dresidual.dtype.element_ty), valid)

@@ -205,11 +205,11 @@ def backward_reduce_kernel(
             tile, member, channels, batch, num_channels, spatial, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C
         )
         offset = row * columns + column
-        value = tl.load(x + offset, valid, other=0.0).to(ACC)
+        centred = tl.load(x + offset, valid, other=0.0).to(ACC) - mean_value
         dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
-        dz = gated(dz, value, mean_value, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+        dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
         sum_value += dz
-        dot_value = tl.fma(dz, value - mean_value, dot_value)
+        dot_value = tl.fma(dz, centred, dot_value)
 
     total = over_tile(sum_value, ROWS_OF_CHANNELS)
     dot = over_tile(dot_value, ROWS_OF_CHANNELS) * rstd_value
@@ -239,9 +239,9 @@ def backward_apply_kernel(
         mean, rstd, weight, bias, member, channel, num_channels, parameter_valid, WEIGHT_SHARED, BIAS_SHARED
     )
     offset = row * columns + column
-    value = tl.load(x + offset, valid, other=0.0).to(ACC)
+    centred = tl.load(x + offset, valid, other=0.0).to(ACC) - mean_value
     dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
-    dz = gated(dz, value, mean_value, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+    dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
     if dresidual is not None:
         tl.store(dresidual + offset, dz.to(dresidual.dtype.element_ty), valid)
     mean_dz, slope = 0.0, 0.0
@@ -249,7 +249,7 @@ def backward_apply_kernel(
         mean_dz = tl.load(sum_dz + group, parameter_valid, other=0.0) / count.to(ACC)
         slope = tl.load(sum_dz_xhat + group, parameter_valid, other=0.0) * rstd_value / count.to(ACC)
     factor = times_gain(scale, gain, member, channel, num_channels, parameter_valid, GAIN_SHARED)
-    gradient = input_gradient(dz, value, mean_value, factor, mean_dz, slope, BATCH_STATISTICS)
+    gradient = input_gradient(dz, centred, factor, mean_dz, slope, BATCH_STATISTICS)
     tl.store(dx + offset, gradient.to(dx.dtype.element_ty), valid)
 
 

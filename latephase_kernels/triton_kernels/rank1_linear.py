@@ -213,7 +213,7 @@ _PRODUCT_TILES = {
     "narrow": {1 << 62: Tile(32, 64, 32, 4, 2)},
 }
 _GRADIENT_TILES = {  # m: of out, n: of in
-    "16 bits": Tile(128, 64, 64, 8, 3),
+    "16 bits": Tile(64, 64, 32, 8, 4),
     "tf32": Tile(64, 64, 16, 8, 3),
     "ieee": Tile(64, 64, 16, 8, 2),
     "narrow": Tile(32, 32, 16, 8, 3),
