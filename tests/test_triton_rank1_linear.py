@@ -26,7 +26,7 @@ NAMES = ("x", "weight", "s", "r", "bias")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape, bias", zip(SHAPES, ["none", "shared", "per member"] * 3), ids=str)
+@pytest.mark.parametrize("shape, bias", list(zip(SHAPES, ["none", "shared", "per member"] * 3)), ids=str)
 def test_values_and_gradients(shape, bias, dtype):
     compare(make_inputs(*shape, bias=bias, dtype=dtype))
 
