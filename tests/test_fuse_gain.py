@@ -74,6 +74,17 @@ def test_values_gradients_and_running_statistics(targets, options):
             assert_same(plain, fused, [images(8 * (K if which == "stacked" else 1), size=8)], floor=1.0)
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_convolutions(dims):
+    conv, norm = (getattr(nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm"))
+    torch.manual_seed(0)
+    layers = conv(3, 4, 3, padding=1), norm(4), nn.ReLU(), conv(4, 2, 1), norm(2)
+    plain = lp.expand(nn.Sequential(*layers).double(), K, targets="rank1", noise_std=0.5)
+    fused = lp.fuse(copy.deepcopy(plain))
+    assert fused_patterns(fused) == Counter({"gain → BN → ReLU → gain": 1, "gain → BN": 1})
+    assert_same(plain, fused, [torch.randn(8 * K, 3, *(5, 3, 4)[:dims], dtype=torch.float64)], floor=1.0)
+
+
 def test_frozen_averaged_and_collapsed():
     plain, fused = make_pair()
     for model in (plain, fused):

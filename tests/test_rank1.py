@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from latephase_kernels import late_phase as lp
+from latephase_kernels.late_phase.targets import RANK1_TYPES
 from latephase_kernels.nn import MemberLinear, Rank1Conv2d, Rank1Linear, SharedBatchNorm2d
 
 K, B = 3, 2
@@ -27,6 +28,8 @@ LAYERS = {  # the plain layer, the shape of a sample
         name: ((lambda options=options: nn.Conv2d(4, 8, **{"kernel_size": 3, **options})), (4, 7, 6))
         for name, options in CONVOLUTIONS.items()
     },
+    "1d": (lambda: nn.Conv1d(4, 8, 3, padding="same", dilation=2, groups=2), (4, 9)),
+    "3d": (lambda: nn.Conv3d(4, 6, (1, 2, 3), stride=(1, 2, 1)), (4, 2, 4, 5)),
 }
 
 
@@ -58,7 +61,7 @@ def test_every_member_is_the_layer_with_its_own_weight(case, channels_last):
     make, sample = LAYERS[case]
     torch.manual_seed(0)
     plain = make().double()
-    kind = Rank1Conv2d if isinstance(plain, nn.Conv2d) else Rank1Linear
+    kind = RANK1_TYPES[type(plain)]
     layer = kind.from_module(plain, K, 0.5)
     assert layer.weight is plain.weight and layer.bias is plain.bias and type(layer) is kind
     x = torch.randn(K * B, *sample, dtype=torch.float64, requires_grad=True)
@@ -72,7 +75,7 @@ def test_every_member_is_the_layer_with_its_own_weight(case, channels_last):
     found = torch.autograd.grad(y, [t for t in inputs if t is not layer.bias], dy, retain_graph=True)
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
     if layer.bias is not None:
-        dims = [0, 2, 3] if kind is Rank1Conv2d else list(range(y.dim() - 1))
+        dims = list(range(y.dim() - 1)) if kind is Rank1Linear else [0, *range(2, y.dim())]
         torch.testing.assert_close(torch.autograd.grad(y, layer.bias, dy)[0], dy.sum(dims))
 
 
@@ -187,7 +190,7 @@ def test_what_rank1_targets():
         MyLinear(4, 4),
         nn.Conv2d(4, 4, 1),
         nn.BatchNorm2d(4),
-        nn.Conv1d(4, 4, 1),
+        nn.ConvTranspose1d(4, 4, 1),
         nn.Linear(4, 2),
     )
     lp.expand(model, K, targets=("head", "rank1"))
@@ -204,7 +207,8 @@ def test_what_rank1_targets():
     with pytest.raises(ValueError, match="a callable target must return a bool or \"rank1\", got 'gains'"):
         lp.expand(model, K, targets=lambda name, module: "gains" if name == "0" else False)
     with pytest.raises(
-        NotImplementedError, match="2 is a .*ReLU, which cannot be expanded, only Linear, Conv2d, LSTM can"
+        NotImplementedError,
+        match="2 is a .*ReLU, which cannot be expanded, only Linear, Conv1d, Conv2d, Conv3d, LSTM can",
     ):
         lp.expand(model, K, targets=lambda name, module: "rank1" if name == "2" else False)
     with pytest.raises(NotImplementedError, match="0.read cannot have rank-1 gains"):

@@ -66,9 +66,10 @@ def expand(
             "head": the last linear layer (one: name several, as a detector has, by a callable);
             "layer_norm", "group_norm", "rms_norm": those with weights, layer and RMS norms of other libraries by the
                 names of their classes (T5LayerNorm); a forward of their own runs once a member;
-            "rank1": a pair of gains around every nn.Linear, nn.Conv2d and nn.LSTM of exactly these types (two pairs a
-                layer of the LSTM), but where attention reads a weight without calling its layer; input_gain and
-                output_gain join the state dict; a layer that another target names too is the other's;
+            "rank1": a pair of gains around every nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and nn.LSTM of exactly
+                these types (two pairs a layer of the LSTM), but where attention reads a weight without calling its
+                layer; input_gain and output_gain join the state dict; a layer that another target names too is the
+                other's;
             "embedding": the embeddings of hypernetwork layers (HyperConv2d, HyperLinear); their templates stay shared;
             callables (name, module) -> bool, or "rank1" to give that layer gains. They may choose any module that has
                 parameters, no submodules and no buffers: its forward then runs once a member (lp.nn.Memberwise).

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..nn.batch_norm import _EnsembleBatchNorm
 from ..nn.member_module import is_observed
-from ..nn.rank1 import Rank1Conv2d, Rank1Linear
+from ..nn.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Linear
 from ..nn.rank1_batch_norm import Gain, input_gain_for, without_output_gain
 from ..nn.shared_batch_norm import _SharedBatchNorm
 from .fuse_trace import IN_PLACE
@@ -27,7 +27,7 @@ _RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLACE["iadd"]: "iadd"}
 _ADD_METHODS = {"add": "add", "add_": "iadd"}
 _ADDS: dict[str, Callable] = {"add": operator.add, "iadd": operator.iadd, "radd": lambda y, residual: residual + y}
-_RANK1 = (Rank1Conv2d, Rank1Linear)
+_RANK1 = (Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Linear)
 # Their output shares memory with nothing else.
 _FRESH = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),

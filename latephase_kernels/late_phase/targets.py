@@ -24,7 +24,9 @@ from ..nn import (
     MemberHyperLinear,
     MemberLinear,
     Memberwise,
+    Rank1Conv1d,
     Rank1Conv2d,
+    Rank1Conv3d,
     Rank1Linear,
     Rank1LSTM,
     SharedBatchNorm1d,
@@ -50,7 +52,13 @@ MEMBER_TYPES: dict[type, type] = {
     HyperConv2d: MemberHyperConv2d,
     HyperLinear: MemberHyperLinear,
 }
-RANK1_TYPES: dict[type, type] = {nn.Linear: Rank1Linear, nn.Conv2d: Rank1Conv2d, nn.LSTM: Rank1LSTM}
+RANK1_TYPES: dict[type, type] = {
+    nn.Linear: Rank1Linear,
+    nn.Conv1d: Rank1Conv1d,
+    nn.Conv2d: Rank1Conv2d,
+    nn.Conv3d: Rank1Conv3d,
+    nn.LSTM: Rank1LSTM,
+}
 SHARED_TYPES: dict[type, type] = {
     nn.BatchNorm1d: SharedBatchNorm1d,
     nn.BatchNorm2d: SharedBatchNorm2d,

@@ -6,7 +6,7 @@ from .linear import MemberLinear
 from .memberwise import Memberwise
 from .norm_act import EnsembleBatchNormAct2d, EnsembleSyncBatchNormAct, SharedBatchNormAct2d, SharedSyncBatchNormAct
 from .norms import EnsembleGroupNorm, EnsembleLayerNorm, EnsembleLayerNorm2d, EnsembleRMSNorm
-from .rank1 import Rank1Conv2d, Rank1Linear
+from .rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Linear
 from .rank1_lstm import Rank1LSTM
 from .shared_batch_norm import SharedBatchNorm1d, SharedBatchNorm2d, SharedBatchNorm3d
 from .sync_batch_norm import EnsembleSyncBatchNorm, SharedSyncBatchNorm
@@ -28,7 +28,9 @@ __all__ = [
     "MemberHyperLinear",
     "MemberLinear",
     "Memberwise",
+    "Rank1Conv1d",
     "Rank1Conv2d",
+    "Rank1Conv3d",
     "Rank1LSTM",
     "Rank1Linear",
     "SharedBatchNorm1d",

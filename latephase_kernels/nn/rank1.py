@@ -206,21 +206,13 @@ class Rank1Linear(_Rank1, nn.Linear):
         return rank1_linear(input, self.weight, input_gain, output_gain, self.bias)
 
 
-class Rank1Conv2d(_Rank1, nn.Conv2d):
-    """A convolution with gains of each member's own, input_gain [K, in] and output_gain [K, out], over [K·B, in, H, W].
+class _Rank1Conv(_Rank1):
+    """A convolution with gains; torch.nn's class comes behind it."""
 
-    Args:
-        in_channels, out_channels, kernel_size: as in nn.Conv2d.
-        num_members: K.
-        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv2d.
-    """
-
-    _plain = nn.Conv2d
     _channel_dim = 1
-    _min_dim, _input_shape = 4, "[K·B, {}, H, W]"
 
     def __init__(self, in_channels, out_channels, kernel_size, num_members, **options):
-        nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, **options)
+        self._plain.__init__(self, in_channels, out_channels, kernel_size, **options)
         self._register_gains(num_members)
 
     def _gain_sizes(self) -> tuple[int, int]:
@@ -233,3 +225,42 @@ class Rank1Conv2d(_Rank1, nn.Conv2d):
         x = input if input_gain is None else self._multiply(input, input_gain)
         y = self._apply_weight(x, self.weight, None)
         return self._multiply(y, output_gain, self.bias)
+
+
+class Rank1Conv1d(_Rank1Conv, nn.Conv1d):
+    """A convolution over [K·B, in, L] with each member's own gains, input_gain [K, in] and output_gain [K, out].
+
+    Args:
+        in_channels, out_channels, kernel_size: as in nn.Conv1d.
+        num_members: K.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv1d.
+    """
+
+    _plain = nn.Conv1d
+    _min_dim, _input_shape = 3, "[K·B, {}, L]"
+
+
+class Rank1Conv2d(_Rank1Conv, nn.Conv2d):
+    """A convolution over [K·B, in, H, W] with each member's own gains, input_gain [K, in] and output_gain [K, out].
+
+    Args:
+        in_channels, out_channels, kernel_size: as in nn.Conv2d.
+        num_members: K.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv2d.
+    """
+
+    _plain = nn.Conv2d
+    _min_dim, _input_shape = 4, "[K·B, {}, H, W]"
+
+
+class Rank1Conv3d(_Rank1Conv, nn.Conv3d):
+    """A convolution over [K·B, in, D, H, W] with each member's own gains, input_gain [K, in] and output_gain [K, out].
+
+    Args:
+        in_channels, out_channels, kernel_size: as in nn.Conv3d.
+        num_members: K.
+        stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv3d.
+    """
+
+    _plain = nn.Conv3d
+    _min_dim, _input_shape = 5, "[K·B, {}, D, H, W]"

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..ops import rank1_linear
 from .batch_norm import _EnsembleBatchNorm
-from .rank1 import Rank1Conv2d, Rank1Linear
+from .rank1 import Rank1Linear, _Rank1
 from .shared_batch_norm import _SharedBatchNorm
 
-Rank1Layer = Rank1Conv2d | Rank1Linear
+Rank1Layer = _Rank1
 BatchNorm = _EnsembleBatchNorm | _SharedBatchNorm
 Gain = tuple[Tensor, Tensor | None]  # output gain [K, out] and bias, of the members that run
 
@@ -49,7 +49,7 @@ def input_gain_for(layer: Rank1Layer, norm: BatchNorm, input: Tensor) -> Tensor 
     if (
         not _run_together(layer, norm)
         or layer.input_gain.size(1) != norm.num_features
-        or input.dim() != (2 if isinstance(layer, Rank1Linear) else 4)
+        or input.dim() != layer._min_dim
         or (isinstance(layer, Rank1Linear) and _gain_is_free(layer, input))
     ):
         return None
