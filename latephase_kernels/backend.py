@@ -50,11 +50,24 @@ def _load(device: str) -> str | None:
     return _driver_failure(path) if device == "cuda" else None
 
 
+def _driver_version() -> int:
+    """The CUDA version that the driver runs, 1000 · major + 10 · minor; 0 without a driver.
+
+    Of the driver itself: the runtime would initialize it, and a process forked after that cannot use the GPU.
+    """
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
 def _driver_failure(path: Path) -> str | None:
     """Why the driver cannot run the CUDA library, which needs one of the major version that it was compiled with."""
-    library = ctypes.CDLL(str(path))
+    library, driver = ctypes.CDLL(str(path)), _driver_version()
     try:
-        driver, compiled = library.latephase_cuda_driver_version(), library.latephase_cuda_runtime_version()
+        compiled = library.latephase_cuda_runtime_version()
     except AttributeError:
         return f"{path.name} is older than the package; reinstall latephase_kernels"
     if driver == 0 or driver // 1000 >= compiled // 1000:  # 0: there is none

@@ -150,8 +150,17 @@ def test_a_library_that_was_not_built_says_what_to_do(system, device, remedy, mo
     ],
 )
 def test_a_driver_that_is_too_old_for_the_cuda_library_is_named(driver, message, monkeypatch):
-    versions = {"latephase_cuda_driver_version": lambda: driver, "latephase_cuda_runtime_version": lambda: 13010}
-    monkeypatch.setattr(backend.ctypes, "CDLL", lambda path: SimpleNamespace(**versions))
+    """Asked of the driver itself: CUDA's runtime would initialize it, and forked processes could not use the GPU."""
+
+    def load(path):
+        if path != "libcuda.so.1":
+            return SimpleNamespace(**versions)
+        if driver == 0:
+            raise OSError("libcuda.so.1: cannot open shared object file")
+        return SimpleNamespace(cuDriverGetVersion=lambda version: setattr(version._obj, "value", driver))
+
+    versions = {"latephase_cuda_runtime_version": lambda: 13010}
+    monkeypatch.setattr(backend.ctypes, "CDLL", load)
     failure = backend._driver_failure(Path("liblatephase_cuda.so"))
     assert failure is None if message is None else re.search(message, failure)
     versions.clear()

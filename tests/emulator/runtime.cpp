@@ -112,7 +112,6 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
 
 const char* cudaGetErrorString(cudaError_t) { return device().error.c_str(); }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   emulator::Function& function = device().functions.at(kernel);
