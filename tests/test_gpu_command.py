@@ -55,13 +55,25 @@ print(json.dumps(found))
 """
 
 
-def test_libraries_that_load_are_not_built_again(gpu, tmp_path):
-    [[step]] = gpu.steps("build", tmp_path, prebuilt=True)
-    shell, option, script, python, _, *build = step.command
-    assert build == gpu.steps("build", tmp_path)[0][0].command
-    for check, printed in (("pass", ""), ("assert False", "built it\n")):
-        command = [shell, option, script, python, check, "echo", "built", "it"]
-        assert subprocess.run(command, capture_output=True, text=True).stdout == printed
+@pytest.mark.parametrize(
+    "prebuilt, checks, printed",
+    [
+        (True, ["pass"], ""),
+        (True, ["assert False", "pass"], "built it\n"),
+        (False, ["pass"], "built it\n"),
+        (False, ["assert False"], "built it\n"),
+    ],
+)
+def test_a_build_passes_where_the_libraries_load(gpu, tmp_path, prebuilt, checks, printed):
+    """Those that load already are not built again, if so asked; one that nvcc was missing for does not load."""
+    [[step]] = gpu.steps("build", tmp_path, prebuilt=prebuilt)
+    shell, option, script, python, check, *build = step.command
+    assert "{'cpu', 'cuda'}" in check and build[1] == "setup.py"
+    (tmp_path / "checks").write_text("\n".join(checks))
+    next_check = "lines = open('checks').read().split('\\n'); open('checks', 'w').write(lines[-1]); exec(lines[0])"
+    command = [shell, option, script, python, next_check, "echo", "built", "it"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.stdout == printed and (run.returncode == 0) == (checks[-1] == "pass")
 
 
 def test_the_tests_of_every_kernel_run_once(gpu):
@@ -136,12 +148,13 @@ def test_a_rehearsal_writes_everything(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--parts", "gain", "linear", "--limit", "6"]
     run = subprocess.run(
         [*command, "--output", str(output), "--archive", str(archive), "--commit", "abc"],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PATH": os.defpath},
     )  # fmt: skip
     assert run.returncode == 1 and "gain bfloat16" in run.stdout, run.stdout + run.stderr
     report = json.loads((output / "gpu.json").read_text())
     assert report["commit"] == "abc" and report["torch"] == torch.__version__
     assert {"device", "driver", "triton", "python", "memory GiB", "multiprocessors"} <= report.keys()
+    assert report["nvcc"] or not Path("/usr/local/cuda/bin/nvcc").exists(), "PATH has no place for it"
     ended = [step["ended"] for part in report["parts"].values() for step in part.values()]
     assert len(ended) == 4 and set(ended) <= {"ran out of time", "not begun: no time left"}
     assert "results/gpu.json" in tarfile.open(archive).getnames()
