@@ -40,11 +40,18 @@ NVCC_FLAGS = (
 )
 
 
+def nvcc() -> str | None:
+    """CUDA_HOME's nvcc, that on PATH, or that where CUDA's installers put it; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    folders = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
 def cuda_toolkit() -> tuple[str, str] | None:
-    """The toolkit that nvcc on PATH belongs to, and -L for its libraries; nvcc may be a wrapper, so ask it."""
-    if shutil.which("nvcc") is None:
+    """The toolkit that nvcc belongs to, and -L for its libraries; nvcc may be a wrapper, so ask it."""
+    if (program := nvcc()) is None:
         return None
-    plan = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    plan = subprocess.run([program, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top, libraries = (re.search(rf"\b{name}=(.*)", plan) for name in ("TOP", "LIBRARIES"))
     if top is None:
         return None
@@ -156,6 +163,12 @@ class BuildKernels(build_ext):
                 file=sys.stderr,
             )
             cuda = None
+        elif cuda is None and sys.platform == "linux":
+            print(
+                "latephase_kernels: no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda: installing without the CUDA "
+                "kernels (GPUs use Triton)",
+                file=sys.stderr,
+            )
         folder = ROOT / "build" / "kernels"
         lib = folder / "lib"
         lib.mkdir(parents=True, exist_ok=True)

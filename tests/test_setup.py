@@ -73,6 +73,18 @@ def test_builds_where_folders_have_spaces(setup, tmp_path):
     assert build(setup).exists()
 
 
+def test_nvcc_is_that_of_cuda_home_or_on_path(setup, monkeypatch, tmp_path):
+    for name in ("home", "path"):
+        folder = tmp_path / name / "bin"
+        folder.mkdir(parents=True)
+        (folder / "nvcc").write_text("#!/bin/sh\n")
+        (folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path/bin"))
+    for home, found in ((tmp_path / "home", "home"), (tmp_path / "nowhere", "path"), (None, "path")):
+        monkeypatch.setenv("CUDA_HOME", str(home)) if home else monkeypatch.delenv("CUDA_HOME")
+        assert setup["nvcc"]() == str(tmp_path / found / "bin/nvcc")
+
+
 def test_macos_has_its_own_linker(setup, monkeypatch):
     on_linux = setup["ninja_file"](Path("/torch"), "c++", None)
     monkeypatch.setattr(sys, "platform", "darwin")
