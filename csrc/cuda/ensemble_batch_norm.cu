@@ -118,25 +118,10 @@ void run_backward(const Backward& b) {
   if (a.dx != nullptr && s.numel() > 0) stream_backward_apply<scalar_t, layout>(launch, s, a);
 }
 
-// Calls run(scalar_t{}) for the type of `dtype`.
-template <class Run>
-void with_type(DataType dtype, const Run& run) {
-  switch (dtype) {
-    case DataType::Float:
-      return run(float{});
-    case DataType::Half:
-      return run(__half{});
-    case DataType::BFloat16:
-      return run(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, "ensemble_batch_norm: CUDA kernels take float32, float16 and bfloat16");
-  }
-}
-
 struct Cuda {
   static void forward(const Forward& f) {
     if (f.sizes.K * f.sizes.C == 0) return;
-    with_type(f.dtype, [&](auto type) {
+    with_type(kOp, f.dtype, [&](auto type) {
       f.sizes.channels_last ? run_forward<decltype(type), Layout::kChannelsLast>(f)
                             : run_forward<decltype(type), Layout::kContiguous>(f);
     });
@@ -144,7 +129,7 @@ struct Cuda {
 
   static void backward(const Backward& b) {
     if (b.sizes.K * b.sizes.C == 0) return;
-    with_type(b.dtype, [&](auto type) {
+    with_type(kOp, b.dtype, [&](auto type) {
       b.sizes.channels_last ? run_backward<decltype(type), Layout::kChannelsLast>(b)
                             : run_backward<decltype(type), Layout::kContiguous>(b);
     });

@@ -1,6 +1,8 @@
 // Kernel launches: the tensor's device and current stream, shared memory, clusters, and a check after each.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -21,6 +23,21 @@ inline int device_attribute(cudaDeviceAttr name, int device_index) {
   int value;
   check_cuda(cudaDeviceGetAttribute(&value, name, device_index));
   return value;
+}
+
+// Calls run(scalar_t{}) for the type of `dtype`.
+template <class Run>
+void with_type(const char* op, DataType dtype, const Run& run) {
+  switch (dtype) {
+    case DataType::Float:
+      return run(float{});
+    case DataType::Half:
+      return run(__half{});
+    case DataType::BFloat16:
+      return run(__nv_bfloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": CUDA kernels take float32, float16 and bfloat16");
+  }
 }
 
 struct Grid {

@@ -233,25 +233,10 @@ void run_backward(const Call& call) {
   }
 }
 
-// Calls run(scalar_t{}) for the type of `dtype`.
-template <class Run>
-void with_type(DataType dtype, const Run& run) {
-  switch (dtype) {
-    case DataType::Float:
-      return run(float{});
-    case DataType::Half:
-      return run(__half{});
-    case DataType::BFloat16:
-      return run(__nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, kOp, ": CUDA kernels take float32, float16 and bfloat16");
-  }
-}
-
 struct Cuda {
   static void forward(const Call& call) {
     if (call.sizes.numel() == 0) return;
-    with_type(call.dtype, [&](auto type) {
+    with_type(kOp, call.dtype, [&](auto type) {
       using scalar_t = decltype(type);
       has_long_runs(call.sizes, sizeof(scalar_t)) ? run_forward<scalar_t, true>(call)
                                                   : run_forward<scalar_t, false>(call);
@@ -266,7 +251,7 @@ struct Cuda {
       Launcher{*call.like}(gain_merge_kernel, {divide_up(groups, kMaxThreads / kWarp), kMaxThreads}, groups, none);
       return;
     }
-    with_type(call.dtype, [&](auto type) {
+    with_type(kOp, call.dtype, [&](auto type) {
       using scalar_t = decltype(type);
       has_long_runs(call.sizes, sizeof(scalar_t)) ? run_backward<scalar_t, true>(call)
                                                   : run_backward<scalar_t, false>(call);

@@ -1,6 +1,7 @@
 // The folded weights of rank1_linear on CUDA: one pass writes every member's W ∘ (r_k s_kᵀ), another reads every
 // member's H_k = dy_kᵀ x_k once for dW, ds and dr. No block's work depends on the number of members.
 #include <algorithm>
+#include <type_traits>
 
 #include "../rank1_linear.h"
 #include "launch.cuh"
@@ -187,18 +188,11 @@ __global__ void __launch_bounds__(kMaxThreads) fold_merge_kernel(Merge ds, Merge
 // Calls run(scalar_t{}, own_type) for the types of the data and the weight.
 template <class Run>
 void with_types(const Weights& w, const Run& run) {
-  using std::bool_constant;
-  const bool own = w.weight_dtype == w.dtype;
-  switch (w.dtype) {
-    case DataType::Float:
-      return run(float{}, bool_constant<true>{});
-    case DataType::Half:
-      return own ? run(__half{}, bool_constant<true>{}) : run(__half{}, bool_constant<false>{});
-    case DataType::BFloat16:
-      return own ? run(__nv_bfloat16{}, bool_constant<true>{}) : run(__nv_bfloat16{}, bool_constant<false>{});
-    default:
-      STD_TORCH_CHECK(false, kOp, ": CUDA kernels take float32, float16 and bfloat16");
-  }
+  with_type(kOp, w.dtype, [&](auto type) {
+    if constexpr (!std::is_same_v<decltype(type), float>)
+      if (w.weight_dtype != w.dtype) return run(type, std::false_type{});
+    run(type, std::true_type{});
+  });
 }
 
 struct Cuda {

@@ -155,16 +155,7 @@ template <class Call, class Run>
 void run_step(const Call& call, const Run& run) {
   const Grid grid{(call.sizes.rows() * units_of(call.sizes.H) + kThreads - 1) / kThreads, kThreads};
   const Launcher launch(*call.like);
-  switch (call.dtype) {
-    case DataType::Float:
-      return run(launch, grid, float{});
-    case DataType::Half:
-      return run(launch, grid, __half{});
-    case DataType::BFloat16:
-      return run(launch, grid, __nv_bfloat16{});
-    default:
-      STD_TORCH_CHECK(false, kOp, ": CUDA kernels take float32, float16 and bfloat16");
-  }
+  with_type(kOp, call.dtype, [&](auto type) { run(launch, grid, type); });
 }
 
 struct Cuda {
