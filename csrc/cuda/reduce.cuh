@@ -31,7 +31,7 @@ struct Moments {
   // would be started late.
   __device__ void merge(const Moments& b) {
     const float total = count + b.count;
-    const float share = b.count / total;
+    const float share = __fdividef(b.count, total);  // to 2 ulp: as good here, and without a branch
     const float spread = count * share;
 #pragma unroll
     for (int j = 0; j < N; ++j) {

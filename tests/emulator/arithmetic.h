@@ -187,6 +187,7 @@ Execute float_arithmetic(const std::string& op) {
   BINARY("mul", a * b)
   BINARY("mul.rn", a * b)
   BINARY("div.rn", a / b)
+  BINARY("div.approx", a * (1 / b))
   TERNARY("fma.rn", std::fma(a, b, c))
   UNARY("neg", -a)
   UNARY("abs", std::abs(a))
