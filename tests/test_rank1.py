@@ -179,6 +179,18 @@ class ReadsElsewhere(Reads):
         nn.init.zeros_(self.called.weight)
 
 
+class TiedAutoencoder(nn.Module):
+    """Its decoder takes the encoder's weight, which collapse would multiply by the gains of the encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 3), nn.ModuleDict({"last": nn.Linear(3, 3)}), nn.Linear(3, 3))
+
+    def forward(self, x):
+        x = self.encoder[2](self.encoder[1]["last"](self.encoder[0](x)))
+        return F.linear(F.linear(x, self.encoder[1]["last"].weight.T), self.encoder[-3].weight.T)
+
+
 class MyLinear(nn.Linear):
     pass
 
@@ -196,6 +208,8 @@ def test_what_rank1_targets():
     lp.expand(model, K, targets=("head", "rank1"))
     kinds = {name: type(m) for name, m in model.named_modules() if hasattr(m, "num_members")}
     assert kinds == {"1.called": Rank1Linear, "3": Rank1Conv2d, "4": SharedBatchNorm2d, "6": MemberLinear}
+    tied = lp.expand(TiedAutoencoder(), K, targets="rank1")
+    assert [name for name, m in tied.named_modules() if hasattr(m, "num_members")] == ["encoder.2"]
     with pytest.raises(ValueError, match="0.weight is tied to 1.weight, but collapse"):
         tied = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4))
         tied[1].weight = tied[0].weight

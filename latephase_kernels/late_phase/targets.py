@@ -122,26 +122,48 @@ def _forward_source(cls: type) -> str:
     return "\n".join(sources.values())
 
 
+# What is asked of a weight that stays as it is, rather than computed with it.
+_ASKED = ("dtype", "device", "shape", "requires_grad", "numel", "size", "ndim", "dim")
+
+
 @functools.cache
-def _reads_weight(parent: type, name: str, parameters: tuple[str, ...]) -> bool:
-    """Return whether parent's forward takes self.<name>.weight without calling self.<name>, as some attentions do."""
-    if issubclass(parent, nn.TransformerEncoderLayer):  # its fast path does; expand closes it
-        return False
-    asked = r"\.(dtype|device|shape|is_\w+|requires_grad|numel|size|ndim|dim)\b"  # of it, rather than computed with it
-    read = rf"(?<!isinstance\()self\.{re.escape(name)}\.({'|'.join(parameters)})\b(?!{asked})"
-    return re.search(read, _forward_source(parent)) is not None
+def _paths_read(cls: type) -> list[list[str]]:
+    """Return what a module's forward takes from itself, as names: self.body[0].weight.T is body, 0, weight, T."""
+    part = r"""\.\w+|\[-?\d+\]|\["\w+"\]|\['\w+'\]"""
+    paths = re.findall(rf"(?<!isinstance\()\bself((?:{part})+)", _forward_source(cls))
+    return [re.findall(r"-?\w+", path) for path in paths]
+
+
+def _read_by(parent: nn.Module) -> set[int]:
+    """Return the ids of the modules inside parent whose parameters its forward takes without calling them.
+
+    Some attentions do, and what shares a weight between an encoder and a decoder.
+    """
+    if isinstance(parent, nn.TransformerEncoderLayer):  # its fast path does; expand closes it
+        return set()
+    found = set()
+    for names in _paths_read(type(parent)):
+        module: nn.Module | None = parent
+        for name, following in zip(names, [*names[1:], ""]):
+            if module is None or name in module._parameters:
+                asked = following in _ASKED or following.startswith("is_")
+                if module is not None and not asked:
+                    found.add(id(module))
+                break
+            children = list(module._modules.values())
+            negative = name.startswith("-") and int(name[1:]) <= len(children)
+            module = children[int(name)] if negative else module._modules.get(name)
+    return found - {id(parent)}
 
 
 def _uncalled(model: nn.Module) -> dict[int, str]:
-    """Return the names, by id, of the layers whose parents take their weights without calling them."""
+    """Return the names, by id, of the layers whose weights others take without calling them."""
+    read = set().union(*(_read_by(module) for module in model.modules()))
     return {
-        id(child): f"{at}.{name}".lstrip(".")
-        for at, parent in model.named_modules()
-        for name, child in parent._modules.items()
-        if child is not None
-        and child._parameters
-        and (isinstance(child, tuple(RANK1_TYPES)) or not isinstance(child, tuple(MEMBER_TYPES)))
-        and _reads_weight(type(parent), name, tuple(child._parameters))
+        id(module): name
+        for name, module in model.named_modules()
+        if id(module) in read
+        and (isinstance(module, tuple(RANK1_TYPES)) or not isinstance(module, tuple(MEMBER_TYPES)))
     }
 
 
@@ -236,7 +258,8 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         if key in found:
             what = "have rank-1 gains" if key in rank1 else "be replicated"
             raise NotImplementedError(
-                f"expand: {name} cannot {what}: the module it is in reads its weight without calling it"
+                f"expand: {name} cannot {what}: the module it is in reads its weight without calling it; choose other "
+                "targets"
             )
     _check_batch_dimension(model, found, rank1)
     if id(model) in found:
