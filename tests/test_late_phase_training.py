@@ -143,6 +143,28 @@ def test_float32_training_grows_its_rounding_as_the_loop_does(kind):
     assert 0 < (loop - truth).norm() / truth.norm() < 1e-4  # the trainings did not part
 
 
+@pytest.mark.parametrize("targets", ["batch_norm", "head"])
+def test_members_take_turns_on_minibatches_of_unequal_sizes(targets):
+    torch.manual_seed(0)
+    plain = ResidualNet().double()
+    trainer = lp.SequentialTrainer(
+        copy.deepcopy(plain), K, optimizer=lambda p: optimizer_for("sgd", p), targets=targets
+    )
+    model = lp.expand(plain, K, targets=targets)
+    optimizer = optimizer_for("sgd", model.parameters())
+    for _ in range(3):
+        minibatches = [(torch.randn(n, 2, 5, 4).double(), torch.randint(3, (n,))) for n in (2, 5, 3, 7)]
+        losses = trainer.step(F.cross_entropy, minibatches)
+        optimizer.zero_grad()
+        for k, (x, target) in enumerate(minibatches):
+            with lp.members(model, k):
+                loss = F.cross_entropy(model(x), target)
+                loss.backward()
+            assert loss.item() == pytest.approx(losses[k], rel=1e-9)
+        optimizer.step()
+    assert_members_equal(model, trainer.members, late_names(targets))
+
+
 def test_frozen_layers_use_each_members_statistics_in_a_stacked_pass():
     torch.manual_seed(0)
     model = lp.expand(ResidualNet().double(), K, targets="batch_norm")
@@ -184,6 +206,28 @@ def test_base_gradients_are_scaled_with_a_closure_too():
     for wrong, error in (("max", ValueError), (None, TypeError), (float("nan"), ValueError)):
         with pytest.raises(error, match="set_base_grad_scale: scale must be"):
             lp.set_base_grad_scale(optimizer, model, wrong)
+
+
+@pytest.mark.filterwarnings("ignore:SGD.step. of the 16 parameters")
+def test_one_optimizer_scales_the_base_gradients_of_two_models():
+    torch.manual_seed(0)
+    models = [lp.expand(ResidualNet(), K, targets="batch_norm") for _ in range(2)]  # an encoder and a decoder, say
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=1.0)
+    for scales in ((0.25, 0.5), (0.125, 0.5), (0.125, 1.0)):
+        for model, scale in zip(models, scales):
+            lp.set_base_grad_scale(optimizer, model, scale)
+        before = [copy.deepcopy(model.fc.weight) for model in models]
+        for model in models:
+            model.fc.weight.grad = torch.ones_like(model.fc.weight)
+        optimizer.step()
+        for model, scale, weight in zip(models, scales, before):
+            torch.testing.assert_close(model.fc.weight, weight - scale)
+    lp.collapse(models[0])
+    lp.set_base_grad_scale(optimizer, lp.expand(models[0], K, targets="batch_norm"), 0.5)  # not on top of 0.125
+    weight = models[0].fc.weight.detach().clone()
+    models[0].fc.weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(models[0].fc.weight.detach(), weight - 0.5)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

@@ -5,6 +5,7 @@ Shapes: K members; a replicated parameter's gradient is [K, …].
 
 import math
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from ..nn.routing import routings_of
 from .optimizers import member_parameters, plain_optimizer
 
-_handles: "weakref.WeakKeyDictionary[torch.optim.Optimizer, object]" = weakref.WeakKeyDictionary()
+# Of each optimizer the base weights that a hook scales, and the hook's handle: one for each model that it trains.
+_hooks: "weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[set[nn.Parameter], Any]]]"
+_hooks = weakref.WeakKeyDictionary()
 
 
 def base_grad_factor(where: str, scale: str | float, num_members: int) -> float:
@@ -71,8 +74,9 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
         )
     for routing in routings:
         routing.base_grad_scale = factor
-    handle = _handles.pop(optimizer, None)
-    if handle is not None:
+    hooks = _hooks.setdefault(optimizer, [])
+    for scaled, handle in [entry for entry in hooks if not base.isdisjoint(entry[0])]:
+        hooks.remove((scaled, handle))
         handle.remove()
     if factor == 1.0:
         return
@@ -92,7 +96,7 @@ def set_base_grad_scale(optimizer: torch.optim.Optimizer, model: nn.Module, scal
         rest = {key: value for key, value in kwargs.items() if key != "closure"}
         return (args[0], scaled_closure, *args[2:]), rest
 
-    _handles[optimizer] = optimizer.register_step_pre_hook(hook)
+    hooks.append((base, optimizer.register_step_pre_hook(hook)))
 
 
 @torch.no_grad()
