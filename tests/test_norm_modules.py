@@ -470,8 +470,11 @@ def test_encoder_layers_call_their_norms_in_eval_mode(norm_first):
             torch.testing.assert_close([copied(x), copied(x, src_key_padding_mask=padding)], expected)
         torch.testing.assert_close(lp.predict(model, x, members="all"), torch.stack([expected[0]] * K))
         if not norm_first:
-            with lp.members(model, "stacked"), pytest.raises(NotImplementedError, match="enable_nested_tensor=False"):
+            with lp.members(model, "stacked"), pytest.raises(NotImplementedError, match="or set use_nested_tensor = "):
                 model(x.repeat(K, 1, 1), src_key_padding_mask=padding.repeat(K, 1))
+            model.use_nested_tensor = False
+            valid = lp.predict(model, x, src_key_padding_mask=padding, members="all")[:, ~padding]
+            torch.testing.assert_close(valid, torch.stack([expected[1][~padding]] * K))
         lp.collapse(model)
         assert torch.equal(model(x), expected[0]) and not model.layers[0]._forward_pre_hooks
 

@@ -66,14 +66,14 @@ class MemberLinear(MemberModule):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return [K·B, …, out] for [K·B, …, in], or [N, …, out] by the average weights for [N, …, in].
+        """Return [K·B, …, out] for [K·B, …, in], or [N, …, out] by the average weights for [N, …, in], [out] for [in].
 
         Raises:
             ValueError: the last dimension is not in_features, or the rows are not the same number for each member.
         """
-        if input.dim() < 2 or input.size(-1) != self.in_features:
-            raise ValueError(f"MemberLinear: input must be [K·B, …, {self.in_features}], got shape {list(input.shape)}")
         members = self.active_members()
+        if input.dim() < 2 - isinstance(members, str) or input.size(-1) != self.in_features:
+            raise ValueError(f"MemberLinear: input must be [K·B, …, {self.in_features}], got shape {list(input.shape)}")
         if isinstance(members, str):
             return F.linear(input, *self.averaged())
         num_members = len(members)

@@ -49,7 +49,8 @@ def check_rows(where: str, input: Tensor, num_members: int) -> None:
     if input.is_nested:
         raise NotImplementedError(
             f"{where}: input must be no nested tensor where members run stacked; "
-            "make nn.TransformerEncoder with enable_nested_tensor=False"
+            "make nn.TransformerEncoder with enable_nested_tensor=False, or set use_nested_tensor = False on what is "
+            "made (an nn.Transformer's encoder)"
         )
     if input.size(0) % num_members:
         raise ValueError(

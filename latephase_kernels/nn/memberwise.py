@@ -117,8 +117,9 @@ def _check_alone(where: str, module: nn.Module) -> None:
     if module._modules:
         inside = ", ".join(f'"{child}"' for child in module._modules)
         raise NotImplementedError(f"{name} has modules inside ({inside}); choose these, those that have parameters")
-    if module._buffers:
-        inside = ", ".join(f'"{buffer}"' for buffer in module._buffers)
+    buffers = [name for name, buffer in module._buffers.items() if buffer is not None]
+    if buffers:
+        inside = ", ".join(f'"{name}"' for name in buffers)
         raise NotImplementedError(
             f"{name} has buffers ({inside}), which members could not share if forward changes them; keep them in a "
             "module of their own"

@@ -63,7 +63,7 @@ class _Rank1(MemberModule):
         raise NotImplementedError
 
     def forward(self, input: Tensor, multiplied: bool = False) -> Tensor:
-        """Return the layer of input: [K·B, …] stacked, or [N, …] by the exact average of the members' weights.
+        """Return the layer of input: [K·B, …] stacked, or [N, …] or […] by the exact average of the members' weights.
 
         Args:
             input: of the shape above.
@@ -73,8 +73,8 @@ class _Rank1(MemberModule):
             ValueError: input's shape does not fit, or its rows are not the same number for each member.
             NotImplementedError: a dtype without kernels; a nested tensor, stacked.
         """
-        self._check(input)
         members = self.active_members()
+        self._check(input, stacked=not isinstance(members, str))
         if isinstance(members, str):
             return self._apply_weight(input, *self.averaged())
         check_rows(type(self).__name__, input, len(members))
@@ -95,8 +95,10 @@ class _Rank1(MemberModule):
         x = input if multiplied else self._multiply(input, input_gain)
         return self._apply_weight(x, self.weight, None), (output_gain, self.bias)
 
-    def _check(self, input: Tensor) -> None:
-        if input.dim() < self._min_dim or input.size(self._channel_dim) != self._gain_sizes()[0]:
+    def _check(self, input: Tensor, stacked: bool = True) -> None:
+        alone = input.dim() == self._min_dim - 1 and not stacked  # one sample, as the plain layer takes it
+        channel_dim = self._channel_dim - (alone and self._channel_dim > 0)
+        if input.dim() < self._min_dim - alone or input.size(channel_dim) != self._gain_sizes()[0]:
             expected = self._input_shape.format(self._gain_sizes()[0])
             raise ValueError(f"{type(self).__name__}: input must be {expected}, got shape {list(input.shape)}")
 
