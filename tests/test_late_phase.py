@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections import namedtuple
+from collections import UserDict, namedtuple
 
 import pytest
 import torch
@@ -96,6 +96,17 @@ def test_eval_answers_as_the_collapsed_model(targets):
     lp.collapse(model)
     assert torch.equal(model(images(5)), answer)
     assert {type(m) for m in model} == {type(m) for m in small_net()}
+
+
+@pytest.mark.parametrize("targets", (("layer_norm", "head"), "rank1"))
+def test_one_sample_without_a_batch_is_answered_in_eval_mode(targets):
+    """As the plain model does: what acts in an environment asks for one."""
+    x = torch.randn(2, 5, 5)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(-3), nn.Linear(36, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    lp.expand(model, K, targets=targets, noise_std=0.3).eval()
+    answer = model(x)
+    assert answer.shape == (3,)
+    torch.testing.assert_close(lp.collapse(model)(x), answer)
 
 
 def test_copies_follow_their_own_training_flag():
@@ -264,6 +275,8 @@ def test_update_bn(targets, share):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="loader must yield at least"):
         lp.update_bn([], model, share=share)
+    with pytest.raises(TypeError, match="a batch must hold a tensor .* got object; .* take turns"):
+        lp.update_bn([object()] * K, model, share=share)  # a graph, of which members would get parts
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -319,6 +332,62 @@ def test_member_loss_is_the_sum_of_the_members_means():
     torch.testing.assert_close(lp.member_loss(each, output, values, num_members=K), mean)
     with pytest.raises(ValueError, match=r"output.size\(0\)=12 is not divisible by num_members=5"):
         lp.member_loss(F.cross_entropy, output, target, num_members=5)
+
+
+def test_lists_of_samples_go_with_their_members():
+    """As a detector's targets, of which every sample has another number."""
+    targets = [{"boxes": torch.zeros(n % 4, 4), "number": torch.tensor(n)} for n in range(K * B)]
+    names = [f"{n}.jpg" for n in range(K * B)]
+    parts = [slice(k * B, (k + 1) * B) for k in range(K)]
+    x = torch.arange(K * B, dtype=torch.float64)
+    minibatches = [(x[part], tuple(targets[part]), UserDict(names=names[part], weights=[x[part]])) for part in parts]
+    (stacked,) = lp.stack_batches(minibatches, K)
+    assert [target["number"] for target in stacked[1]] == list(range(K * B))
+    assert stacked[2]["names"] == names and torch.equal(stacked[2]["weights"][0], x)
+    seen = []
+    loss = lp.member_loss(lambda o, t: seen.append(t) or o.mean(), stacked[0], stacked[1:], num_members=K)
+    assert loss == sum(x[part].mean() for part in parts)
+    for part, (of_member, others) in zip(parts, seen):
+        assert [id(target) for target in of_member] == [id(target) for target in targets[part]]
+        assert others["names"] == names[part] and torch.equal(others["weights"][0], x[part])
+
+    def flip(*of_member):
+        return tuple(one[::-1] if isinstance(one, list) else one.flip(0) for one in of_member)
+
+    flipped = lp.map_members(flip, x, names, targets, num_members=K)
+    assert flipped[1] == [names[n] for part in parts for n in range(part.stop - 1, part.start - 1, -1)]
+    assert [f"{n:.0f}.jpg" for n in flipped[0]] == [f"{t['number']}.jpg" for t in flipped[2]] == flipped[1]
+    with pytest.raises(
+        TypeError, match="member_loss: loss_fn must return a tensor, got dict; of several losses, return"
+    ):
+        lp.member_loss(lambda o, t: {"loss": o.mean()}, x, None, num_members=K)
+
+
+@pytest.mark.parametrize("rows", (1, 2, 3))
+def test_as_many_samples_as_a_batch_has_parts(rows):
+    """Of two images and a pair of targets the batch is no pair of samples, and two views are none either."""
+    x = torch.randn(rows, 3)
+    for labels in (0, rows, 5):
+        targets = tuple({"labels": torch.zeros(labels)} for _ in range(rows))
+        for batch in ((x, targets), ({"x": x}, targets), (x, "today", targets), ((x, x), x, targets)):
+            (stacked,) = lp.stack_batches([batch] * K, K)
+            assert [id(target) for target in stacked[-1]] == [id(target) for target in targets] * K
+            leaves = torch.utils._pytree.tree_leaves(stacked[:-1])
+            assert {leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)} == {(K * rows, 3)}
+
+
+def test_samples_that_cannot_be_stacked():
+    """Images of several sizes in a list, graphs."""
+    detection = [((torch.zeros(3, n, 9), torch.zeros(3, 7, 8)), ({"boxes": torch.zeros(n, 4)},) * 2) for n in (7, 8, 8)]
+    graphs = [{"x": torch.zeros(6, 5), "edges": torch.zeros(2, n)} for n in (7, 8, 8)]
+    for batches in (detection, graphs):
+        with pytest.raises(ValueError, match="must have one shape, got .*; pad .* let the members take turns"):
+            next(iter(lp.stack_batches(batches, K)))
+    with pytest.raises(TypeError, match="stack_batches: a batch must hold a tensor .* got object; .* take turns"):
+        next(iter(lp.stack_batches([object()], K)))
+    parts = [{"labelled": torch.full((2, 1), n), "unlabelled": torch.full((3, 1), n)} for n in range(K)]
+    (batch,) = lp.stack_batches(parts, K)
+    assert batch["labelled"].flatten().tolist() == [0, 0, 1, 1, 2, 2] and batch["unlabelled"].shape == (9, 1)
 
 
 def test_stack_batches_carries_leftovers_and_drops_the_short_batch():

@@ -30,7 +30,31 @@ def rows_of(batch: Any, where: str = "stack_batches") -> int:
                     return rows_of(part)
                 except TypeError:
                     continue
-    raise TypeError(f"{where}: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}")
+    raise TypeError(
+        f"{where}: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}; where there is none, "
+        "let the members take turns: lp.members(model, k), predict(…, members=k)"
+    )
+
+
+def one_a_sample(part: Any, rows: int | None) -> bool:
+    """Whether part of a batch is a list or tuple of samples, one for each of so many rows; not of tensors [rows, …].
+
+    A pair of tensors [2, …] or [4, …] is none of two samples; two dictionaries of the same keys are.
+    """
+    if not isinstance(part, (list, tuple)) or hasattr(part, "_fields") or len(part) != rows:
+        return False
+    if all(isinstance(entry, Mapping) and entry.keys() == part[0].keys() for entry in part):
+        return True
+    tensors = [entry.shape[0] for entry in part if isinstance(entry, (Tensor, np.ndarray)) and entry.ndim > 0]
+    if 0 < len(tensors) < len(part):
+        return all(size % rows for size in tensors)
+    sizes = []
+    for entry in part:
+        try:
+            sizes.append(rows_of(entry))
+        except TypeError:
+            continue
+    return not sizes or any(size % rows for size in sizes)
 
 
 def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
@@ -45,28 +69,33 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     return tree_map(of, structure)
 
 
-def concatenate(batches: list) -> Any:
-    """Join equal structures of tensors along dim 0; lists of samples that are no tensors are appended."""
+def concatenate(batches: list, rows: int | None = None, inside: bool = False) -> Any:
+    """Join equal structures of tensors along dim 0; lists of samples are appended.
+
+    These are lists without tensors and, inside a batch, what has one entry for each of `rows`.
+    """
     first = batches[0]
     if isinstance(first, Tensor):
         shapes = {tuple(batch.shape[1:]) for batch in batches if isinstance(batch, Tensor)}
         if len(shapes) > 1:
             raise ValueError(
                 f"stack_batches: samples of minibatches that stand together must have one shape, got "
-                f"{' and '.join(str(list(shape)) for shape in sorted(shapes)[:2])}; pad them to one length"
+                f"{' and '.join(str(list(shape)) for shape in sorted(shapes)[:2])}; pad them to one length, or where "
+                "they are graphs or images in lists, let the members take turns: lp.members(model, k)"
             )
         return torch.cat(batches) if first.dim() else torch.stack(batches)
     if isinstance(first, np.ndarray):
         return np.concatenate(batches) if first.ndim else np.stack(batches)
     if isinstance(first, Mapping):
         rebuild: Any = type(first)
-        return rebuild({key: concatenate([batch[key] for batch in batches]) for key in first})
+        return rebuild({key: concatenate([batch[key] for batch in batches], rows, True) for key in first})
     if isinstance(first, (list, tuple)):
         parts = (Tensor, np.ndarray, Mapping, list, tuple)
         named = hasattr(first, "_fields")
-        if first and not named and not any(isinstance(part, parts) for part in first):
+        samples = (inside and one_a_sample(first, rows)) or not any(isinstance(part, parts) for part in first)
+        if first and not named and samples:
             return type(first)(sample for batch in batches for sample in batch)
-        joined = [concatenate(list(parts_of_all)) for parts_of_all in zip(*batches)]
+        joined = [concatenate(list(parts_of_all), rows, True) for parts_of_all in zip(*batches)]
         return type(first)(*joined) if named else type(first)(joined)
     return first if all(batch == first for batch in batches) else list(batches)
 
@@ -100,7 +129,7 @@ class StackedBatches:
             self._carried.append(batch)
             if len(self._carried) == self.num_members:
                 batches, self._carried = self._carried, []
-                yield concatenate(batches)
+                yield concatenate(batches, rows)
         if 0 < full_batches < self.num_members and len(self._carried) == full_batches:
             warnings.warn(
                 f"stack_batches: an epoch had {full_batches} minibatches, fewer than num_members={self.num_members}, "
@@ -136,7 +165,8 @@ def stack_batches(loader: Iterable, num_members: int) -> StackedBatches:
     one. Minibatches shorter than the first one are dropped.
 
     Args:
-        loader: yields tensors [B, …], or tuples, lists and dicts of them.
+        loader: yields tensors [B, …], or tuples, lists and dicts of them. A list or tuple of B samples beside them (a
+            detector's targets, captions) becomes one of K·B.
         num_members: K.
 
     Returns:

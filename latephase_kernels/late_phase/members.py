@@ -4,16 +4,17 @@ Shapes: K members, B rows a member.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.routing import Model, routings_of
 from ..ops.checks import check_num_members
-from .batches import concatenate, map_leaves
+from .batches import concatenate, map_leaves, one_a_sample, rows_of
 
 
 @contextlib.contextmanager
@@ -45,10 +46,14 @@ def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Behind the block, model has the buffers it had, of the same values, if they were written or replaced in it."""
+    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
+        for buffers, own in registered:
+            buffers.update(own)
         for buffer, value in before:
             buffer.copy_(value)
 
@@ -73,22 +78,31 @@ def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any,
 
     Args:
         loss_fn: (output [B, …], target [B, …]) -> the mean over the batch, or the losses to average, as those of
-            reduction="none"; called once a member. What else it returns as one number, such as a sum, is added up.
-        output, target: [K·B, …] member-major, or tuples, lists and dicts of such tensors.
+            reduction="none"; called once a member, so it may compare the samples with each other. What else it returns
+            as one number, such as a sum, is added up.
+        output, target: [K·B, …] member-major, or tuples, lists and dicts of such tensors, or lists of K·B samples.
+            What is none of these (None, a number) goes to every member.
         num_members: K, or the number of members of a chunk.
 
     Returns:
         The sum, one number.
 
     Raises:
+        TypeError: loss_fn returns no tensor.
         ValueError: a tensor's first dimension is not divisible by num_members.
     """
     check_num_members("member_loss", num_members)
+    rows = _rows((output, target))
     outputs, targets = (
-        _chunks("member_loss", "output", output, num_members),
-        _chunks("member_loss", "target", target, num_members),
+        _chunks("member_loss", "output", output, num_members, rows),
+        _chunks("member_loss", "target", target, num_members, rows),
     )
     losses = [loss_fn(*parts) for parts in zip(outputs, targets)]
+    if not isinstance(losses[0], Tensor):
+        raise TypeError(
+            f"member_loss: loss_fn must return a tensor, got {type(losses[0]).__name__}; of several losses, return the "
+            "sum"
+        )
     total, *others = [loss.mean() if loss.dim() else loss for loss in losses]
     for loss in others:
         total = total + loss
@@ -100,7 +114,7 @@ def map_members(transform: Callable, *batch: Any, num_members: int) -> Any:
 
     Args:
         transform: called once a member with its parts of batch, [B, …] each; returns a tensor or structure of tensors.
-        batch: stacked tensors [K·B, …], or tuples, lists and dicts of them.
+        batch: stacked tensors [K·B, …], or tuples, lists and dicts of them, or lists of K·B samples.
         num_members: K.
 
     Returns:
@@ -110,21 +124,42 @@ def map_members(transform: Callable, *batch: Any, num_members: int) -> Any:
         ValueError: a tensor's first dimension is not divisible by num_members.
     """
     check_num_members("map_members", num_members)
-    return concatenate([transform(*parts) for parts in _chunks("map_members", "batch", batch, num_members)])
+    rows = _rows(batch)
+    members_parts = zip(*(_chunks("map_members", "batch", part, num_members, rows) for part in batch))
+    results = [transform(*parts) for parts in members_parts]
+    return concatenate(results, _rows(results[0]))
 
 
-def _chunks(where: str, name: str, stacked: Any, num_members: int) -> list:
-    """Return the members' parts of every tensor in stacked, as num_members structures."""
-    leaves, spec = tree_flatten(stacked)
+def _rows(batch: Any) -> int | None:
+    """Return the number of samples of a batch, None where no tensor has any."""
+    try:
+        return rows_of(batch)
+    except TypeError:
+        return None
+
+
+def _chunks(where: str, name: str, stacked: Any, num_members: int, rows: int | None) -> list:
+    """Return the members' parts of every tensor, and of every list of so many samples, as num_members structures."""
+    leaves, spec = tree_flatten(stacked, is_leaf=lambda x: one_a_sample(x, rows))
     columns = []
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        if isinstance(leaf, Mapping):  # pytree takes it for a leaf
+            rebuild: Any = type(leaf)
+            columns.append([rebuild(part) for part in _chunks(where, name, dict(leaf), num_members, rows)])
+            continue
+        samples = isinstance(leaf, (list, tuple))
+        if not samples and (not isinstance(leaf, (Tensor, np.ndarray)) or leaf.ndim == 0):
             columns.append([leaf] * num_members)
             continue
-        if leaf.size(0) % num_members:
+        size = len(leaf)
+        if size % num_members:
+            what = f"len({name})" if samples else f"{name}.size(0)"
             raise ValueError(
-                f"{where}: {name}.size(0)={leaf.size(0)} is not divisible by num_members={num_members}; "
+                f"{where}: {what}={size} is not divisible by num_members={num_members}; "
                 f"stack {num_members} equal minibatches along dim 0"
             )
-        columns.append(leaf.unflatten(0, (num_members, leaf.size(0) // num_members)).unbind(0))
+        if isinstance(leaf, Tensor):
+            columns.append(leaf.unflatten(0, (num_members, size // num_members)).unbind(0))
+        else:
+            columns.append([leaf[k * size // num_members : (k + 1) * size // num_members] for k in range(num_members)])
     return [tree_unflatten([column[k] for column in columns], spec) for k in range(num_members)]

@@ -30,7 +30,9 @@ def predict(model: nn.Module, x: Any, *args: Any, members: str | int = "average"
         model: expanded; its training flags are the same afterwards.
         x: [N, …], or a tuple, list or dict of such tensors: the model's first argument.
         args, kwargs: its other ones. Of these, too, tensors with N rows belong to the samples.
-        members: "average" (what the collapsed model answers), "all", or one member.
+        members: "average" (what the collapsed model answers), "all", or one member. "all" puts K copies of the samples
+            behind each other: samples that see one another (nodes of a graph, by its edges), or that a model takes in
+            lists (detectors), are for one member after the other.
 
     Returns:
         The model's output [N, …]; for "all" each tensor in it is [K, N, …], [K, m·N, …] where it has m rows a sample.
@@ -104,7 +106,8 @@ def _by_member(output: Any, num_members: int, rows: int) -> Any:
     if rows and output.size(0) % (num_members * rows):
         raise ValueError(
             f'predict: with members="all" each output must have the batch in dim 0 ({num_members} members × {rows} '
-            f"rows), got shape {list(output.shape)}; return it with the batch in front, or not at all"
+            f"rows), got shape {list(output.shape)}; return it with the batch in front, or not at all, or predict with "
+            "one member after the other"
         )
     return output.unflatten(0, (num_members, -1))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.routing import routings_of
-from .batches import StackedBatches, map_leaves
+from .batches import StackedBatches, map_leaves, rows_of
 from .members import members, repeat, training_flags_kept
 
 
@@ -27,7 +27,9 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
 
     Raises:
         RuntimeError: model is not expanded.
-        ValueError: there was no batch (with share=True, not num_members full ones); statistics are as before then.
+        TypeError: a batch has no tensor (as a graph's).
+        ValueError: there was no batch (with share=True, not num_members full ones).
+        Statistics are as before then.
     """
     num_members = routings_of("update_bn", model)[0].num_members
     layers = [
@@ -48,6 +50,7 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
             for batch in batches:
                 x = batch[0] if isinstance(batch, (list, tuple)) else batch
                 x = map_leaves(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
+                rows_of(x, "update_bn")  # of what holds no tensor no member would get a copy
                 model(x if share else repeat(x, num_members))
                 passes += 1
             if not passes:
