@@ -100,6 +100,11 @@ class TwoViews(Convolutional):
         return super().forward(torch.cat([x, other])).chunk(2)
 
 
+class TwoViewsTogether(Convolutional):
+    def forward(self, x, other):
+        return super().forward(torch.cat([x, other]))
+
+
 class Positions(nn.Module):
     """A replicated layer gets a table of all samples' positions."""
 
@@ -156,6 +161,36 @@ def expanded(model, *targets):
     return lp.expand(model, K, targets=targets or ("batch_norm", "head"))
 
 
+class Remembers(Convolutional):
+    """Puts another tensor in the place of a buffer at every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(1, 8))
+
+    def between(self, x):
+        last = self.last if self.last.size(0) == x.size(0) else x.new_zeros(x.size(0), 8)
+        self.last = x.detach()
+        return x + last
+
+
+class Masked(nn.Module):
+    """Attention with a mask for each head of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x, mask):
+        return self.head(self.attention(x, x, x, attn_mask=mask)[0].mean(1))
+
+
+class OverAGraph(Convolutional):
+    def forward(self, x, edges):
+        received = torch.zeros_like(x).index_add_(0, edges[0], x[edges[1]])
+        return super().forward(x + received)
+
+
 INDEPENDENT = {
     "batch norm and head": (lambda: expanded(Convolutional()), (images(),), 0),
     "noise and state": (lambda: expanded(Noisy()), (images(),), 0),
@@ -167,6 +202,8 @@ INDEPENDENT = {
         1,
     ),
     "encoder": (lambda: expanded(encoder(True), "layer_norm", "head"), (images(5, 8),), 0),
+    "masks of heads": (lambda: expanded(Masked()), (images(5, 8), torch.eye(5).repeat(2 * K * ROWS, 1, 1)), 0),
+    "a buffer that is replaced": (lambda: expanded(Remembers()), (images(),), 0),
     "several layouts": (lambda: expanded(InSeveralLayouts()), (images(),), 0),
 }
 MIXING = {
@@ -175,6 +212,7 @@ MIXING = {
     "in training alone": (lambda: expanded(MixedInTraining()).eval(), (images(),), 0, r"head \(MemberLinear\)"),
     "rows in another order": (lambda: expanded(Shuffled()), (images(),), 0, r"head \(MemberLinear\)"),
     "two views": (lambda: expanded(TwoViews()), (images(), images()), 0, r"conv \(Conv2d\)"),
+    "two views together": (lambda: expanded(TwoViewsTogether()), (images(), images()), 0, r"conv \(Conv2d\)"),
     "a norm added later": (with_a_new_norm, (images(),), 0, r"head.1 \(BatchNorm1d\)"),
     "time first": (lambda: expanded(Characters(False), "rank1", "head"), (text(9, K * ROWS),), 1, "head"),
     "encoder, time first": (lambda: expanded(encoder(False), "head"), (images(9, 8).transpose(0, 1),), 1, "1 "),
@@ -233,6 +271,41 @@ def test_a_layer_that_gets_no_batch_is_named():
     )
     with pytest.raises(RuntimeError, match=message):
         lp.check_members(expanded(Positions(), "rank1"), images())
+
+
+def test_a_weight_that_is_read_and_multiplied_by_gains():
+    class InALoop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = F.linear(x, layer.weight, layer.bias).relu()
+            return x
+
+    with pytest.raises(
+        RuntimeError, match="check_members: collapsed, the model answers otherwise .* choose other targ"
+    ):
+        lp.check_members(expanded(InALoop(), "rank1"), images(8))
+
+
+def test_a_graph_of_all_samples():
+    edges = torch.tensor([[0, 1, 2, 5], [1, 0, 5, 2]])
+    with pytest.raises(RuntimeError, match=r"fails on the samples of member 0 alone, at .* let the members take turns"):
+        lp.check_members(expanded(OverAGraph()), images(), edges)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_model_that_cannot_be_copied():
+    model = expanded(Convolutional())
+    nn.utils.weight_norm(model.conv)
+    model(images())
+    with pytest.raises(RuntimeError, match="check_members: the model cannot be copied: .*; call it once under"):
+        lp.check_members(model, images())
+    with torch.no_grad():
+        model(images())
+    lp.check_members(model, images())
 
 
 def test_bad_arguments():

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..nn.routing import routings_of
+from ..nn.member_module import MemberModule
+from ..nn.routing import Routed, routings_of
+from .convert import collapse
 from .members import buffers_kept, members, random_numbers_kept
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value
@@ -25,19 +27,21 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
     Args:
         model: expanded; not yet wrapped or compiled.
         args, kwargs: the model's arguments: a small stacked batch [K·B, …], member-major, of samples that differ.
-            Floating tensors take the copy's type. What has not the most samples in `dim` is given to all members alike.
+            Floating tensors take the copy's type. What has as many entries in `dim` as the answer has samples, or a
+            multiple of that (masks of attention heads), is divided among the members; all else is given to each.
         dim: of the samples in what comes in and goes out; 1 for sequences [T, K·B, …].
 
     Raises:
         RuntimeError: model is not expanded; a member's answers differ (the message names the first module where they
-            do); the model answers the same batch differently each time, with nothing finite, with no tensor that has
-            the samples, or not at all in float64 and float32 (the message names the module that fails).
+            do); the model answers the same batch differently each time, with nothing finite, or with no tensor that
+            has the samples; it fails in float64 and float32, or on a member's samples alone (the message names the
+            module that fails); it cannot be copied; collapse would change a weight that others than its layer read.
         ValueError: no argument has samples for every member in `dim`.
     """
     num_members = routings_of("check_members", model)[0].num_members
     sizes = [x.size(dim) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > dim]
-    samples = max((size for size in sizes if size % num_members == 0), default=0)
-    if samples == 0:
+    candidates = sorted({size for size in sizes if size and size % num_members == 0}, reverse=True)
+    if not candidates:
         raise ValueError(
             f"check_members: the model's arguments must have the samples of {num_members} members in dim {dim}, got "
             f"tensors of {sizes} there"
@@ -50,10 +54,12 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
         def run(which: str | int) -> tuple[list, list]:
             def of_members(x: Any) -> Any:
                 x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-                if not isinstance(x, Tensor) or x.dim() <= dim or x.size(dim) != samples:
+                if not isinstance(x, Tensor):
                     return x
-                rows = samples // num_members
-                return x.clone() if isinstance(which, str) else x.narrow(dim, which * rows, rows).clone()
+                if isinstance(which, str) or x.dim() <= dim or x.size(dim) == 0 or x.size(dim) % samples:
+                    return x.clone()
+                rows = x.size(dim) // num_members
+                return x.narrow(dim, which * rows, rows).clone()
 
             with members(copied, which), buffers_kept(copied):
                 answer = functools.partial(copied, *tree_map(of_members, args), **tree_map(of_members, kwargs))
@@ -76,11 +82,20 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
         if not all(agree(a, b) for a, b in zip(together, run("stacked")[0], strict=True)):
             raise RuntimeError(
                 "check_members: the model answers the same batch differently each time (a function's dropout, or other "
-                "noise?); switch that off for this call"
+                "noise?); switch that off for this call, or check the parts of the model before and behind it"
             )
+        samples = next((size for size in candidates if _answers(together, size, dim)), candidates[0])
         _check_answers(together, samples, dim)
         for member in range(num_members):
-            alone, alone_calls = run(member)
+            try:
+                alone, alone_calls = run(member)
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise RuntimeError(
+                    f"check_members: the model fails on the samples of member {member} alone, at "
+                    f"{inside[-1] if inside else 'its own code'}: {error}; what has not {samples} samples in dim {dim} "
+                    "was given whole. Where samples refer to each other, as in graphs, let the members take turns: "
+                    "lp.members(model, k)"
+                ) from error
             if all(_agrees(agree, a, b, member, num_members, dim) for a, b in zip(together, alone, strict=True)):
                 continue
             parted = (
@@ -93,6 +108,32 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
                 f"{next(parted, 'the output')}; before or in it something mixes the samples of a batch, or dim {dim} "
                 "is not the batch in order"
             )
+        if any(isinstance(module, MemberModule) and module.shared_names for module in copied.modules()):
+
+            def own(x: Any) -> Any:
+                return x.to(dtype if x.is_floating_point() else x.dtype, copy=True) if isinstance(x, Tensor) else x
+
+            _check_collapse(copied, lambda: copied(*tree_map(own, args), **tree_map(own, kwargs)), agree)
+
+
+def _check_collapse(model: nn.Module, answer: Callable[[], Any], agree: Callable) -> None:
+    """Raise if a model with gains answers otherwise after collapse, which multiplies weights by them; changes it."""
+    routing = routings_of("check_members", model)[0]
+    if isinstance(model, Routed) or routing.num_members != routing.total_members:
+        return
+    model.eval()
+    try:
+        with members(model, "average"), buffers_kept(model):
+            average = tree_leaves(answer())
+    except (RuntimeError, ValueError):  # it takes something else in eval mode
+        return
+    with buffers_kept(collapse(model)):
+        collapsed = tree_leaves(answer())
+    if not all(agree(a, b) for a, b in zip(average, collapsed)):
+        raise RuntimeError(
+            "check_members: collapsed, the model answers otherwise than as the average of its members: something reads "
+            "the weight of a layer with rank-1 gains without calling the layer; choose other targets"
+        )
 
 
 _NOISY = ("Drop", "StochasticDepth", "RReLU")  # in the names of classes whose training flag switches noise alone
@@ -100,7 +141,12 @@ _NOISY = ("Drop", "StochasticDepth", "RReLU")  # in the names of classes whose t
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy in this type and train mode, without noise, whose members and branches all tell."""
-    copied = copy.deepcopy(model)
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:  # torch.nn.utils.weight_norm and spectral_norm keep a weight of the last pass
+        raise RuntimeError(
+            f"check_members: the model cannot be copied: {error}; call it once under torch.no_grad() before"
+        ) from error
     copied = copied.double() if dtype == torch.float64 else copied.float()
     if not copied.training:
         copied.train()
@@ -114,17 +160,20 @@ def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied
 
 
+def _answers(answers: list, samples: int, dim: int) -> list[Tensor]:
+    """Return those with so many samples in `dim`, or in front, each once or several times."""
+    tensors = [x for x in answers if isinstance(x, Tensor) and x.dim()]
+    return [x for x in tensors if any(n and n % samples == 0 for n in (x.size(min(dim, x.dim() - 1)), x.size(0)))]
+
+
 def _check_answers(answers: list, samples: int, dim: int) -> None:
-    compared = [
-        x
-        for x in answers
-        if isinstance(x, Tensor) and x.dim() and samples in (x.size(min(dim, x.dim() - 1)), x.size(0))
-    ]
+    compared = _answers(answers, samples, dim)
     if not compared:
         raise RuntimeError(
             f"check_members: the model's answer must hold a tensor with the {samples} samples in dim {dim}, got "
             f"{[list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in answers]}; give it the part of "
-            "the model before its loss"
+            "the model before its loss; where several rows are one sample (graphs), let the members take turns: "
+            "lp.members(model, k)"
         )
     if not any(torch.isfinite(x).any() for x in compared):
         raise RuntimeError("check_members: the model's answer has no finite value")
