@@ -125,8 +125,8 @@ def map_members(transform: Callable, *batch: Any, num_members: int) -> Any:
     """
     check_num_members("map_members", num_members)
     rows = _rows(batch)
-    members_parts = zip(*(_chunks("map_members", "batch", part, num_members, rows) for part in batch))
-    results = [transform(*parts) for parts in members_parts]
+    parts = [_chunks("map_members", "batch", part, num_members, rows) for part in batch]
+    results = [transform(*(part[k] for part in parts)) for k in range(num_members)]
     return concatenate(results, _rows(results[0]))
 
 
