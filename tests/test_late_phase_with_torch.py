@@ -341,6 +341,16 @@ def test_timms_linear_layer_is_a_linear_layer():
     assert type(lp.collapse(model)[0]) is linear and torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize(
+    "layer, target", [(nn.Linear(4, 3), "head"), (nn.LayerNorm(4), "layer_norm"), (nn.RMSNorm(4), "rms_norm")]
+)
+def test_outputs_are_no_views_where_the_plain_layers_are_none(layer, target):
+    """FSDP2's hooks are on outputs: of a view they are lost with the first operation in place, and backward fails."""
+    model = lp.expand(nn.Sequential(copy.deepcopy(layer)), K, targets=target)
+    for shape in ((K * B, 4), (K * B, 5, 4)):
+        assert not model(torch.randn(shape))._is_view()
+
+
 def test_compiled_training_step():
     model, x, target = expanded(), images(K * B), labels(K * B)
     reference = copy.deepcopy(model)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import registry
 from ..ops.checks import check_num_members
 from .member_module import (
     MemberModule,
@@ -85,7 +86,10 @@ class MemberLinear(MemberModule):
             y = torch.bmm(stacked, weight.mT)
         else:
             y = torch.baddbmm(bias.unsqueeze(1), stacked, weight.mT)
-        return y.reshape(*input.shape[:-1], self.out_features)
+        shape = *input.shape[:-1], self.out_features
+        if registry.is_exporting():  # of the private op a trace would keep this batch's size
+            return y.reshape(shape)
+        return torch.ops.aten._unsafe_view.default(y, shape)  # no view, as of F.linear: FSDP2 loses its hooks on those
 
     def averaged(self) -> tuple[Tensor, Tensor | None]:
         """Return weight [out, in] and bias [out] or None: the mean over members, summed in float64."""

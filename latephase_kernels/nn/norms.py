@@ -96,7 +96,8 @@ class _EnsembleNorm(MemberModule):
         dtype = normalized.dtype  # the plain norm takes low-precision weights beside it, under autocast for one
         weight = weight.flatten(1).to(dtype)
         bias = None if bias is None else bias.flatten(1).to(dtype)
-        return member_gain(channels, weight, bias, channel_dim=self._channel_dim).view(normalized.shape)
+        y = member_gain(channels, weight, bias, channel_dim=self._channel_dim)
+        return y if channels is normalized else y.view(normalized.shape)
 
     def averaged(self) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias of the plain norm, or None: the mean over members, summed in float64."""
