@@ -175,7 +175,7 @@ def _compiled(kernel, without, values, element, extents, capability, options):
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options=options,
+        options=options | kernel.run.keywords,
     )
 
 

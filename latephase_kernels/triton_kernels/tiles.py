@@ -11,6 +11,7 @@ that know K are not specialized; bases are 16-byte aligned, so that the compiler
 """
 
 import contextlib
+import functools
 import os
 from typing import NamedTuple, overload
 
@@ -37,9 +38,15 @@ _UNSPECIALIZED = [
 
 
 def jit(function):
-    """triton.jit with the integers that K or B decide left out of specialization."""
+    """triton.jit with the integers that K or B decide left out of specialization, and floating point contracted.
+
+    The latter is Triton's default up to 3.9, which warns of the end of it, and not from 3.10 on.
+    """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(do_not_specialize=[name for name in _UNSPECIALIZED if name in names])(function)
+    kernel = triton.jit(do_not_specialize=[name for name in _UNSPECIALIZED if name in names])(function)
+    if not INTERPRETED:
+        kernel.run = functools.partial(kernel.run, enable_fp_fusion=True)
+    return kernel
 
 
 @triton.jit
