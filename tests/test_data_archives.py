@@ -215,6 +215,17 @@ def test_damage_is_named(kind, tmp_path):
             read(path)
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda data, at: data[:at] + b"?" + data[at + 1 :], lambda data, at: data[: at + 300]]
+)
+def test_a_damaged_header_is_not_the_end(damage, tmp_path):
+    path = write_kind("tar", tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(damage(content, content.index(b"./set/deep/c.bin")))
+    with pytest.raises(ArchiveError, match="data.tar has a damaged header behind its member 3; get the file again"):
+        read(path)
+
+
 def test_a_member_that_is_there_twice_is_refused(tmp_path):
     path = write_tar(tmp_path / "x.tar", [(entry("data", 1), b"1"), (entry("./data", 1), b"2")], "w")
     with pytest.raises(ArchiveError, match="is there twice"):

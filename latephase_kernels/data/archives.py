@@ -95,6 +95,7 @@ class _HeaderReader:
     def __init__(self, path: Path, stream: IO[bytes], limit: int):
         self._path, self._stream, self._limit = path, stream, limit
         self.budget = _HEADER_BYTES  # of the next member
+        self.last = b""  # what was read last
 
     def tell(self) -> int:
         return self._stream.tell()
@@ -103,7 +104,8 @@ class _HeaderReader:
         self.budget -= size
         if size < 0 or self.budget < 0:
             raise ArchiveError(f"{self._path} has headers of absurd size; get the file again from its publisher")
-        return self._stream.read(size)
+        self.last = self._stream.read(size)
+        return self.last
 
     def seek(self, position: int) -> None:
         if position < self._stream.tell():
@@ -168,6 +170,8 @@ def _tar_members(path: Path, entries: _Entries, compressed: bool) -> Iterator[Me
                     reader.seek(info.offset_data)
                     yield Member(path, name, info.size, stream)
                 reader.budget = _HEADER_BYTES
+        if reader.last.strip(b"\0"):  # tarfile takes a header that it cannot read for the archive's end
+            raise ArchiveError(f"{path} has a damaged header behind its member {entries.count}; get the file again")
         while compressed and stream.read(_CHUNK):  # up to the checksum, which stands at the end
             reader.seek(stream.tell())
 
