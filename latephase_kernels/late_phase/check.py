@@ -51,8 +51,10 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
         copied = _prepared(model, dtype)
         inside: list[str] = []  # the modules that run, the innermost last
 
-        def run(which: str | int) -> tuple[list, list]:
-            def of_members(x: Any) -> Any:
+        def answer(which: str | int) -> Any:
+            """Call the copy with its own arguments: all samples, or those of a member."""
+
+            def own(x: Any) -> Any:
                 x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
                 if not isinstance(x, Tensor):
                     return x
@@ -61,9 +63,11 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
                 rows = x.size(dim) // num_members
                 return x.narrow(dim, which * rows, rows).clone()
 
+            return copied(*tree_map(own, args), **tree_map(own, kwargs))
+
+        def run(which: str | int) -> tuple[list, list]:
             with members(copied, which), buffers_kept(copied):
-                answer = functools.partial(copied, *tree_map(of_members, args), **tree_map(of_members, kwargs))
-                return _recorded(copied, answer, inside)
+                return _recorded(copied, functools.partial(answer, which), inside)
 
         try:
             together, calls = run("stacked")
@@ -109,11 +113,7 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
                 "is not the batch in order"
             )
         if any(isinstance(module, MemberModule) and module.shared_names for module in copied.modules()):
-
-            def own(x: Any) -> Any:
-                return x.to(dtype if x.is_floating_point() else x.dtype, copy=True) if isinstance(x, Tensor) else x
-
-            _check_collapse(copied, lambda: copied(*tree_map(own, args), **tree_map(own, kwargs)), agree)
+            _check_collapse(copied, functools.partial(answer, "average"), agree)
 
 
 def _check_collapse(model: nn.Module, answer: Callable[[], Any], agree: Callable) -> None:
