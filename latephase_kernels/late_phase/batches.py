@@ -15,21 +15,24 @@ from torch.utils._pytree import tree_map
 from ..ops.checks import check_num_members
 
 
-def rows_of(batch: Any, where: str = "stack_batches") -> int:
-    """Return the number of samples of a batch: the size of its first tensor or array.
-
-    Raises:
-        TypeError: there is none.
-    """
+def find_rows(batch: Any) -> int | None:
+    """Return the number of samples of a batch, the size of its first tensor or array; None if it has none."""
     if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim > 0:
         return batch.shape[0]
     if isinstance(batch, (Mapping, list, tuple)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            if isinstance(part, (Tensor, np.ndarray, Mapping, list, tuple)):
-                try:
-                    return rows_of(part)
-                except TypeError:
-                    continue
+        found = map(find_rows, batch.values() if isinstance(batch, Mapping) else batch)
+        return next((rows for rows in found if rows is not None), None)
+    return None
+
+
+def rows_of(batch: Any, where: str = "stack_batches") -> int:
+    """Return what find_rows does.
+
+    Raises:
+        TypeError: there is no tensor.
+    """
+    if (rows := find_rows(batch)) is not None:
+        return rows
     raise TypeError(
         f"{where}: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}; where there is none, "
         "let the members take turns: lp.members(model, k), predict(…, members=k)"
@@ -48,12 +51,7 @@ def one_a_sample(part: Any, rows: int | None) -> bool:
     tensors = [entry.shape[0] for entry in part if isinstance(entry, (Tensor, np.ndarray)) and entry.ndim > 0]
     if 0 < len(tensors) < len(part):
         return all(size % rows for size in tensors)
-    sizes = []
-    for entry in part:
-        try:
-            sizes.append(rows_of(entry))
-        except TypeError:
-            continue
+    sizes = [size for size in map(find_rows, part) if size is not None]
     return not sizes or any(size % rows for size in sizes)
 
 

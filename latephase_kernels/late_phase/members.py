@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.routing import Model, routings_of
 from ..ops.checks import check_num_members
-from .batches import concatenate, map_leaves, one_a_sample, rows_of
+from .batches import concatenate, find_rows, map_leaves, one_a_sample
 
 
 @contextlib.contextmanager
@@ -92,7 +92,7 @@ def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any,
         ValueError: a tensor's first dimension is not divisible by num_members.
     """
     check_num_members("member_loss", num_members)
-    rows = _rows((output, target))
+    rows = find_rows((output, target))
     outputs, targets = (
         _chunks("member_loss", "output", output, num_members, rows),
         _chunks("member_loss", "target", target, num_members, rows),
@@ -124,18 +124,10 @@ def map_members(transform: Callable, *batch: Any, num_members: int) -> Any:
         ValueError: a tensor's first dimension is not divisible by num_members.
     """
     check_num_members("map_members", num_members)
-    rows = _rows(batch)
+    rows = find_rows(batch)
     parts = [_chunks("map_members", "batch", part, num_members, rows) for part in batch]
     results = [transform(*(part[k] for part in parts)) for k in range(num_members)]
-    return concatenate(results, _rows(results[0]))
-
-
-def _rows(batch: Any) -> int | None:
-    """Return the number of samples of a batch, None where no tensor has any."""
-    try:
-        return rows_of(batch)
-    except TypeError:
-        return None
+    return concatenate(results, find_rows(results[0]))
 
 
 def _chunks(where: str, name: str, stacked: Any, num_members: int, rows: int | None) -> list:

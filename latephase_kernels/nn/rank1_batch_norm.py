@@ -14,13 +14,12 @@ from .batch_norm import _EnsembleBatchNorm
 from .rank1 import Rank1Linear, _Rank1
 from .shared_batch_norm import _SharedBatchNorm
 
-Rank1Layer = _Rank1
 BatchNorm = _EnsembleBatchNorm | _SharedBatchNorm
 Gain = tuple[Tensor, Tensor | None]  # output gain [K, out] and bias, of the members that run
 
 
 def without_output_gain(
-    layer: Rank1Layer, norm: BatchNorm, input: Tensor, multiplied: bool = False
+    layer: _Rank1, norm: BatchNorm, input: Tensor, multiplied: bool = False
 ) -> tuple[Tensor, Gain | None]:
     """Return what norm takes in place of layer(input, multiplied): that without output gain and bias, and these two.
 
@@ -38,7 +37,7 @@ def without_output_gain(
     return layer.without_output_gain(input, multiplied)
 
 
-def input_gain_for(layer: Rank1Layer, norm: BatchNorm, input: Tensor) -> Tensor | None:
+def input_gain_for(layer: _Rank1, norm: BatchNorm, input: Tensor) -> Tensor | None:
     """Return the input gain of layer that norm multiplies its output by, as the layer that alone takes it would.
 
     [K, in] of the members that run; None where the layer has to: it does not run stacked, or the gain costs it nothing.
@@ -57,7 +56,7 @@ def input_gain_for(layer: Rank1Layer, norm: BatchNorm, input: Tensor) -> Tensor 
     return gain.to(torch.promote_types(input.dtype, gain.dtype))
 
 
-def _run_together(layer: Rank1Layer, norm: BatchNorm) -> bool:
+def _run_together(layer: _Rank1, norm: BatchNorm) -> bool:
     """Whether both run the same members, stacked, with kernels."""
     members = layer.active_members()
     return not isinstance(members, str) and members == norm.active_members() and layer.weight.device.type != "meta"
