@@ -267,6 +267,8 @@ def test_nothing_to_replace_is_a_warning():
     with pytest.warns(UserWarning, match="targets match no module"):
         assert lp.expand(model, 2, targets="head") is model
     assert type(model[1]) is nn.BatchNorm2d
+    with pytest.warns(UserWarning, match="targets match no module"):
+        lp.expand(nn.Sequential(nn.Linear(2, 2)), 2, targets=())  # nor is there a batch norm
     with pytest.warns(UserWarning, match="'head' matches no module"):
         lp.expand(model, 2, targets=("batch_norm", "head"))
     assert lp.collapse(model) is model

@@ -73,6 +73,7 @@ def expand(
             "embedding": the embeddings of hypernetwork layers (HyperConv2d, HyperLinear); their templates stay shared;
             callables (name, module) -> bool, or "rank1" to give that layer gains. They may choose any module that has
                 parameters, no submodules and no buffers: its forward then runs once a member (lp.nn.Memberwise).
+            None, (), leaves every weight shared: ghost batch norm, K groups of rows with statistics of their own.
             All but batch norms and LSTMs take dim 0 of what reaches them for the batch.
         noise_std: σ0.
         generator: of ε.
@@ -105,7 +106,7 @@ def expand(
     targeted, rank1, empty = find_targets(model, targets)
     for target in empty if targeted else ():
         warnings.warn(f"expand: target {target!r} matches no module of the model", stacklevel=2)
-    if not targeted:
+    if not targeted and (empty or not any(isinstance(module, _BatchNorm) for module in model.modules())):
         warnings.warn("expand: targets match no module of the model; it stays as it is", stacklevel=2)
         return model
     if isinstance(model, _BatchNorm):
