@@ -1,6 +1,6 @@
-"""Time of ensemble batch norm + ReLU, forward and backward, beside what a user would otherwise write.
+"""Time of ensemble batch norm + ReLU or SiLU, forward and backward, beside what a user would otherwise write.
 
-    python benchmarks/bench_ensemble_batch_norm.py [--device cuda] [--dtype bfloat16] [--residual] [--networks …]
+    python benchmarks/bench_ensemble_batch_norm.py [--device cuda] [--dtype bfloat16] [--residual] [--activation silu]
     python benchmarks/bench_ensemble_batch_norm.py --floors                  (no timing: the bytes of each layer)
     pytest benchmarks/bench_ensemble_batch_norm.py --benchmark-only          (with pytest-benchmark)
 
@@ -9,6 +9,7 @@ benchmarks/README.md says how to read the figures. K members, B rows a member, C
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ import latephase_kernels as lp
 from latephase_kernels.train.runs import processor
 
 NUM_MEMBERS = 10
-ROWS = {"cpu": {"WRN-28-10": 16, "ResNet-50": 4, "DenseNet-161": 4},
-        "cuda": {"WRN-28-10": 128, "ResNet-50": 32, "DenseNet-161": 32}}  # fmt: skip
+ROWS = {"cpu": {"WRN-28-10": 16, "ResNet-50": 4, "DenseNet-161": 4, "EfficientNet-B0": 4},
+        "cuda": {"WRN-28-10": 128, "ResNet-50": 32, "DenseNet-161": 32, "EfficientNet-B0": 32}}  # fmt: skip
 # (C, size, batch norms of this shape). Of the batch norms that open the layers of a dense block, which all have
 # different widths, one of the mean width stands for all.
 NETWORKS = {
@@ -33,54 +34,64 @@ NETWORKS = {
         (96, 112, 1), (216, 56, 6), (192, 56, 6), (384, 56, 1), (456, 28, 12), (192, 28, 12), (768, 28, 1),
         (1224, 14, 36), (192, 14, 36), (2112, 14, 1), (1608, 7, 24), (192, 7, 24), (2208, 7, 1),
     ],
+    "EfficientNet-B0": [  # those with a SiLU
+        (32, 112, 2), (96, 112, 1), (96, 56, 1), (144, 56, 3), (144, 28, 1), (240, 28, 3), (240, 14, 1), (480, 14, 6),
+        (672, 14, 5), (672, 7, 1), (1152, 7, 8), (1280, 7, 1),
+    ],
 }  # fmt: skip
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+NETWORKS_WITH = {"relu": ["WRN-28-10", "ResNet-50", "DenseNet-161"], "silu": ["EfficientNet-B0"]}
 PLAIN, OURS, FLOOR = "plain batch norm", "ours", "floor"
 
 
-def activate(y, residual):
-    return F.relu(y if residual is None else y + residual)
+def activate(y, residual, activation):
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
-def plain(x, weight, bias, residual=None):
-    return activate(F.batch_norm(x, None, None, weight[0], bias[0], True), residual)
+def plain(x, weight, bias, residual=None, activation="relu"):
+    return activate(F.batch_norm(x, None, None, weight[0], bias[0], True), residual, activation)
 
 
-def slices(x, weight, bias, residual=None):
+def slices(x, weight, bias, residual=None, activation="relu"):
     members = zip(x.chunk(len(weight)), weight, bias, strict=True)
-    return activate(torch.cat([F.batch_norm(rows, None, None, w, b, True) for rows, w, b in members]), residual)
+    return activate(
+        torch.cat([F.batch_norm(rows, None, None, w, b, True) for rows, w, b in members]), residual, activation
+    )
 
 
-def mapped(x, weight, bias, residual=None):
+def mapped(x, weight, bias, residual=None, activation="relu"):
     def member(rows, w, b):
         return F.batch_norm(rows, None, None, w, b, True)
 
-    return activate(torch.vmap(member)(x.unflatten(0, (len(weight), -1)), weight, bias).flatten(0, 1), residual)
+    return activate(
+        torch.vmap(member)(x.unflatten(0, (len(weight), -1)), weight, bias).flatten(0, 1), residual, activation
+    )
 
 
-def formula(x, weight, bias, residual=None):
+def formula(x, weight, bias, residual=None, activation="relu"):
     rows = x.unflatten(0, (len(weight), -1))
     var, mean = torch.var_mean(rows.float(), (1, 3, 4), correction=0, keepdim=True)
     scale = (var + 1e-5).rsqrt() * weight[:, None, :, None, None]
     y = (rows - mean) * scale + bias[:, None, :, None, None]
-    return activate(y.to(x.dtype).flatten(0, 1), residual)
+    return activate(y.to(x.dtype).flatten(0, 1), residual, activation)
 
 
-def side_by_side(x, weight, bias, residual=None):
+def side_by_side(x, weight, bias, residual=None, activation="relu"):
     members, channels = weight.shape
     view = x.unflatten(0, (members, -1)).transpose(0, 1).flatten(1, 2)  # [B, K·C, H, W]
     y = F.batch_norm(view, None, None, weight.flatten(), bias.flatten(), True)
-    return activate(y.unflatten(1, (members, channels)).transpose(0, 1).reshape(x.shape), residual)
+    return activate(y.unflatten(1, (members, channels)).transpose(0, 1).reshape(x.shape), residual, activation)
 
 
-def ours(x, weight, bias, residual=None):
+def ours(x, weight, bias, residual=None, activation="relu"):
     return lp.functional.ensemble_batch_norm(
-        x, None, None, weight, bias, True, num_members=len(weight), residual=residual, activation="relu"
+        x, None, None, weight, bias, True, num_members=len(weight), residual=residual, activation=activation
     )
 
 
-def floor(x, weight, bias, residual=None):
-    """The ReLU alone: two results, 2e bytes forward and 3e backward, nothing read twice; with a residual 3e and 4e."""
-    return activate(x, residual)
+def floor(x, weight, bias, residual=None, activation="relu"):
+    """The activation alone: 2e bytes forward and 3e backward, nothing read twice; with a residual 3e and 4e."""
+    return activate(x, residual, activation)
 
 
 PEERS = {
@@ -88,7 +99,7 @@ PEERS = {
 }  # fmt: skip
 
 
-def contenders(device, channels_last, compiled=tuple(PEERS)):
+def contenders(device, channels_last, compiled=tuple(PEERS), activation="relu"):
     """Return every contender by name; those whose values must be the ensemble's are all but `plain` and `floor`.
 
     compiled: the peers that are compiled as well, on a GPU.
@@ -96,7 +107,8 @@ def contenders(device, channels_last, compiled=tuple(PEERS)):
     found = {name: f for name, f in PEERS.items() if not (channels_last and f is side_by_side)}
     if device.type == "cuda":
         found |= {f"compiled {n}": torch.compile(f, dynamic=False) for n, f in found.items() if n in compiled}
-    return {**found, OURS: ours, FLOOR: floor}
+    found |= {OURS: ours, FLOOR: floor}
+    return {name: partial(f, activation=activation) for name, f in found.items()}
 
 
 def floor_bytes(tensor_bytes, residual=False):
@@ -107,7 +119,19 @@ def floor_bytes(tensor_bytes, residual=False):
 class Case:
     """One shape: its tensors, a training step of a contender, and the check of its values."""
 
-    def __init__(self, rows, channels, size, *, device, dtype, channels_last, residual=False, num_members=NUM_MEMBERS):
+    def __init__(
+        self,
+        rows,
+        channels,
+        size,
+        *,
+        device,
+        dtype,
+        channels_last,
+        residual=False,
+        activation="relu",
+        num_members=NUM_MEMBERS,
+    ):
         torch.manual_seed(0)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         shape = (num_members * rows, channels, size, size)
@@ -116,6 +140,7 @@ class Case:
             for needed in (True, True, residual)
         )
         self.weight, self.bias = (torch.randn(num_members, channels, device=device) for _ in range(2))
+        self.activation = activation
         self.leaves = [t.requires_grad_() for t in (self.x, self.weight, self.bias, z) if t is not None]
         self.bytes = floor_bytes(self.x.numel() * self.x.element_size(), residual)
 
@@ -136,7 +161,7 @@ class Case:
             own = slice(k * rows, (k + 1) * rows)
             x, *residual = (t.detach()[own].double().requires_grad_() for t in (self.x, *self.leaves[3:]))
             weight, bias = (p.detach()[k].double() for p in (self.weight, self.bias))
-            expected = plain(x, weight[None], bias[None], *residual)
+            expected = plain(x, weight[None], bias[None], *residual, activation=self.activation)
             expected.backward(self.dy[own].double())
             for value, truth in ((y.detach()[own], expected.detach()), (self.x.grad[own], x.grad)):
                 # Relative to the largest value: where rounding decides the sign before the ReLU, a gradient is off.
@@ -257,7 +282,7 @@ def floors():
     return "\n".join(lines)
 
 
-def cases(device, networks=tuple(NETWORKS)):
+def cases(device, networks=NETWORKS_WITH["relu"]):
     for network in networks:
         for channels, size, count in NETWORKS[network]:
             for layout in ("contiguous", "channels_last"):
@@ -268,11 +293,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), help="default: those with the activation")
     parser.add_argument("--rows", type=int, help="per member; default: by network and device")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each shape and layout")
     parser.add_argument("--huge-pages", **HUGE_PAGES)
     parser.add_argument("--residual", action="store_true", help="add a residual before the ReLU")
+    parser.add_argument("--activation", default="relu", choices=list(ACTIVATIONS))
     parser.add_argument(
         "--compiled", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="PEER", help="peers to compile (GPU)"
     )
@@ -282,6 +308,9 @@ def main():
     parser.add_argument("--floors", action="store_true", help="print the bytes of each layer; time nothing")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/ensemble_batch_norm_DEVICE_DTYPE.json")
     arguments = parser.parse_args()
+    activation = arguments.activation
+    if arguments.residual and activation == "silu":
+        parser.error("--residual: only with --activation relu")
     if arguments.floors:
         print(floors())
         return
@@ -290,23 +319,24 @@ def main():
     report = {
         "torch": torch.__version__, "device": torch.cuda.get_device_name() if on_gpu else processor(),
         "threads": torch.get_num_threads(), "dtype": arguments.dtype, "members": NUM_MEMBERS,
-        "residual": arguments.residual, "huge pages": arguments.huge_pages,
+        "residual": arguments.residual, "activation": activation, "huge pages": arguments.huge_pages,
         "copy GB/s": copy_bandwidth(device) / 1e9, "tables": [],
     }  # fmt: skip
-    suffix = "_residual" if arguments.residual else ""
+    suffix = "_residual" if arguments.residual else "" if activation == "relu" else f"_{activation}"
     output = arguments.output or (
         Path(__file__).parent / "results" / f"ensemble_batch_norm_{arguments.device}_{arguments.dtype}{suffix}.json"
     )
     print({name: value for name, value in report.items() if name != "tables"})
-    for network, rows, channels, size, count, layout in cases(device, arguments.networks):
+    for network, rows, channels, size, count, layout in cases(device, arguments.networks or NETWORKS_WITH[activation]):
         rows = arguments.rows or rows
         channels_last = layout == "channels_last"
         case = Case(
-            rows, channels, size, device=device, dtype=dtype, channels_last=channels_last, residual=arguments.residual
-        )
+            rows, channels, size, device=device, dtype=dtype, channels_last=channels_last, residual=arguments.residual,
+            activation=activation,
+        )  # fmt: skip
         largest = sorted(NETWORKS[network], key=lambda layer: -layer[0] * layer[1] ** 2 * layer[2])
         compile_here = (channels, size, count) in largest[: arguments.compiled_shapes]
-        functions = contenders(device, channels_last, arguments.compiled if compile_here else ())
+        functions = contenders(device, channels_last, arguments.compiled if compile_here else (), activation)
         table = bench(case, functions, arguments.seconds, 1e9 * report["copy GB/s"])
         shape = list(case.x.shape)
         print(f"\n{network} {shape} {layout}, {count} in the network", flush=True)
@@ -321,7 +351,7 @@ def main():
 
 
 def pytest_generate_tests(metafunc):
-    shapes = [(network, *NETWORKS[network][1][:2]) for network in NETWORKS]
+    shapes = [(network, *NETWORKS[network][1][:2]) for network in NETWORKS_WITH["relu"]]
     layouts = ["contiguous", "channels_last"]
     metafunc.parametrize("name", [*PEERS, OURS, FLOOR])
     metafunc.parametrize("layout", layouts)

@@ -7,6 +7,8 @@
 
 namespace latephase {
 
+enum class Activation { kNone, kRelu, kSilu };
+
 // The largest value that rounds to zero in a type with this smallest denormal: what passes the ReLU is decided by the
 // value as stored. float and double: 0, since they are stored as computed.
 constexpr float kRoundsToZeroHalf = 0x1p-25f;

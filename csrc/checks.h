@@ -1,6 +1,7 @@
 // Argument checks that every op shares; a message starts with the op's name.
 #pragma once
 
+#include "activation.h"
 #include "layout.h"
 #include "stable.h"
 
@@ -76,9 +77,11 @@ inline Affine affine(const char* op, const char* name, const OptionalTensor& t, 
   return {t->const_data_ptr(), per_member ? s.C : 0, data_type(op, dtype)};
 }
 
-inline bool is_relu(const char* op, const std::string& activation) {
-  STD_TORCH_CHECK(activation == "relu" || activation == "none", op, ": unknown activation ", activation);
-  return activation == "relu";
+inline Activation activation_of(const char* op, const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  STD_TORCH_CHECK(name == "silu", op, ": unknown activation ", name);
+  return Activation::kSilu;
 }
 
 }  // namespace latephase

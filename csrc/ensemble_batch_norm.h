@@ -53,8 +53,11 @@ struct Ops {
     return f;
   }
 
-  static Affine gain_of(const OptionalTensor& output_gain, bool residual, const Tensor& input, const Sizes& s) {
+  static Affine gain_of(const OptionalTensor& output_gain, bool residual, Activation activation, const Tensor& input,
+                        const Sizes& s) {
     STD_TORCH_CHECK(!output_gain.has_value() || !residual, "ensemble_batch_norm: output_gain takes no residual");
+    STD_TORCH_CHECK(activation != Activation::kSilu || !(output_gain.has_value() || residual),
+                    "ensemble_batch_norm: activation silu takes neither residual nor output_gain");
     return affine(kOp, "output_gain", output_gain, input, s);
   }
 
@@ -62,13 +65,13 @@ struct Ops {
                                               const OptionalTensor& bias, const OptionalTensor& residual,
                                               const std::string& activation, const OptionalTensor& output_gain) {
     check_devices(kOp, input, {given(weight), given(bias), given(residual), given(output_gain)});
-    f.relu = is_relu(kOp, activation);
+    f.activation = activation_of(kOp, activation);
     f.weight = affine(kOp, "weight", weight, input, f.sizes);
     f.bias = affine(kOp, "bias", bias, input, f.sizes);
-    f.output_gain = gain_of(output_gain, residual.has_value(), input, f.sizes);
+    f.output_gain = gain_of(output_gain, residual.has_value(), f.activation, input, f.sizes);
     if (residual.has_value()) f.residual = data_like(kOp, "residual", *residual, input);
     Tensor y = empty_as(input);
-    Tensor mask = new_mask(input, f.sizes, f.relu && residual.has_value());
+    Tensor mask = new_mask(input, f.sizes, f.activation == Activation::kRelu && residual.has_value());
     f.y = y.mutable_data_ptr();
     f.mask = mask.numel() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     Device::forward(f);
@@ -176,7 +179,7 @@ struct Ops {
                rstd.const_data_ptr(),
                affine(kOp, "weight", weight, input, s),
                affine(kOp, "bias", bias, input, s)};
-    b.relu = is_relu(kOp, activation);
+    b.activation = activation_of(kOp, activation);
     if (mask.numel()) {
       STD_TORCH_CHECK(mask.numel() == s.rows() * s.mask_row_bytes() && mask.scalar_type() == ScalarType::Byte,
                       "ensemble_batch_norm: mask does not belong to this input");
@@ -192,7 +195,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> input_gradients(Backward& b, const Tensor& input, double count, bool residual_grad,
                                                     const OptionalTensor& output_gain) {
     check_devices(kOp, input, {given(output_gain)});
-    b.output_gain = gain_of(output_gain, residual_grad, input, b.sizes);
+    b.output_gain = gain_of(output_gain, residual_grad, b.activation, input, b.sizes);
     Tensor dx = empty_as(input);
     Tensor dresidual = residual_grad ? empty_as(input) : empty(input, {0}, input.scalar_type());
     b.count = count;

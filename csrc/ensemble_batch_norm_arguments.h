@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "layout.h"
 
 namespace torch::stable {
@@ -28,7 +29,7 @@ struct Forward {
   DataType dtype;
   const void* x;
   const void* residual = nullptr;
-  Affine weight, bias, output_gain;  // output_gain multiplies what the activation let through; not with a residual
+  Affine weight, bias, output_gain;  // output_gain multiplies the activation; neither it nor a residual with kSilu
   bool compute_statistics;           // else mean and rstd are given
   double eps = 0;
   Affine input_gain;  // on the CPU alone: rstd is then input_gain times that of x · input_gain
@@ -38,7 +39,7 @@ struct Forward {
   Running running;
   void* y = nullptr;  // null: statistics only
   uint8_t* mask = nullptr;
-  bool relu = false;
+  Activation activation = Activation::kNone;
   const torch::stable::Tensor* like;
 };
 
@@ -50,8 +51,8 @@ struct Backward {
   const void* mean;
   const void* rstd;
   Affine weight, bias, output_gain;
-  const uint8_t* mask = nullptr;  // with relu and no mask, the mask is recomputed from x
-  bool relu = false;
+  const uint8_t* mask = nullptr;  // of a ReLU; without one, what an activation passes is recomputed from x
+  Activation activation = Activation::kNone;
   bool compute_sums;  // else sum_dz and sum_dz_xhat are given
   void* sum_dz;       // of dz before the output gain, like the next
   void* sum_dz_xhat;

@@ -29,6 +29,12 @@ inline Sizes sizes_of(const Tensor& input, const Tensor& gain, int64_t channel_d
   return {K, B, C, S, S == 1};
 }
 
+inline bool is_relu(const std::string& name) {
+  const Activation activation = activation_of(kOp, name);
+  STD_TORCH_CHECK(activation != Activation::kSilu, "member_gain: activation must be none or relu, got ", name);
+  return activation == Activation::kRelu;
+}
+
 // The ops for one device; Device has static forward(const Call&) and backward(const Call&).
 template <class Device>
 struct Ops {
@@ -41,7 +47,7 @@ struct Ops {
               input.const_data_ptr(),
               affine(kOp, "gain", gain, input, s),
               affine(kOp, "bias", bias, input, s),
-              is_relu(kOp, activation)};
+              is_relu(activation)};
     call.like = &input;
     return call;
   }

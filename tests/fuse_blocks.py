@@ -10,7 +10,7 @@ from torch import nn
 import latephase_kernels as lp
 
 K, B = 2, 2
-RELU, ADD_RELU = "BN → ReLU", "BN → add → ReLU"
+RELU, SILU, ADD_RELU = "BN → ReLU", "BN → SiLU", "BN → add → ReLU"
 
 
 def images(rows=K * B, channels=3, size=16, dtype=torch.float64, seed=0):

@@ -37,6 +37,7 @@ def test_values_and_gradients(shape, layout, dtype, training):
     for residual in (False, True):
         for activation in ("none", "relu"):
             check(case_of(shape, dtype, layout, residual), shape[0], training, activation)
+    check(case_of(shape, dtype, layout), shape[0], training, "silu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -58,6 +58,7 @@ def test_one_case_of_every_tier(one_case, layout, dtype):
     _, shape = one_case
     check(case_of(shape, dtype, layout, residual=True), 2, True, "relu")
     check(case_of(shape, dtype, layout, gain=True), 2, True, "relu")
+    check(case_of(shape, dtype, layout), 2, True, "silu")
 
 
 def test_the_tier_is_the_one_that_is_forced(one_case):

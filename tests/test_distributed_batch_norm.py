@@ -61,7 +61,7 @@ def on_rank():
     group = StatisticsGroup()
 
     def synchronized(x, residual, weight, bias, gain, mean, var):
-        activation = "none" if residual is None and gain is None else "relu"
+        activation = "silu" if residual is None and gain is None else "relu"
         weight, bias = (torch.stack([t, t], -1)[..., 0] for t in (weight, bias))  # with strides
         return lp.functional.ensemble_batch_norm(
             x, mean, var, weight, bias, True, num_members=K, residual=residual, activation=activation,
@@ -88,7 +88,7 @@ def of_all_rows(x, residual, weight, bias, gain, mean, var):
     if gain is not None:
         y = F.relu(y).unflatten(0, (K, -1)) * gain.to(y.dtype).expand(K, C)[:, None, :, None, None]
         return y.flatten(0, 1)
-    return y if residual is None else F.relu(y + residual)
+    return F.silu(y) if residual is None else F.relu(y + residual)
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def by_slices(x, running_mean, running_var, weight, bias, *, num_members, residu
         ]
     )
     y = y if residual is None else y + residual
-    return F.relu(y) if activation == "relu" else y
+    return {"none": lambda z: z, "relu": F.relu, "silu": F.silu}[activation](y)
 
 
 def compare(inputs, **options):
@@ -92,8 +92,20 @@ def compare(inputs, **options):
     if options["activation"] == "relu":  # where rounding decides the sign, the gradient of either side is right
         before = run(by_slices, inputs, dtype=torch.float64, **{**options, "activation": "none"})["y"]
         assert (before.abs() < 1e-7).sum() < 2
-    assert_close(result, plain, truth)
+    assert_close(result, plain, truth, sum_scales(inputs, **options) if options["activation"] == "silu" else None)
     return result
+
+
+def sum_scales(inputs, *, num_members, **options):
+    """The largest Σ|dz| and Σ|dz·x̂| of a member's channel: a SiLU's dz is rounded, a ReLU's is dy."""
+    tensors = {name: None if t is None else t.double() for name, t in inputs.items()}
+    running, affine = (tensors["running_mean"], tensors["running_var"]), (tensors["weight"], tensors["bias"])
+    ones, zeros = torch.ones_like(affine[0]), torch.zeros_like(affine[0])
+    options |= {"num_members": num_members, "residual": None, "activation": "none"}
+    xhat, z = (by_slices(tensors["x"], *(t.clone() for t in running), *ab, **options) for ab in ((ones, zeros), affine))
+    (dz,) = torch.autograd.grad(F.silu(z.requires_grad_()), z, tensors["dy"])
+    sums = [t.abs().unflatten(0, (num_members, -1)).transpose(1, 2).flatten(2).sum(2).max() for t in (dz, dz * xhat)]
+    return dict(zip(("dbias", "dweight"), (s.item() for s in sums)))
 
 
 SHAPES = [  # K, B, C, spatial: one member, odd everything, 7×7 planes, a vector's width and one more, long rows
@@ -112,7 +124,7 @@ SHAPES = [  # K, B, C, spatial: one member, odd everything, 7×7 planes, a vecto
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_values_and_gradients(shape, dtype, training):
-    for residual, activation in itertools.product([False, True], ["none", "relu"]):
+    for residual, activation in [*itertools.product([False, True], ["none", "relu"]), (False, "silu")]:
         inputs = make_inputs(*shape, dtype, residual=residual)
         compare(inputs, num_members=shape[0], training=training, activation=activation)
 
@@ -120,9 +132,10 @@ def test_values_and_gradients(shape, dtype, training):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s[3]) >= 2], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last(shape, training):
-    inputs = make_inputs(*shape, torch.float32, residual=True, channels_last=True)
-    result = compare(inputs, num_members=shape[0], training=training, activation="relu")
-    assert result["y"].stride() == inputs["x"].stride()
+    for residual, activation in [(True, "relu"), (False, "silu")]:
+        inputs = make_inputs(*shape, torch.float32, residual=residual, channels_last=True)
+        result = compare(inputs, num_members=shape[0], training=training, activation=activation)
+        assert result["y"].stride() == inputs["x"].stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -133,6 +146,7 @@ def test_half_precision(dtype, channels_last, parameter_dtype):
     if parameter_dtype == "same":
         inputs = {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
     compare(inputs, num_members=3, training=True, activation="none")
+    compare(inputs, num_members=3, training=True, activation="silu")
     result = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu")
     plain = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="none")
     assert torch.equal(result["y"], F.relu(plain["y"]))
@@ -262,6 +276,20 @@ def test_nan_stays_in_its_place_in_eval(channels_last):
 # ---- any strides, empty batches
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_silu_far_from_zero(dtype):
+    """Where e⁻ᶻ overflows; of infinity PyTorch's gradient is NaN, too."""
+    z = torch.tensor([-1e30, -1e4, -110.0, -89.0, -20.0, -0.0, 20.0, 89.0, 1e30, float("inf"), float("nan")])
+    statistics = torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    results = []
+    for silu in (F.silu, lambda x: ensemble_batch_norm(x, *statistics, eps=0.0, num_members=1, activation="silu")):
+        x = z.to(dtype).view(-1, 1).requires_grad_()
+        y = silu(x)
+        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-36, equal_nan=True)
+
+
 def test_any_strides():
     base = make_inputs(2, 4, 6, (5, 8), torch.float32, residual=True)
     options = dict(num_members=2, training=True, activation="relu")
@@ -307,7 +335,7 @@ def test_empty_batch(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", False), ("relu", True)])
+@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", False), ("relu", True), ("silu", False)])
 def test_gradcheck_twice(training, activation, residual):
     inputs = make_inputs(2, 2, 3, (2, 2), torch.float64, residual=residual, seed=3)
     leaves = [inputs[n].requires_grad_() for n in ("x", "weight", "bias", "residual") if inputs[n] is not None]
@@ -322,7 +350,7 @@ def test_gradcheck_twice(training, activation, residual):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", True)])
+@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", True), ("silu", False)])
 def test_first_gradients_are_the_same_where_they_can_be_differentiated_again(activation, residual):
     """x is computed from the weight: that path must not count twice."""
     inputs = make_inputs(2, 2, 3, (2, 2), torch.float64, residual=residual)

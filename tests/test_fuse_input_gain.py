@@ -179,6 +179,10 @@ def other_activation(self, x):
     return self.conv(torch.tanh(self.bn(x)))
 
 
+def behind_a_silu(self, x):  # its gain would be no factor of Σ dz and Σ dz·x̂
+    return self.conv(F.silu(self.bn(x)))
+
+
 def residual(self, x):
     return self.conv(F.relu(self.bn(x) + x))
 
@@ -190,7 +194,7 @@ def two_layers(self, x):
 
 LEFT = (
     *(shortcut_of_the_activated, shortcut_of_the_normalized, layer_called_before, part_used_before),
-    *(something_between, other_activation, residual, two_layers),
+    *(something_between, other_activation, behind_a_silu, residual, two_layers),
 )
 
 

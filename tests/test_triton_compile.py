@@ -22,7 +22,8 @@ STATISTICS = ("mean", "var", "rstd", "running_mean", "running_var", "sum_dz", "s
 PER_MEMBER = (*STATISTICS, "weight", "bias", "gain", "dgain", "dbias")
 SUMS = ("first", "second", "partials")
 BLOCKS = dict(BLOCK_SPLITS=64, BLOCK_GROUPS=16)
-FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, GAIN_SHARED=False, RELU=True, BATCH_STATISTICS=True)
+FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, GAIN_SHARED=False, BATCH_STATISTICS=True)
+RELU, SILU = dict(RELU=True, ACTIVATION="relu"), dict(ACTIVATION="silu")  # a row's, by its name
 APPLY_KERNELS = ("apply_kernel", "backward_apply_kernel")  # tiles of their own; others have a reduction's
 NORM, ON_CHIP = "ensemble_batch_norm_streaming", "ensemble_batch_norm_resident"
 GAIN, TILES = "member_gain", "tiles"
@@ -35,6 +36,9 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
     "apply + ReLU": (NORM, "apply_kernel", ["residual", "mask", "gain"]),
     "apply + ReLU + gain": (NORM, "apply_kernel", ["residual", "mask"]),
     "apply + residual + ReLU": (NORM, "apply_kernel", ["gain"]),
+    "apply + SiLU": (NORM, "apply_kernel", ["residual", "mask", "gain"]),
+    "backward reduce, SiLU": (NORM, "backward_reduce_kernel", ["mask"]),
+    "backward apply, SiLU": (NORM, "backward_apply_kernel", ["mask", "dresidual", "gain"]),
     "backward reduce, ReLU recomputed": (NORM, "backward_reduce_kernel", ["mask", "partials"]),
     "backward reduce, ReLU bits, split": (NORM, "backward_reduce_kernel", []),
     "backward apply, ReLU recomputed": (NORM, "backward_apply_kernel", ["mask", "dresidual", "gain"]),
@@ -44,6 +48,8 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
     "on chip, forward + ReLU": (ON_CHIP, "resident_forward_kernel", ["mask", "residual", "gain"]),
     "on chip, forward + ReLU + gain": (ON_CHIP, "resident_forward_kernel", ["mask", "residual"]),
     "on chip, forward + residual + ReLU": (ON_CHIP, "resident_forward_kernel", ["gain"]),
+    "on chip, forward + SiLU": (ON_CHIP, "resident_forward_kernel", ["mask", "residual", "gain"]),
+    "on chip, backward, SiLU": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
     "on chip, backward, ReLU recomputed": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
     "on chip, backward, ReLU recomputed, gain": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual"]),
     "on chip, backward, ReLU bits": (ON_CHIP, "resident_backward_kernel", ["gain"]),
@@ -94,7 +100,7 @@ def _layouts(kernel_name):
         yield "channels_last", Sizes(4, 64, 256, 196, True, dtype)
 
 
-def _compile(file, kernel_name, without, sizes, capability):
+def _compile(file, kernel_name, without, sizes, capability, activation):
     """Return the compiled kernel as the launch in triton_kernels/<file>.py would specialize it."""
     import torch
 
@@ -109,7 +115,7 @@ def _compile(file, kernel_name, without, sizes, capability):
         plan = tiles.reduction(sizes)
     element = "*fp32" if sizes.dtype == torch.float32 else "*bf16"
     values = dict(
-        FLAGS, **BLOCKS, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
+        FLAGS, **BLOCKS, **activation, ACC=sizes.acc, ROWS_OF_CHANNELS=sizes.rows_of_channels,
         BLOCK_R=plan.block_r, BLOCK_C=plan.block_c,
     )  # fmt: skip
     extents = dict(num_channels=sizes.channels, spatial=sizes.spatial)
@@ -204,8 +210,9 @@ def _print_table(capability):
             compiled = _compile_product(*variant, dtype, precision, capability)
             print_row(row, "×".join(map(str, variant[2])), f"{dtype} {precision}", compiled)
     for row, variant in VARIANTS.items():
+        activation = SILU if "SiLU" in row else RELU
         for layout, sizes in _layouts(variant[1]):
-            print_row(row, layout, str(sizes.dtype)[6:], _compile(*variant, sizes, capability))
+            print_row(row, layout, str(sizes.dtype)[6:], _compile(*variant, sizes, capability, activation))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ LAYOUTS = [  # K, shape, memory format
     (2, (4, 6, 2, 4, 3), LAST_3D),
 ]
 SEVERAL_SPLITS = [(2, (4, 2, 110, 112), CONTIGUOUS), (2, (4, 3, 50, 51), LAST)]
-FUSIONS = [(False, "none"), (False, "relu"), (True, "none"), (True, "relu")]
+FUSIONS = [(False, "none"), (False, "relu"), (True, "none"), (True, "relu"), (False, "silu")]
 
 
 @pytest.fixture(params=["on chip", "streaming"])
@@ -117,7 +117,7 @@ def pytorch(num_members, training, activation):
             slices.append(F.batch_norm(x, running_mean[k], running_var[k], w, b, training, 0.1, EPS))
         z = torch.cat(slices)
         z = z if residual is None else z + residual
-        return z.relu() if activation == "relu" else z
+        return {"none": lambda z: z, "relu": F.relu, "silu": F.silu}[activation](z)
 
     return function
 

@@ -1,5 +1,5 @@
-// The activations of an LSTM's gates, a register at a time; NaN stays NaN. Float within a few roundings of what
-// std::exp and std::tanh give, where that is no denormal; double is theirs.
+// The activations of an LSTM's gates and the SiLU, a register at a time; NaN stays NaN. Float within a few roundings of
+// what std::exp and std::tanh give, where that is no denormal; double is theirs.
 #pragma once
 
 #include <cmath>
@@ -50,6 +50,16 @@ inline Vec<double> sigmoid(Vec<double> x) {
 }
 inline Vec<double> tanh(Vec<double> x) {
   return lane_by_lane(x, [](double z) { return std::tanh(z); });
+}
+
+template <class A>
+inline Vec<A> silu(Vec<A> x) {
+  return x * sigmoid(x);
+}
+template <class A>
+inline Vec<A> silu_derivative(Vec<A> x) {
+  const Vec<A> s = sigmoid(x), one = splat<A>(1);
+  return s * fma(x, one - s, one);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "../ensemble_batch_norm_arguments.h"
+#include "activations.h"
 #include "elements.h"
 
 namespace latephase::LATEPHASE_ISA {
@@ -70,12 +71,13 @@ void fill_correction(const Coefficients<A*>& out, const Backward& b, int64_t k, 
   }
 }
 
-// How a ReLU shows: not at all, recomputed from x, or in a mask that the forward pass wrote.
-enum class Relu { None, FromX, FromMask };
+// What the backward pass needs of the activation: nothing, or it is recomputed from x, or in the mask that the forward
+// pass wrote.
+enum class Gate { None, Relu, ReluMask, Silu };
 
 // Both steps see the data as rows of s.columns() values, one of mask bits for each. Kernels work with a copy of their
 // own: stores to the data could change one that others see, and it would be read again after each.
-template <class T, Relu kRelu, bool kResidual>
+template <class T, Gate kGate, bool kResidual>
 struct ForwardStep {
   using A = typename Accumulation<T>::type;
   const T* x;
@@ -97,16 +99,17 @@ struct ForwardStep {
     const int64_t at = row * columns + column;
     Vec<A> z = fma(load(x + at, count) - c.mean, c.scale, c.bias);
     if constexpr (kResidual) z += load(residual + at, count);
-    if constexpr (kRelu != Relu::None) {
+    if constexpr (kGate == Gate::Silu) z = silu<A>(z);
+    if constexpr (kGate == Gate::Relu || kGate == Gate::ReluMask) {
       const Mask<A> passed = ~(z <= splat<A>(kRoundsToZero<T>));
       z = keep<A>(z, passed);
-      if constexpr (kRelu == Relu::FromMask) write_mask<A>(mask + row * mask_row_bytes, column, passed, count);
+      if constexpr (kGate == Gate::ReluMask) write_mask<A>(mask + row * mask_row_bytes, column, passed, count);
     }
     store(y + at, z * c.factor, count);
   }
 };
 
-template <class T, Relu kRelu>
+template <class T, Gate kGate>
 struct BackwardStep {
   using A = typename Accumulation<T>::type;
   const T* x;
@@ -127,16 +130,18 @@ struct BackwardStep {
         mask_row_bytes(b.sizes.mask_row_bytes()),
         constant(std::isinf(b.count)) {}
 
-  // dz = dy where the activation passed; also returns x − mean.
+  // dz = dy · activation'(z); also returns x − mean.
   template <class Count>
   inline Vec<A> gradient(int64_t row, int64_t column, Count count, const Coefficients<Vec<A>>& c,
                          Vec<A>& centred) const {
     const int64_t at = row * columns + column;
     centred = load(x + at, count) - c.mean;
     const Vec<A> dz = load(dy + at, count);
-    if constexpr (kRelu == Relu::None) return dz;
-    if constexpr (kRelu == Relu::FromMask) return keep<A>(dz, read_mask<A>(mask + row * mask_row_bytes, column, count));
-    return keep<A>(dz, ~(fma(centred, c.scale, c.bias) <= splat<A>(kRoundsToZero<T>)));
+    if constexpr (kGate == Gate::None) return dz;
+    if constexpr (kGate == Gate::ReluMask) return keep<A>(dz, read_mask<A>(mask + row * mask_row_bytes, column, count));
+    const Vec<A> z = fma(centred, c.scale, c.bias);
+    if constexpr (kGate == Gate::Silu) return dz * silu_derivative<A>(z);
+    return keep<A>(dz, ~(z <= splat<A>(kRoundsToZero<T>)));
   }
 
   template <class Count>
@@ -153,16 +158,18 @@ struct BackwardStep {
 // Calls body(step) with the step for these arguments.
 template <class T, class Body>
 void with_step(const Forward& f, const Body& body) {
-  if (!f.relu)
-    return f.residual ? body(ForwardStep<T, Relu::None, true>(f)) : body(ForwardStep<T, Relu::None, false>(f));
-  if (f.mask) return body(ForwardStep<T, Relu::FromMask, true>(f));
-  f.residual ? body(ForwardStep<T, Relu::FromX, true>(f)) : body(ForwardStep<T, Relu::FromX, false>(f));
+  if (f.activation == Activation::kSilu) return body(ForwardStep<T, Gate::Silu, false>(f));
+  if (f.activation == Activation::kNone)
+    return f.residual ? body(ForwardStep<T, Gate::None, true>(f)) : body(ForwardStep<T, Gate::None, false>(f));
+  if (f.mask) return body(ForwardStep<T, Gate::ReluMask, true>(f));
+  f.residual ? body(ForwardStep<T, Gate::Relu, true>(f)) : body(ForwardStep<T, Gate::Relu, false>(f));
 }
 
 template <class T, class Body>
 void with_step(const Backward& b, const Body& body) {
-  if (!b.relu) return body(BackwardStep<T, Relu::None>(b));
-  b.mask ? body(BackwardStep<T, Relu::FromMask>(b)) : body(BackwardStep<T, Relu::FromX>(b));
+  if (b.activation == Activation::kSilu) return body(BackwardStep<T, Gate::Silu>(b));
+  if (b.activation == Activation::kNone) return body(BackwardStep<T, Gate::None>(b));
+  b.mask ? body(BackwardStep<T, Gate::ReluMask>(b)) : body(BackwardStep<T, Gate::Relu>(b));
 }
 
 }  // namespace

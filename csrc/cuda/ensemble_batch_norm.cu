@@ -61,7 +61,7 @@ void run_forward(const Forward& f) {
                                      static_cast<scalar_t*>(f.y),
                                      f.mask,
                                      {mean, rstd, Parameter(f.weight), Parameter(f.bias), Parameter(f.output_gain)},
-                                     f.relu};
+                                     f.activation};
   if (f.compute_statistics) {
     const FinishStatistics finish(f);
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 1)) {
@@ -97,9 +97,10 @@ void run_backward(const Backward& b) {
       sum_dz_xhat,
       static_cast<float>(1 / b.count),
       std::isinf(b.count),
-      !b.relu             ? Gate::kOpen
-      : b.mask != nullptr ? Gate::kMask
-                          : Gate::kRecompute};
+      b.activation == Activation::kNone   ? Gate::kOpen
+      : b.activation == Activation::kSilu ? Gate::kSilu
+      : b.mask != nullptr                 ? Gate::kMask
+                                          : Gate::kRelu};
   if (b.compute_sums) {
     const FinishSums finish{sum_dz, sum_dz_xhat, rstd};
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 2)) {

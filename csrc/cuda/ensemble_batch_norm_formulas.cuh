@@ -3,7 +3,7 @@
 //
 //   z = (x − mean) · scale + bias + residual,   scale = rstd · weight,   y = activation(z) · output gain
 //   dx = (dz − Σdz / count − (x − mean) · rstd · Σ(dz · x̂) / count) · scale · output gain,
-//   dz = dy where the activation let z pass
+//   dz = dy · activation'(z)
 #pragma once
 
 #include <cmath>
@@ -84,7 +84,7 @@ struct ForwardArguments {
   scalar_t* y;               // or null: statistics only
   uint8_t* mask;             // or null
   Normalization normalization;
-  bool relu;
+  Activation activation;
 };
 
 // mean, scale, bias and output gain of each column of a thread.
@@ -132,6 +132,13 @@ struct Normalizer {
   }
 };
 
+__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1, __fadd_rn(1, __expf(-z))); }
+__device__ __forceinline__ float silu(float z) { return __fmul_rn(z, sigmoid(z)); }
+__device__ __forceinline__ float silu_derivative(float z) {
+  const float s = sigmoid(z);
+  return __fmul_rn(s, __fmaf_rn(z, __fsub_rn(1, s), 1));
+}
+
 template <class scalar_t, Layout layout>
 __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t>& a,
                                                  const Normalizer<scalar_t, layout>& normalizer,
@@ -142,10 +149,16 @@ __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t
     z[j] = normalizer.normalized(x.get(j), j);
     if (a.residual != nullptr) z[j] = __fadd_rn(z[j], residual.get(j));
   }
-  if (a.relu && a.normalization.output_gain.data == nullptr) return Unit<scalar_t>::rectified(z);
+  const bool relu = a.activation == Activation::kRelu;
+  if (relu && a.normalization.output_gain.data == nullptr) return Unit<scalar_t>::rectified(z);
+  if (a.activation == Activation::kSilu) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) z[j] = silu(z[j]);
+    return Unit<scalar_t>::of(z);
+  }
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {
-    if (a.relu && !relu_passes(z[j], Packing<scalar_t>::kRoundsToZero)) z[j] = 0;
+    if (relu && !relu_passes(z[j], Packing<scalar_t>::kRoundsToZero)) z[j] = 0;
     z[j] = __fmul_rn(z[j], normalizer.output_gain[by_column(layout) ? j : 0]);
   }
   return Unit<scalar_t>::of(z);
@@ -153,7 +166,8 @@ __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t
 
 // ---------------------------------------------------------------------------------------------- backward
 
-enum class Gate { kOpen, kMask, kRecompute };
+// What the backward pass needs of the activation: nothing, its bits, or z again, as the ReLU and the SiLU do.
+enum class Gate { kOpen, kMask, kRelu, kSilu };
 
 template <class scalar_t>
 struct BackwardArguments {
@@ -183,7 +197,7 @@ struct FinishSums {
   }
 };
 
-// The values of a unit that the activation let through, which is found again from x; 0 for the others.
+// The values of a unit that a ReLU let through, which is found again from x; 0 for the others.
 template <class scalar_t, Layout layout>
 __device__ __forceinline__ Unit<scalar_t> gated(const Normalizer<scalar_t, layout>& normalizer,
                                                 const Unit<scalar_t>& dy, const Unit<scalar_t>& x) {
@@ -191,10 +205,24 @@ __device__ __forceinline__ Unit<scalar_t> gated(const Normalizer<scalar_t, layou
       [&](int j) { return relu_passes(normalizer.normalized(x.get(j), j), Packing<scalar_t>::kRoundsToZero); });
 }
 
+// dz of a unit before a SiLU: the sums take it as it is, dx rounded like a tensor.
+struct SiluGradient {
+  float values[kUnit];
+
+  template <class scalar_t, Layout layout>
+  __device__ __forceinline__ SiluGradient(const Normalizer<scalar_t, layout>& normalizer, const Unit<scalar_t>& dy,
+                                          const Unit<scalar_t>& x) {
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j)
+      values[j] = __fmul_rn(dy.get(j), silu_derivative(normalizer.normalized(x.get(j), j)));
+  }
+  __device__ __forceinline__ float get(int j) const { return values[j]; }
+};
+
 // Adds dz and dz · (x − mean) of a unit; both are 0 where no value is.
-template <class scalar_t, Layout layout>
+template <class scalar_t, Layout layout, class Gradient>
 __device__ __forceinline__ void add_to(Sums<Channels<layout>::kCount>& sums,
-                                       const Normalizer<scalar_t, layout>& normalizer, const Unit<scalar_t>& dz,
+                                       const Normalizer<scalar_t, layout>& normalizer, const Gradient& dz,
                                        const Unit<scalar_t>& x) {
 #pragma unroll
   for (int j = 0; j < kUnit; ++j) {

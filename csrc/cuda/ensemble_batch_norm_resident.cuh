@@ -187,7 +187,8 @@ __device__ __forceinline__ void fetch_gate(const Resident<scalar_t, layout>& r, 
   }
 }
 
-// Gates dy where it lies, and adds up dz and dz · (x − mean) of the thread's channels over the block or the cluster.
+// Turns dy into dz where it lies, and adds up dz and dz · (x − mean) of the thread's channels over the block or the
+// cluster.
 template <class scalar_t, Layout layout>
 __device__ __forceinline__ Sums<Channels<layout>::kCount> sums_of(const Resident<scalar_t, layout>& r,
                                                                   const BackwardArguments<scalar_t>& a,
@@ -199,6 +200,12 @@ __device__ __forceinline__ Sums<Channels<layout>::kCount> sums_of(const Resident
   for (int i = 0; i < r.units; ++i) {
     const Unit<scalar_t> x_unit = x.get(i);
     Unit<scalar_t> dz_unit = dz.get(i);
+    if (a.gate == Gate::kSilu) {
+      const SiluGradient gradient(normalizer, dz_unit, x_unit);
+      dz.put(i, Unit<scalar_t>::of(gradient.values));
+      add_to(sums, normalizer, gradient, x_unit);
+      continue;
+    }
     if (a.gate != Gate::kOpen) {
       dz_unit = a.gate == Gate::kMask ? dz_unit.keep(r.template gate<2>(i)) : gated(normalizer, dz_unit, x_unit);
       dz.put(i, dz_unit);

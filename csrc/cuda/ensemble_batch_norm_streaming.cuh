@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ForwardArguments<
 
 // ---------------------------------------------------------------------------------------------- backward
 
-// Loads a tile of x and dz.
+// Loads a tile of x and dz; before a SiLU, of x and dy.
 template <Keep keep, class scalar_t, Layout layout, int tile>
 __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scalar_t> (&x)[tile],
                                            const BackwardArguments<scalar_t>& a,
@@ -179,7 +179,7 @@ __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scal
     }
 #pragma unroll
     for (int i = 0; i < tile; ++i) dz[i] = dz[i].keep(passed[i]);
-  } else if (a.gate == Gate::kRecompute) {
+  } else if (a.gate == Gate::kRelu) {
 #pragma unroll
     for (int i = 0; i < tile; ++i) dz[i] = gated(normalizer, dz[i], x[i]);
   }
@@ -199,7 +199,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     load_gated<kFirstRead>(dz, x, a, normalizer, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
-      add_to(sums, normalizer, dz[i], x[i]);
+      if (a.gate == Gate::kSilu) {
+        add_to(sums, normalizer, SiluGradient(normalizer, dz[i], x[i]), x[i]);
+      } else {
+        add_to(sums, normalizer, dz[i], x[i]);
+      }
       cursor.advance(g);
     }
   }
@@ -231,6 +235,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(Backward
     load_gated<kLastUse>(dz, x, a, normalizer, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
+      if (a.gate == Gate::kSilu) dz[i] = Unit<scalar_t>::of(SiluGradient(normalizer, dz[i], x[i]).values);
       store_unit<kLastUse>(input_gradient(normalizer, through, a.constant_statistics, dz[i], x[i]), a.dx, g, cursor);
       if (a.dresidual != nullptr) store_unit<kLastUse>(dz[i], a.dresidual, g, cursor);
       cursor.advance(g);

@@ -1,7 +1,7 @@
-"""Finds BN → ReLU and BN → add → ReLU in the graph of a forward and makes each one call of the batch norm.
+"""Finds BN → ReLU, BN → SiLU and BN → add → ReLU in the graph of a forward; each becomes one call of the batch norm.
 
 A rank-1 layer whose output goes straight into a batch norm leaves its output gain to the norm; one that alone takes a
-batch norm's output, activated or not, its input gain.
+batch norm's output, rectified or not, its input gain.
 """
 
 import operator
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..nn.batch_norm import _EnsembleBatchNorm
+from ..nn.batch_norm import OP_ACTIVATIONS, _EnsembleBatchNorm
 from ..nn.member_module import is_observed
 from ..nn.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Linear
 from ..nn.rank1_batch_norm import Gain, input_gain_for, without_output_gain
@@ -20,10 +20,10 @@ from ..nn.shared_batch_norm import _SharedBatchNorm
 from .fuse_trace import IN_PLACE
 
 BATCH_NORMS = (_EnsembleBatchNorm, _SharedBatchNorm)
-RELU, ADD_RELU = "BN → ReLU", "BN → add → ReLU"
-GAIN, TO_GAIN = "gain → ", " → gain"  # before either of them, or before "BN" alone; behind the first, or "BN"
+RELU, SILU, ADD_RELU = "BN → ReLU", "BN → SiLU", "BN → add → ReLU"
+GAIN, TO_GAIN = "gain → ", " → gain"  # before any of them, or before "BN" alone; behind the first, or "BN"
 
-_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_FUNCTIONS: dict[Any, str] = {**dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "relu"), F.silu: "silu"}
 _ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLACE["iadd"]: "iadd"}
 _ADD_METHODS = {"add": "add", "add_": "iadd"}
 _ADDS: dict[str, Callable] = {"add": operator.add, "iadd": operator.iadd, "radd": lambda y, residual: residual + y}
@@ -75,8 +75,8 @@ class Chains:
     """Rewrites the graph of one forward.
 
     Attributes:
-        sites: (batch norm's path, pattern or "", reason if ""), in the order of the calls. Patterns: RELU, ADD_RELU,
-            each perhaps after GAIN, and GAIN + "BN"; the former, and "BN", perhaps before TO_GAIN.
+        sites: (batch norm's path, pattern or "", reason if ""), in the order of the calls. Patterns: RELU, SILU,
+            ADD_RELU, each perhaps after GAIN, and GAIN + "BN"; the first, and "BN", perhaps before TO_GAIN.
         silent: the modules on whose calls the graph relies without making them all: they must not be observed.
     """
 
@@ -127,6 +127,8 @@ class Chains:
     def _takes_input_gain(self, call: fx.Node) -> bool:
         """Let the rank-1 layer that alone takes call, a norm's, leave its input gain to it; whether that can be."""
         silent: list[fx.Node] = []
+        if call.kwargs.get("activation") == "silu":
+            return False
         try:
             value, user = self._follow(call, silent)
         except _Left:
@@ -159,18 +161,19 @@ class Chains:
             _Left: it cannot be proved to mean the same; nothing is changed.
         """
         silent = [self._batch_norm(norm)]
-        chain: list[fx.Node] = []  # what goes: nn.Identity calls, the add, the ReLU
+        chain: list[fx.Node] = []  # what goes: nn.Identity calls, the add, the activation
         value, user = self._follow(norm, chain)
-        if self._is_relu(user, value):
+        activation = self._activation(user, value)
+        if activation is not None:
             chain.append(user)
-            norm.kwargs = {"activation": "relu"}
+            norm.kwargs = {"activation": activation}
             user.replace_all_uses_with(norm)
-            pattern, call = RELU, norm
+            pattern, call = {"relu": RELU, "silu": SILU}[activation], norm
         else:
             kind, residual = self._add(user, value)
             chain.append(user)
             total, relu = self._follow(user, chain)
-            if not self._is_relu(relu, total):
+            if self._activation(relu, total) != "relu":
                 raise _Left(f"no ReLU follows the add, but {self._name(relu)}")
             chain.append(relu)
             silent += self._check_move(norm, user, chain)
@@ -210,23 +213,23 @@ class Chains:
             chain.append(user)
             node = user
 
-    def _is_relu(self, node: fx.Node, value: fx.Node) -> bool:
-        """Whether node is the ReLU of value."""
+    def _activation(self, node: fx.Node, value: fx.Node) -> str | None:
+        """Return which of the op's activations node applies to value."""
         child = self._child(node)
-        if type(child) is nn.ReLU:
+        if type(child) in OP_ACTIVATIONS:
             if is_observed(child):
                 raise _Left(f"{self._name(node)} has hooks or a forward set on it")
-            return True
+            return OP_ACTIVATIONS[type(child)]
         if node.op == "call_function":
-            return node.target in _RELU_FUNCTIONS and node.args[:1] == (value,)
-        return node.op == "call_method" and node.target in ("relu", "relu_")
+            return _FUNCTIONS.get(node.target) if node.args[:1] == (value,) else None
+        return "relu" if node.op == "call_method" and node.target in ("relu", "relu_") else None
 
     def _add(self, node: fx.Node, value: fx.Node) -> tuple[str, Any]:
         """Return how node adds to value, a key of _ADDS, and what."""
         names: dict[Any, str] = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(node.op, {})
         kind = names.get(node.target)
         if kind is None or len(node.args) != 2 or node.kwargs:
-            raise _Left(f"neither a ReLU nor a plain add follows, but {self._name(node)}")
+            raise _Left(f"neither a ReLU, a SiLU nor a plain add follows, but {self._name(node)}")
         if node.args[0] is node.args[1]:
             raise _Left("it is added to itself")
         if node.args[0] is value:

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.checks import check_activation, check_num_members
 from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_running
-from ..ops.ensemble_batch_norm_checks import check_arguments
+from ..ops.ensemble_batch_norm_checks import ACTIVATIONS, check_arguments
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
+from ..reference.activation import activate
 from ..reference.ensemble_batch_norm import accumulation_dtype
 from .member_module import (
     MemberModule,
@@ -27,6 +28,7 @@ from .member_module import (
     replicate_parameter,
 )
 
+OP_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"}  # modules whose work the op can do as well
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -45,7 +47,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         affine: with weight and bias, [K, C] each.
         track_running_stats: with running_mean, running_var [K, C] and num_batches_tracked [K].
         device, dtype: of parameters and statistics.
-        activation: "none" or "relu", applied last.
+        activation: "none", "relu" or "silu" (without a residual), applied last.
 
     Raises:
         TypeError, ValueError: num_members or activation does not fit.
@@ -69,7 +71,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
     ):
         where = type(self).__name__
         check_num_members(where, num_members)
-        check_activation(where, activation)
+        check_activation(where, activation, ACTIVATIONS)
         nn.Module.__init__(self)
         self.num_features, self.num_members, self.eps, self.momentum = num_features, num_members, eps, momentum
         self.affine, self.track_running_stats, self.activation = affine, track_running_stats, activation
@@ -176,7 +178,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
                 self.num_batches_tracked.add_(1)
         if residual is not None:
             y = y + residual
-        return F.relu(y) if activation == "relu" else y
+        return activate(y, activation)
 
     def averaged(self, mode: str = "exact") -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return weight, bias, running mean and variance, [C] each or None, of the one plain batch norm.

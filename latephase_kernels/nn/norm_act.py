@@ -8,7 +8,7 @@ Known by name: timm is never imported.
 
 from torch import Tensor, nn
 
-from .batch_norm import EnsembleBatchNorm2d
+from .batch_norm import OP_ACTIVATIONS, EnsembleBatchNorm2d
 from .member_module import check_standard_forward, is_observed
 from .shared_batch_norm import SharedBatchNorm2d
 from .sync_batch_norm import EnsembleSyncBatchNorm, SharedSyncBatchNorm
@@ -23,11 +23,6 @@ def norm_act_class(module: nn.Module) -> type | None:
         if cls.__name__ in ("BatchNormAct2d", "SyncBatchNormAct") and home.startswith("timm.") and "norm_act" in home:
             return cls
     return None
-
-
-def _is_plain(module: nn.Module | None, cls: type) -> bool:
-    """Whether module is of exactly this class, unchanged, and nobody watches its calls by hooks."""
-    return type(module) is cls and not is_observed(module)
 
 
 class _NormAct:
@@ -55,8 +50,9 @@ class _NormAct:
 
     def forward(self, input: Tensor) -> Tensor:
         """Return act(drop(y)) of the normalized input y, in input's shape; see the base class."""
-        if self._fuses_relu():
-            return super().forward(input, activation="relu")
+        activation = self._fused()
+        if activation is not None:
+            return super().forward(input, activation=activation)
         y = super().forward(input)
         for name in _CHILDREN:
             child = self._modules.get(name)
@@ -64,10 +60,12 @@ class _NormAct:
                 y = child(y)
         return y
 
-    def _fuses_relu(self) -> bool:
-        """Whether drop does nothing and act is a ReLU: then the op applies it."""
+    def _fused(self) -> str | None:
+        """What the op can apply: act, where drop does nothing."""
         drop, act = (self._modules.get(name) for name in _CHILDREN)
-        return _is_plain(act, nn.ReLU) and (drop is None or _is_plain(drop, nn.Identity))
+        if any(child is not None and is_observed(child) for child in (drop, act)):
+            return None
+        return OP_ACTIVATIONS.get(type(act)) if drop is None or type(drop) is nn.Identity else None
 
 
 class EnsembleBatchNormAct2d(_NormAct, EnsembleBatchNorm2d):

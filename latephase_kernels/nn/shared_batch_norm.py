@@ -4,7 +4,6 @@ Shapes: K members, B rows a member, C channels. Stacked input is [K·B, C, *], m
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -12,6 +11,7 @@ from ..ops.checks import check_num_members
 from ..ops.ensemble_batch_norm import normalize, update_running
 from ..ops.ensemble_batch_norm_checks import check_arguments
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
+from ..reference.activation import activate
 from .member_module import check_mode, check_plain, twin
 from .routing import Routed
 
@@ -74,7 +74,7 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         Args:
             input: [K·B, C, *], or [N, C, *] where the model averages.
             residual: added before the activation; input's shape and type.
-            activation: "none" or "relu".
+            activation: "none", "relu" or "silu" (without a residual).
             input_gain: as in EnsembleBatchNorm.
             output_gain: as in EnsembleBatchNorm.
 
@@ -85,7 +85,7 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         if isinstance(members, str):
             y = super().forward(input)
             y = y if residual is None else y + residual
-            return F.relu(y) if activation == "relu" else y
+            return activate(y, activation)
         self._check_input_dim(input)
         statistics, num_members, group = (None, None), len(members), self._statistics_ranks()
         training = self.training or self.running_mean is None or self.running_var is None

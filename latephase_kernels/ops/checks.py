@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -15,12 +14,12 @@ def check_num_members(op: str, num_members: int) -> None:
         raise ValueError(f"{op}: num_members must be at least 1, got {num_members}")
 
 
-def check_activation(op: str, activation: str) -> None:
-    """Raise unless activation is a known name."""
+def check_activation(op: str, activation: str, known: tuple[str, ...]) -> None:
+    """Raise unless activation is one of the known names."""
     if not isinstance(activation, str):
         raise TypeError(f"{op}: activation must be a str, got {type(activation).__name__}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation not in known:
+        raise ValueError(f"{op}: activation must be one of {', '.join(known)}, got {activation!r}")
 
 
 def check_input(op: str, input: Tensor) -> None:

@@ -48,7 +48,7 @@ def through_gain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient of gain and the [K, C] ones of weight and bias of y = activation(x̂ · weight + bias) · gain.
 
-    With dz = dy where the activation let it pass:   dgain = weight · Σ dz·x̂ + bias · Σ dz
+    With dz = dy where the ReLU let it pass:   dgain = weight · Σ dz·x̂ + bias · Σ dz
 
     Args:
         product, total: [K, C], Σ dz·x̂ and Σ dz, what the gradients would be with a gain of 1.
@@ -92,6 +92,9 @@ def gradients_before(
         mask: of the ReLU, packed, if there was a residual.
         output_gain: one of tensors, or None.
     """
+    if activation == "silu":
+        y = reference.finish(y.to(working_dtype(y)), activation, None, y.dtype)
+        return *differentiate(y, tensors, needs, dy), None
     if mask.numel():
         passed = unpack_mask(mask, y)
     else:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .checks import check_activation, check_input, check_num_members, check_per_member, check_strided
 
+ACTIVATIONS = ("none", "relu", "silu")
 _OP = "ensemble_batch_norm"
 
 
@@ -108,7 +109,7 @@ def check_arguments(
         raise TypeError(f"{_OP}: training must be a bool, got {type(training).__name__}")
     check_eps(_OP, eps, training)
     check_momentum(_OP, momentum, num_members)
-    check_activation(_OP, activation)
+    check_activation(_OP, activation, ACTIVATIONS)
     per_member = (num_members, input.size(1))
     _check_running(running_mean, running_var, input, per_member, training)
     for name, parameter in (("weight", weight), ("bias", bias), ("output_gain", output_gain)):
@@ -121,6 +122,11 @@ def check_arguments(
                 f"{_OP}: output_gain must be None where there is a residual, got shape {list(output_gain.shape)}; "
                 "multiply the result by member_gain"
             )
+    if activation == "silu" and (residual is not None or output_gain is not None):
+        given = "output_gain" if residual is None else "residual"
+        raise ValueError(
+            f"{_OP}: {given} must be None with activation='silu'; apply F.silu to what activation='none' gives"
+        )
     if training and 0 < input.numel() * ranks == num_members * input.size(1):
         raise ValueError(
             f"{_OP}: training needs more than one value a channel and member, got input of shape {list(input.shape)} "

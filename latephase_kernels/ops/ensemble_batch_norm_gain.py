@@ -2,7 +2,7 @@
 
 With v the variance of u:   q = 1 / √(gain² v + eps),   y = activation( (u − ū) · gain q · weight + bias + residual )
     mean z = gain · ū + shift,   var z = gain² · v
-    dgain = weight · eps · q³ · Σ dz' (u − ū),   dshift = 0;   dz' = dy where the activation let it pass
+    dgain = weight · eps · q³ · Σ dz' (u − ū),   dshift = 0;   dz' = dy · activation'
 
 With an output gain s, y is s times that, and dz' is s · dy.
 

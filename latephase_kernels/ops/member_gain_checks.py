@@ -25,7 +25,7 @@ def check_arguments(input: Tensor, gain: Tensor, bias: Tensor | None, channel_di
     if input.dim() < 2:
         raise ValueError(f"{_OP}: input must be [K·B, C, *] or [K·B, *, C], got shape {tuple(input.shape)}")
     channel_dim = _check_channel_dim(input, channel_dim)
-    check_activation(_OP, activation)
+    check_activation(_OP, activation, ("none", "relu"))
     if not isinstance(gain, Tensor):
         raise TypeError(f"{_OP}: gain must be a Tensor, got {type(gain).__name__}")
     num_members = gain.size(0) if gain.dim() == 2 else 0

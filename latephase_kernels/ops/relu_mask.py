@@ -15,7 +15,7 @@ def mask_shape(input: Tensor, residual: Tensor | None, activation: str) -> list[
     Contiguous input with S > 1: rows = K·B·C, columns = S. Otherwise rows = K·B·S, columns = C.
     Bit j % 8 of byte j // 8 says whether column j passed the ReLU. [0] where no mask is needed.
     """
-    if residual is None or activation == "none":
+    if residual is None or activation != "relu":
         return [0]
     columns = input.size(1) if rows_of_channels(input) else input.shape[2:].numel()
     return [input.numel() // columns if columns else 0, (columns + 7) // 8]

@@ -48,7 +48,7 @@ def _statistic(input: Tensor, num_members: int) -> Tensor:
 
 
 def _affine_settings(weight: Tensor | None, bias: Tensor | None, activation: str) -> dict:
-    return dict(WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias), RELU=activation == "relu")
+    return dict(WEIGHT_SHARED=is_shared(weight), BIAS_SHARED=is_shared(bias), ACTIVATION=activation)
 
 
 def _forward(

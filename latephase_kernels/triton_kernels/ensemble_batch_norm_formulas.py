@@ -1,7 +1,7 @@
 """The mathematics of ensemble batch norm on a tile, once for every tier: the same bits wherever a value is computed.
 
     y = activation( (x − mean_k) · rstd_k · weight_k + bias_k + residual ) · gain_k,   rstd_k = 1 / √(var_k + eps)
-    dx = gain_k · weight_k · rstd_k · (dz − Σdz / n − x̂ · Σ(dz · x̂) / n),   dz = dy where the ReLU passed
+    dx = gain_k · weight_k · rstd_k · (dz − Σdz / n − x̂ · Σ(dz · x̂) / n),   dz = dy · activation'(z)
 
 Shapes: K members, B rows a member, C channels, S = product of the spatial sizes, n = B·S values a statistic.
 Per-member tensors are [K, C]; G = K·C of them are counted as groups, group = k·C + c.
@@ -87,12 +87,14 @@ def times_gain(value, gain, member, channel, num_channels, valid, GAIN_SHARED: t
 
 
 @triton.jit
-def output(x, residual, mean, scale, shift, offset, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
+def output(x, residual, mean, scale, shift, offset, valid, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
     """y before the output gain from x, in x's type; the ReLU decides by its value as DTYPE."""
     z = tl.fma(x - mean, scale, shift)
     if residual is not None:
         z += tl.load(residual + offset, valid, other=0.0).to(x.dtype)
-    return tl.where(z.to(DTYPE).to(x.dtype) <= 0.0, 0.0, z) if RELU else z
+    if ACTIVATION == "silu":
+        z *= tl.sigmoid(z)
+    return tl.where(z.to(DTYPE).to(x.dtype) <= 0.0, 0.0, z) if ACTIVATION == "relu" else z
 
 
 @triton.jit
@@ -118,16 +120,19 @@ def load_mask(mask, row, row_valid, first_column, columns, BLOCK_R: tl.constexpr
 
 
 @triton.jit
-def gated(dy, centred, scale, shift, mask, row, column, columns, valid, DTYPE: tl.constexpr, RELU: tl.constexpr):
-    """dy where the ReLU passed: by its bit, or by the output recomputed from x − mean and rounded as in forward."""
+def gated(dy, centred, scale, shift, mask, row, column, columns, valid, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """dz: a ReLU's by its bit, or by the output recomputed from x − mean and rounded as in forward."""
     dz = dy
-    if RELU:
-        if mask is not None:
-            byte = tl.load(mask + row * tl.cdiv(columns, 8) + column // 8, valid, other=0)
-            dz = tl.where(((byte.to(tl.int32) >> (column % 8).to(tl.int32)) & 1) == 0, 0.0, dy)
-        else:
-            y = tl.fma(centred, scale, shift).to(DTYPE).to(dy.dtype)
-            dz = tl.where(y <= 0.0, 0.0, dy)
+    if mask is not None:
+        byte = tl.load(mask + row * tl.cdiv(columns, 8) + column // 8, valid, other=0)
+        dz = tl.where(((byte.to(tl.int32) >> (column % 8).to(tl.int32)) & 1) == 0, 0.0, dy)
+    elif ACTIVATION == "relu":
+        y = tl.fma(centred, scale, shift).to(DTYPE).to(dy.dtype)
+        dz = tl.where(y <= 0.0, 0.0, dy)
+    elif ACTIVATION == "silu":
+        z = tl.fma(centred, scale, shift)
+        passed = tl.sigmoid(z)
+        dz = dy * (passed * (1.0 + z * (1.0 - passed)))
     return dz
 
 

@@ -40,7 +40,8 @@ def resident_forward_kernel(
     x, residual, weight, bias, gain, y, mask, mean, var, rstd, running_mean, running_var, tracked,
     momentum, batch, num_channels, spatial, n,
     EPS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr,
-    RELU: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, channel block): its mean, then the squares around it, and y and the ReLU's bits if asked for."""
     BLOCK_CHANNELS: tl.constexpr = BLOCK_C if ROWS_OF_CHANNELS else 1
@@ -70,7 +71,7 @@ def resident_forward_kernel(
         scale, bias_value = affine(
             weight, bias, member, channels, num_channels, in_range, rstd_value, WEIGHT_SHARED, BIAS_SHARED
         )
-        z = output(value, residual, mean_value, scale, bias_value, offset, valid, y.dtype.element_ty, RELU)
+        z = output(value, residual, mean_value, scale, bias_value, offset, valid, y.dtype.element_ty, ACTIVATION)
         if mask is not None:
             row_valid, first_column = _mask_place(batch, num_channels, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C)
             store_mask(mask, z, row, row_valid, first_column, columns, valid, BLOCK_R, BLOCK_C)
@@ -83,7 +84,8 @@ def resident_backward_kernel(
     dy, x, mean, rstd, weight, bias, gain, mask, sum_dz, sum_dz_xhat, dx, dresidual,
     batch, num_channels, spatial, n,
     BATCH_STATISTICS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr,
-    RELU: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, channel block): Σdz and Σ(dz · x̂), and dx and dresidual if asked for."""
     BLOCK_CHANNELS: tl.constexpr = BLOCK_C if ROWS_OF_CHANNELS else 1
@@ -100,11 +102,11 @@ def resident_backward_kernel(
     offset = row * columns + column
     centred = tl.load(x + offset, valid, other=0.0).to(ACC) - mean_value
     dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
-    if RELU and mask is not None:
+    if mask is not None:
         row_valid, first_column = _mask_place(batch, num_channels, n, ROWS_OF_CHANNELS, BLOCK_R, BLOCK_C)
         dz = tl.where(load_mask(mask, row, row_valid, first_column, columns, BLOCK_R, BLOCK_C), dz, 0.0)
     else:
-        dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+        dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, ACTIVATION)
     total = over_tile(dz, ROWS_OF_CHANNELS)
     dot = over_tile(dz * centred, ROWS_OF_CHANNELS) * rstd_value
     tl.store(sum_dz + group, total, in_range)

@@ -153,7 +153,7 @@ def _apply_tile(
 @jit
 def apply_kernel(
     x, mean, rstd, weight, bias, gain, residual, y, mask, batch, num_channels, spatial, n, rows,
-    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr, RELU: tl.constexpr,
+    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr, ACTIVATION: tl.constexpr,
     ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, and of the ReLU's bits where mask is given."""
@@ -166,7 +166,7 @@ def apply_kernel(
     )
     offset = row * columns + column
     value = tl.load(x + offset, valid, other=0.0).to(ACC)
-    z = output(value, residual, mean_value, scale, shift, offset, valid, y.dtype.element_ty, RELU)
+    z = output(value, residual, mean_value, scale, shift, offset, valid, y.dtype.element_ty, ACTIVATION)
     if mask is not None:
         first_column = tl.program_id(0).to(tl.int64) % tl.cdiv(columns, BLOCK_C) * BLOCK_C
         row_valid = row < rows
@@ -184,7 +184,7 @@ def apply_kernel(
 def backward_reduce_kernel(
     dy, x, mean, rstd, weight, bias, mask, sum_dz, sum_dz_xhat, partials,
     batch, num_channels, spatial, n, groups, tiles, tiles_per_split, splits,
-    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr,
     ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One (member, split, channel block) of Σdz and Σ(dz · x̂): writes the sums, or partials [2, splits, G]."""
@@ -207,7 +207,7 @@ def backward_reduce_kernel(
         offset = row * columns + column
         centred = tl.load(x + offset, valid, other=0.0).to(ACC) - mean_value
         dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
-        dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+        dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, ACTIVATION)
         sum_value += dz
         dot_value = tl.fma(dz, centred, dot_value)
 
@@ -227,7 +227,8 @@ def backward_apply_kernel(
     dy, x, mean, rstd, weight, bias, gain, mask, sum_dz, sum_dz_xhat, dx, dresidual,
     batch, num_channels, spatial, n, rows, count,
     BATCH_STATISTICS: tl.constexpr, WEIGHT_SHARED: tl.constexpr, BIAS_SHARED: tl.constexpr, GAIN_SHARED: tl.constexpr,
-    RELU: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACC: tl.constexpr, ROWS_OF_CHANNELS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of dx, and of dresidual = dz where it is given."""
     row, column, valid, member, channel, parameter_valid = _apply_tile(
@@ -241,7 +242,7 @@ def backward_apply_kernel(
     offset = row * columns + column
     centred = tl.load(x + offset, valid, other=0.0).to(ACC) - mean_value
     dz = tl.load(dy + offset, valid, other=0.0).to(ACC)
-    dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, RELU)
+    dz = gated(dz, centred, scale, shift, mask, row, column, columns, valid, x.dtype.element_ty, ACTIVATION)
     if dresidual is not None:
         tl.store(dresidual + offset, dz.to(dresidual.dtype.element_ty), valid)
     mean_dz, slope = 0.0, 0.0

@@ -201,6 +201,7 @@ Execute float_arithmetic(const std::string& op) {
     TERNARY("fma.rm", fma_down(a, b, c))
     UNARY("rsqrt.approx.ftz", flushed(static_cast<float>(1 / std::sqrt(static_cast<double>(flushed(a))))))
     UNARY("rcp.approx.ftz", flushed(1 / flushed(a)))
+    UNARY("ex2.approx", std::exp2(a))
     UNARY("ex2.approx.ftz", flushed(std::exp2(flushed(a))))
   }
   return nullptr;
