@@ -56,9 +56,10 @@ def make_pair(targets=("rank1",), dtype=torch.float64, **options):
     "targets, options",
     [
         (("rank1",), {}),
+        (("rank1_bias",), {}),
         (("rank1", "batch_norm"), {}),
         (("rank1",), {"momentum": None}),
-        (("rank1", "batch_norm"), {"affine": False}),
+        (("rank1_bias", "batch_norm"), {"affine": False}),
         (("rank1",), {"track_running_stats": False}),
         (("rank1", "batch_norm"), {"momentum": None, "eps": 0.7}),
     ],

@@ -45,49 +45,57 @@ def member_weight(weight, input_gain, output_gain):
 
 
 def member_answers(plain, layer, rows):
-    """What the plain layer answers to each member's rows with that member's weight."""
+    """What the plain layer answers to each member's rows with that member's weight, and its bias if it has its own."""
+    biases = layer.bias if layer.member_bias else [layer.bias] * K
     return [
-        functional_call(plain, {"weight": member_weight(layer.weight, s, r)}, (x,))
-        for s, r, x in zip(layer.input_gain, layer.output_gain, rows)
+        functional_call(plain, {"weight": member_weight(layer.weight, s, r), "bias": b}, (x,))
+        for s, r, b, x in zip(layer.input_gain, layer.output_gain, biases, rows)
     ]
 
 
 # ---------------------------------------------------------------------------------------------- each layer
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last, member_bias", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("case", LAYERS)
-def test_every_member_is_the_layer_with_its_own_weight(case, channels_last):
+def test_every_member_is_the_layer_with_its_own_weight(case, channels_last, member_bias):
     make, sample = LAYERS[case]
     torch.manual_seed(0)
     plain = make().double()
     kind = RANK1_TYPES[type(plain)]
-    layer = kind.from_module(plain, K, 0.5)
-    assert layer.weight is plain.weight and layer.bias is plain.bias and type(layer) is kind
+    layer = kind.from_module(plain, K, 0.5, member_bias=member_bias)
+    own = member_bias and plain.bias is not None
+    assert layer.weight is plain.weight and (layer.bias is plain.bias) != own and type(layer) is kind
+    assert not own or len(layer.bias.unique()) == K * len(plain.bias)
     x = torch.randn(K * B, *sample, dtype=torch.float64, requires_grad=True)
     rows = x.contiguous(memory_format=torch.channels_last) if channels_last and len(sample) == 3 else x
     expected = torch.cat(member_answers(plain, layer, rows.chunk(K)))
     y = layer(rows)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     dy = torch.randn_like(y)
-    inputs = [x, *layer.parameters()]
-    truth = torch.autograd.grad(expected, [t for t in inputs if t is not layer.bias], dy)
-    found = torch.autograd.grad(y, [t for t in inputs if t is not layer.bias], dy, retain_graph=True)
+    inputs = [t for t in (x, *layer.parameters()) if own or t is not layer.bias]
+    truth = torch.autograd.grad(expected, inputs, dy)
+    found = torch.autograd.grad(y, inputs, dy, retain_graph=True)
     torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
-    if layer.bias is not None:
+    if layer.bias is not None and not own:
         dims = list(range(y.dim() - 1)) if kind is Rank1Linear else [0, *range(2, y.dim())]
         torch.testing.assert_close(torch.autograd.grad(y, layer.bias, dy)[0], dy.sum(dims))
 
 
+@pytest.mark.parametrize("targets", ["rank1", "rank1_bias"])
 @pytest.mark.parametrize("case", LAYERS)
-def test_the_average_is_the_collapsed_layer(case):
+def test_the_average_is_the_collapsed_layer(case, targets):
     make, sample = LAYERS[case]
     torch.manual_seed(0)
     plain = make().double()
-    model = lp.expand(nn.Sequential(copy.deepcopy(plain)), K, targets="rank1", noise_std=0.5).eval()
+    model = lp.expand(nn.Sequential(copy.deepcopy(plain)), K, targets=targets, noise_std=0.5).eval()
     layer = model[0]
     x = torch.randn(4, *sample, dtype=torch.float64)
-    mean = torch.stack(member_answers(plain, layer, [x] * K)).mean(0)
+    answers = member_answers(plain, layer, [x] * K)
+    mean = torch.stack(answers).mean(0)
+    torch.testing.assert_close(lp.predict(model, x, members="all"), torch.stack(answers), rtol=1e-12, atol=1e-12)
+    alone = lp.collapse(copy.deepcopy(model), member=1)
+    torch.testing.assert_close(alone(x), answers[1], rtol=1e-12, atol=1e-12)
     paper = member_weight(layer.weight, layer.input_gain.mean(0), layer.output_gain.mean(0))
     answer = model(x)
     torch.testing.assert_close(answer, mean, rtol=1e-12, atol=1e-12)
@@ -99,13 +107,15 @@ def test_the_average_is_the_collapsed_layer(case):
             assert torch.equal(collapsed(x), answer)
         else:
             torch.testing.assert_close(collapsed[0].weight, paper, rtol=1e-12, atol=1e-12)
+            if layer.member_bias:
+                torch.testing.assert_close(collapsed[0].bias, layer.bias.mean(0), rtol=1e-12, atol=1e-12)
             assert not torch.allclose(collapsed(x), answer)
 
 
-@pytest.mark.parametrize("mode", ["exact", "weights"])
+@pytest.mark.parametrize("targets, mode", [("rank1", "exact"), ("rank1", "weights"), ("rank1_bias", "exact")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("case", LAYERS)
-def test_gains_of_one_collapse_bit_for_bit(case, dtype, mode):
+def test_gains_of_one_collapse_bit_for_bit(case, dtype, targets, mode):
     plain = nn.Sequential(LAYERS[case][0]()).to(dtype)
     with torch.no_grad():
         plain[0].weight.view(-1)[:2] = torch.tensor([-0.0, float("inf")])
@@ -113,7 +123,7 @@ def test_gains_of_one_collapse_bit_for_bit(case, dtype, mode):
     calls = []
     handle = plain[0].register_forward_hook(lambda *_: calls.append(1))
     original = copy.deepcopy(plain.state_dict())
-    lp.expand(plain, 49, targets="rank1")  # 49 · (1 / 49) is not 1
+    lp.expand(plain, 49, targets=targets)  # 49 · (1 / 49) is not 1
     assert plain[0].input_gain.requires_grad and plain[0].input_gain.dtype == dtype
     lp.collapse(plain, mode=mode)
     for name, value in plain.state_dict().items():
@@ -135,6 +145,30 @@ def test_noise_and_constructors():
         assert marked.pop("input_gain") and marked.pop("output_gain") and not any(marked.values())
 
 
+@pytest.mark.parametrize(
+    "make", [lambda own: Rank1Linear(4, 6, K, member_bias=own), lambda own: Rank1Conv2d(4, 6, 1, K, member_bias=own)]
+)
+def test_own_biases_begin_alike_and_are_drawn_again_with_the_rest(make):
+    torch.manual_seed(0)
+    shared = make(False)
+    torch.manual_seed(0)
+    layer = make(True)
+    assert torch.equal(layer.weight, shared.weight) and torch.equal(layer.bias, shared.bias.expand(K, -1))
+    assert layer.bias.num_members == K and repr(layer).endswith(f"num_members={K}, member_bias=True)")
+    assert repr(copy.deepcopy(layer).half()) == repr(layer) and not hasattr(layer.weight, "num_members")
+    layer = layer.to("meta").to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    expected = make(True).state_dict()
+    for name, value in layer.state_dict().items():
+        bound = expected[name].abs().max()
+        assert (value.abs() <= 2 * bound).all() and (name == "weight" or torch.equal(value[1:], value[:-1]))
+    assert torch.equal(layer.weight, expected["weight"]) and torch.equal(layer.input_gain, expected["input_gain"])
+
+
 def test_state_dicts():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 1))
     model = lp.expand(copy.deepcopy(plain), K, targets="rank1", noise_std=0.5)
@@ -150,6 +184,15 @@ def test_state_dicts():
     collapsed = lp.collapse(other).state_dict()
     assert all(torch.equal(value, collapsed[name]) for name, value in plain.state_dict().items())
     assert set(model.load_state_dict({}, strict=False).missing_keys) == set(model.state_dict())  # of no layer at all
+    own = lp.expand(copy.deepcopy(plain), K, targets="rank1_bias", noise_std=0.5)
+    assert [list(own[i].bias.shape) for i in (0, 1)] == [[K, 4]] * 2
+    with pytest.raises(RuntimeError, match='0.bias is each member.s own in the checkpoint .*target "rank1_bias"'):
+        model.load_state_dict(own.state_dict())
+    for checkpoint in (plain.state_dict(), model.state_dict()):
+        own.load_state_dict(checkpoint)
+        assert torch.equal(own[0].bias, checkpoint["0.bias"].expand(K, 4)) and own[0].bias.num_members == K
+    collapsed = lp.collapse(own).state_dict()
+    assert torch.equal(collapsed["0.bias"], plain[0].bias) and collapsed.keys() == plain.state_dict().keys()
 
 
 # ---------------------------------------------------------------------------------------------- the target
@@ -218,7 +261,7 @@ def test_what_rank1_targets():
     lp.expand(model, K, targets=lambda name, module: {"0": True, "3": "rank1"}.get(name))
     assert [type(m) for m in model] == [MemberLinear, nn.Linear, nn.ReLU, Rank1Linear]
     assert type(lp.collapse(model)[3]) is MyLinear
-    with pytest.raises(ValueError, match="a callable target must return a bool or \"rank1\", got 'gains'"):
+    with pytest.raises(ValueError, match='must return a bool, "rank1" or "rank1_bias", got .gains.'):
         lp.expand(model, K, targets=lambda name, module: "gains" if name == "0" else False)
     with pytest.raises(
         NotImplementedError,
@@ -232,6 +275,13 @@ def test_what_rank1_targets():
     shared = nn.Linear(4, 4)  # one layer in two places has one pair of gains
     model = lp.expand(nn.Sequential(shared, nn.ReLU(), shared), K, targets="rank1")
     assert model[0] is model[2] and lp.collapse(model)[0] is model[2]
+    layers = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.LSTM(4, 4, batch_first=True)
+    model = nn.ModuleList([*layers, nn.Linear(4, 2)])
+    lp.expand(model, K, targets=(lambda name, _: name == "0" and "rank1", "rank1_bias", "head", "rank1"))
+    assert {name: p.dim() for name, p in model.named_parameters() if "bias" in name} == {
+        "0.bias": 2, "1.bias": 2, "3.bias_ih_l0": 1, "3.bias_hh_l0": 1, "4.bias": 2,
+    }  # fmt: skip
+    assert type(model[4]) is MemberLinear and model[2].bias is None
     with pytest.raises(NotImplementedError, match=r"linear1 is in 0 .*batch_first=True"):
         lp.expand(nn.Sequential(nn.TransformerEncoderLayer(4, 2)), K, targets="rank1")
 
@@ -312,6 +362,21 @@ def test_gains_join_live_optimizers():
     assert set(groups["member_no_decay"]) >= {now["0.input_gain"], now["2.output_gain"]}
 
 
+def test_own_biases_move_in_live_optimizers():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    optimizer = torch.optim.SGD(lp.param_groups(model, lr=0.1, weight_decay=0.1, no_decay=1), momentum=0.9)
+    lp.expand(model, K, targets="rank1_bias", optimizers=optimizer)
+    now = {parameter: name for name, parameter in model.named_parameters()}
+    for groups in (optimizer.param_groups, lp.param_groups(model, lr=0.1, weight_decay=0.1, no_decay=1)):
+        held = {g["name"]: sorted(now[p] for p in g["params"]) for g in groups if g["params"]}
+        gains = [f"{i}.{side}put_gain" for i in (0, 2) for side in ("in", "out")]
+        biases, decayed = ["0.bias", "2.bias"], groups is optimizer.param_groups  # gains join their weight's group
+        assert held["base"] == ["0.weight", "2.weight"] and held["member_no_decay"] == sorted(
+            biases + gains * (not decayed)
+        )
+        assert held.get("member", []) == gains * decayed and "base_no_decay" not in held
+
+
 def test_gains_that_no_optimizer_takes_are_named():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
     model[0].requires_grad_(False)
@@ -347,22 +412,24 @@ def rule_for(rule, parameters):
 
 
 @pytest.mark.parametrize(  # every pair of two choices
-    "make, rule, scale, chunk",
+    "make, rule, scale, chunk, targets",
     [
-        *((mlp, "sgd", "sum", K), (mlp, "adamw", "mean", 1), (mlp, "adamw", "sum", K)),
-        *((cnn, "sgd", "mean", 1), (cnn, "adamw", "mean", K), (cnn, "sgd", "sum", 1)),
+        *((mlp, "sgd", "sum", K, "rank1"), (mlp, "adamw", "mean", 1, "rank1_bias"), (mlp, "adamw", "sum", K, "rank1")),
+        *((cnn, "sgd", "mean", 1, "rank1"), (cnn, "adamw", "mean", K, "rank1"), (cnn, "sgd", "sum", 1, "rank1_bias")),
     ],
 )
-def test_stacked_training_equals_the_loop(make, rule, scale, chunk):
+def test_stacked_training_equals_the_loop(make, rule, scale, chunk, targets):
     """The paper's loop: every member's turn is a plain model's whose weights are W ∘ (r_k s_kᵀ)."""
     torch.manual_seed(0)
     plain = make().double()
-    model = lp.expand(copy.deepcopy(plain), K, targets="rank1", noise_std=0.3)
+    model = lp.expand(copy.deepcopy(plain), K, targets=targets, noise_std=0.3)
+    late = {name for name, parameter in model.named_parameters() if hasattr(parameter, "num_members")}
     gains = [
-        {name: p[k].detach().clone().requires_grad_() for name, p in model.named_parameters() if name.endswith("gain")}
+        {name: p[k].detach().clone().requires_grad_() for name, p in model.named_parameters() if name in late}
         for k in range(K)
     ]
-    base_optimizer = rule_for(rule, plain.parameters())
+    base = [parameter for name, parameter in plain.named_parameters() if name not in late]
+    base_optimizer = rule_for(rule, base)
     optimizers = [rule_for(rule, own.values()) for own in gains]
     optimizer = rule_for(rule, model.parameters())
     lp.set_base_grad_scale(optimizer, model, scale)
@@ -376,10 +443,11 @@ def test_stacked_training_equals_the_loop(make, rule, scale, chunk):
                 for name, p in plain.named_parameters()
                 if name[:-6] + "input_gain" in own and name.endswith("weight")
             }
+            weights |= {name: value for name, value in own.items() if name.endswith("bias")}
             member_optimizer.zero_grad()
             F.cross_entropy(functional_call(plain, weights, (rows,)), labels).backward()
             member_optimizer.step()
-        for parameter in plain.parameters():
+        for parameter in base:
             parameter.grad *= 1 if scale == "sum" else 1 / K
         base_optimizer.step()
 
@@ -390,8 +458,7 @@ def test_stacked_training_equals_the_loop(make, rule, scale, chunk):
                 lp.member_loss(F.cross_entropy, model(x[rows]), target[rows], num_members=chunk).backward()
         optimizer.step()
     for name, value in model.state_dict().items():
-        late = name.endswith("gain")
-        expected = torch.stack([own[name] for own in gains]) if late else plain.state_dict()[name]
+        expected = torch.stack([own[name] for own in gains]) if name in late else plain.state_dict()[name]
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
         assert not torch.equal(value, start[name])
 
@@ -411,12 +478,14 @@ def test_wrong_arguments():
         Rank1Conv2d(4, 4, 3, K)(torch.randn(4, 5, 5))
     with pytest.raises(ValueError, match=r"Rank1Linear: input.size\(0\)=4 is not divisible by num_members=3"):
         Rank1Linear(4, 4, K)(torch.randn(4, 4))
+    with pytest.raises(RuntimeError, match="predict: model is not expanded: its Rank1Linear was put in by hand"):
+        lp.predict(nn.Sequential(Rank1Linear(4, 4, K)), torch.randn(2, 4), members="all")
     with pytest.raises(ValueError, match="collapse: mode must be"):
         Rank1Linear(4, 4, K).collapse("best")
 
 
 def test_compiles_without_a_graph_break():
-    model = lp.expand(cnn(), K, targets="rank1", noise_std=0.3)
+    model = lp.expand(cnn(), K, targets="rank1_bias", noise_std=0.3)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for rows, training in ((K * B, True), (B, False)):
         x = torch.randn(rows, 2, 4, 4)

@@ -70,9 +70,11 @@ def expand(
                 these types (two pairs a layer of the LSTM), but where attention reads a weight without calling its
                 layer; input_gain and output_gain join the state dict; a layer that another target names too is the
                 other's;
+            "rank1_bias": the same and, as in BatchEnsemble, a bias of each member's own (an LSTM's stay shared);
             "embedding": the embeddings of hypernetwork layers (HyperConv2d, HyperLinear); their templates stay shared;
-            callables (name, module) -> bool, or "rank1" to give that layer gains. They may choose any module that has
-                parameters, no submodules and no buffers: its forward then runs once a member (lp.nn.Memberwise).
+            callables (name, module) -> bool, or "rank1" or "rank1_bias" to give that layer gains. They may choose any
+                module that has parameters, no submodules and no buffers: its forward then runs once a member
+                (lp.nn.Memberwise).
             None, (), leaves every weight shared: ghost batch norm, K groups of rows with statistics of their own.
             All but batch norms and LSTMs take dim 0 of what reaches them for the batch.
         noise_std: σ0.
@@ -103,7 +105,7 @@ def expand(
     optimizers = listed_optimizers(optimizers)
     schedulers = listed_schedulers(schedulers)
     check_not_expanded(model)
-    targeted, rank1, empty = find_targets(model, targets)
+    targeted, rank1, own_bias, empty = find_targets(model, targets)
     for target in empty if targeted else ():
         warnings.warn(f"expand: target {target!r} matches no module of the model", stacklevel=2)
     if not targeted and (empty or not any(isinstance(module, _BatchNorm) for module in model.modules())):
@@ -116,7 +118,8 @@ def expand(
     for name, module in model.named_modules():
         if id(module) in targeted:
             types = RANK1_TYPES if id(module) in rank1 else MEMBER_TYPES
-            replacements[id(module)] = build(name, module, types, num_members, noise_std, generator)
+            bias = (True,) if id(module) in own_bias else ()
+            replacements[id(module)] = build(name, module, types, num_members, noise_std, generator, *bias)
         elif isinstance(module, _BatchNorm):
             replacements[id(module)] = build(name, module, SHARED_TYPES, num_members)
     check_batch_first(model, {key: replacements[key] for key in targeted})
@@ -203,6 +206,8 @@ def _gains(model: nn.Module, rank1: set[int], replacements: dict[int, nn.Module]
     gains: Gains = {}
     for name, module in model.named_modules():
         for own, gain in replacements[id(module)].replicated_parameters().items() if id(module) in rank1 else ():
+            if own in module._parameters:  # a bias of each member's own
+                continue
             weight = own.replace("input_gain", "weight").replace("output_gain", "weight")  # an LSTM has several
             gains.setdefault(getattr(module, weight), []).append((f"{name}.{own}", gain))
     return gains

@@ -185,24 +185,27 @@ _NAMED: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
     "group_norm": lambda model: _norms(model, lambda module: isinstance(module, nn.GroupNorm)),
     "rms_norm": lambda model: _norms(model, is_rms_norm),
     "rank1": _rank1,
+    "rank1_bias": _rank1,
     "embedding": lambda model: [module for module in model.modules() if isinstance(module, (HyperConv2d, HyperLinear))],
 }
 
+# What becomes of a target; of what several targets make of one module, the last here holds.
+_KINDS = ("rank1", "rank1_bias", "replicated")
 
-def _select(model: nn.Module, target: str | Callable) -> tuple[set[int], set[int]]:
-    """Return the ids of the modules that the target replicates, and of those to which it gives rank-1 gains."""
+
+def _select(model: nn.Module, target: str | Callable) -> dict[int, str]:
+    """Return what becomes of the modules that the target chooses, by id: one of _KINDS."""
     if callable(target):
         answers = {id(module): target(name, module) for name, module in model.named_modules()}
-        strange = next((answer for answer in answers.values() if isinstance(answer, str) and answer != "rank1"), None)
+        strange = next((a for a in answers.values() if isinstance(a, str) and a not in _KINDS[:2]), None)
         if strange is not None:
-            raise ValueError(f'expand: a callable target must return a bool or "rank1", got {strange!r}')
-        rank1 = {key for key, answer in answers.items() if isinstance(answer, str)}
-        return {key for key, answer in answers.items() if answer} - rank1, rank1
+            raise ValueError(f'expand: a callable target must return a bool, "rank1" or "rank1_bias", got {strange!r}')
+        return {key: a if isinstance(a, str) else "replicated" for key, a in answers.items() if a}
     if target not in _NAMED:
         names = ", ".join(f'"{name}"' for name in _NAMED)
         raise ValueError(f"expand: targets must be {names} or a callable (name, module) -> bool, got {target!r}")
-    selected = {id(module) for module in _NAMED[target](model)}
-    return (set(), selected) if target == "rank1" else (selected, set())
+    kind = target if target in _KINDS else "replicated"
+    return {id(module): kind for module in _NAMED[target](model)}
 
 
 def _check_batch_dimension(model: nn.Module, found: set[int], rank1: set[int]) -> None:
@@ -221,10 +224,11 @@ def _check_batch_dimension(model: nn.Module, found: set[int], rank1: set[int]) -
         )
 
 
-def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[int], list]:
+def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[int], set[int], list]:
     """Return the targeted modules by id, in the model's order; the ids that get rank-1 gains; targets that found none.
 
-    A layer that "rank1" and another target name ("head", say) is the other's.
+    Behind the second, those of them that get biases of the members' own too. A layer that "rank1" and another target
+    name ("head", say) is the other's.
 
     Raises:
         TypeError, ValueError: an unknown target, or the root itself is one.
@@ -235,8 +239,7 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         targets = (targets,)
     elif not isinstance(targets, Iterable):
         raise TypeError(f"expand: targets must be names or callables, got {type(targets).__name__}")
-    found: set[int] = set()
-    rank1: set[int] = set()
+    kinds: dict[int, str] = {}
     empty = []
     for target in targets:
         if isinstance(target, (type, nn.Module)):
@@ -247,13 +250,13 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
             )
         if not isinstance(target, str) and not callable(target):
             raise TypeError(f"expand: targets must be names or callables, got {type(target).__name__}")
-        replicated, multiplied = _select(model, target)
-        if not replicated and not multiplied:
+        selected = _select(model, target)
+        if not selected:
             empty.append(target)
-        found |= replicated
-        rank1 |= multiplied
-    rank1 -= found
-    found |= rank1
+        for key, kind in selected.items():
+            kinds[key] = max(kind, kinds.get(key, kind), key=_KINDS.index)
+    found = set(kinds)
+    rank1 = {key for key, kind in kinds.items() if kind != "replicated"}
     for key, name in _uncalled(model).items():
         if key in found:
             what = "have rank-1 gains" if key in rank1 else "be replicated"
@@ -267,7 +270,9 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
             f"expand: the model itself ({type(model).__name__}) is a target and cannot be replaced in place; "
             "wrap it in nn.Sequential"
         )
-    return {id(module): module for module in model.modules() if id(module) in found}, rank1, empty
+    targeted = {id(module): module for module in model.modules() if id(module) in found}
+    own_bias = {k for k in rank1 if kinds[k] == "rank1_bias" and not isinstance(targeted[k], nn.LSTM)}
+    return targeted, rank1, own_bias, empty
 
 
 def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> nn.Module:

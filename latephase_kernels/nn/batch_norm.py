@@ -104,8 +104,8 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
             input: [K·B, C, *] where members run stacked (K of them, or the chosen ones), [N, C, *] for their average.
             residual: added before the activation; input's shape and type.
             activation: of this call; None for the layer's own.
-            input_gain: r [K, C] and shift, [C] or None: in place of input, input · r + shift is normalized. Only where
-                the batch's statistics normalize (rank1_batch_norm.py).
+            input_gain: r [K, C] and shift, [K, C], [C] or None: in place of input, input · r + shift is normalized.
+                Only where the batch's statistics normalize (rank1_batch_norm.py).
             output_gain: [K, C], multiplies what the activation gives. Only where members run stacked, without residual.
 
         Returns:

@@ -2,7 +2,8 @@
 
     y_k = ((x_k ∘ input_gain_k) · weightᵀ) ∘ output_gain_k + bias,   that is   W_k = weight ∘ (r_k s_kᵀ)
 
-Symbols: s = input_gain, r = output_gain. weight and bias are base weights, as in the plain layer.
+Symbols: s = input_gain, r = output_gain. weight is a base weight, as in the plain layer; so is bias, unless each member
+has its own (member_bias), as in BatchEnsemble.
 Shapes: K members, B rows a member. Stacked input is [K·B, …], member-major: dim 0 must be the batch.
 
 Source: Wen et al., ICLR 2020 (BatchEnsemble); von Oswald et al., ICLR 2021, section 2.
@@ -37,18 +38,42 @@ class _Rank1(MemberModule):
     _channel_dim: int
     _min_dim: int
     _input_shape: str
-    shared_names = frozenset(("weight", "bias"))
 
-    def _register_gains(self, num_members: int) -> None:
-        """Finish __init__, after torch.nn's constructor."""
-        check_num_members(type(self).__name__, num_members)
-        self.num_members, self.plain_type, self.routing = num_members, self._plain, None
+    def _add_members(
+        self, num_members: int, noise_std: float, generator: torch.Generator | None, member_bias: bool
+    ) -> None:
+        """Add the gains to a plain layer's tensors, and give each member its own bias if member_bias."""
+        self.num_members, self.routing = num_members, None
         for name, size in zip(_GAINS, self._gain_sizes()):
-            self.register_parameter(name, nn.Parameter(self.weight.new_ones(num_members, size)))
+            gain = replicate_parameter(self.weight.new_ones(size), num_members, noise_std, generator)
+            self.register_parameter(name, gain.requires_grad_())
+        bias = self._parameters["bias"]
+        if member_bias and bias is not None:
+            self.register_parameter("bias", replicate_parameter(bias, num_members, noise_std, generator))
         self._mark()
 
+    @property
+    def member_bias(self) -> bool:
+        """Whether there is a bias of each member's own, [K, out]."""
+        return self.bias is not None and self.bias.dim() > 1
+
+    @property
+    def shared_names(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(("weight",) if self.member_bias else ("weight", "bias"))
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_members={self.num_members}"
+        own = ", member_bias=True" if self.member_bias else ""
+        return f"{super().extra_repr()}, num_members={self.num_members}{own}"
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as the plain layer does, the bias of all members alike; gains become 1."""
+        super().reset_parameters()  # type: ignore[misc]
+        for name in _GAINS:
+            if name in self._parameters:  # not yet in torch.nn's constructor
+                nn.init.ones_(self._parameters[name])
+        if self.member_bias:
+            self.bias.copy_(self.bias[0].clone())
 
     def _gain_sizes(self) -> tuple[int, int]:
         """Inputs and outputs."""
@@ -58,8 +83,10 @@ class _Rank1(MemberModule):
         """The plain layer with this weight and bias."""
         raise NotImplementedError
 
-    def _apply_gains(self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor) -> Tensor:
-        """The layer of a stacked input, with gains [K, in] (None: 1) and [K, out] of its members."""
+    def _apply_gains(
+        self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The layer of a stacked input, with gains [K, in] (None: 1) and [K, out], and the bias, of its members."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, multiplied: bool = False) -> Tensor:
@@ -78,22 +105,27 @@ class _Rank1(MemberModule):
         if isinstance(members, str):
             return self._apply_weight(input, *self.averaged())
         check_rows(type(self).__name__, input, len(members))
-        input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
-        return self._apply_gains(input, None if multiplied else input_gain, output_gain)
+        input_gain, output_gain, bias = self._gains_and_bias(members)
+        return self._apply_gains(input, None if multiplied else input_gain, output_gain, bias)
 
     def without_output_gain(
         self, input: Tensor, multiplied: bool = False
     ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
-        """Return u and (r, bias) of the layer u ∘ r + bias of a stacked input; r [K, out] of the members that run.
+        """Return u and (r, bias) of the layer u ∘ r + bias of a stacked input, both of the members that run.
 
         multiplied, and what it raises: as forward.
         """
         self._check(input)
         members = self.active_members()
         check_rows(type(self).__name__, input, len(members))
-        input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
+        input_gain, output_gain, bias = self._gains_and_bias(members)
         x = input if multiplied else self._multiply(input, input_gain)
-        return self._apply_weight(x, self.weight, None), (output_gain, self.bias)
+        return self._apply_weight(x, self.weight, None), (output_gain, bias)
+
+    def _gains_and_bias(self, members: range) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the gains and the bias of the members that run."""
+        input_gain, output_gain = (self._members_of(members, getattr(self, name)) for name in _GAINS)
+        return input_gain, output_gain, self._members_of(members, self.bias) if self.member_bias else self.bias
 
     def _check(self, input: Tensor, stacked: bool = True) -> None:
         alone = input.dim() == self._min_dim - 1 and not stacked  # one sample, as the plain layer takes it
@@ -112,7 +144,7 @@ class _Rank1(MemberModule):
         """Return weight and bias of the plain layer.
 
         "exact": W ∘ mean_k(r_k s_kᵀ), the average of the members' outputs; "weights": W ∘ (mean r · mean sᵀ), the
-        paper's average. Sums are float64; gains of 1 give back W's own bits.
+        paper's average; biases of the members' own are averaged. Sums are float64; gains of 1 give back W's own bits.
         """
         s, r = self.input_gain.double(), self.output_gain.double()
         if mode == "weights":
@@ -121,7 +153,8 @@ class _Rank1(MemberModule):
         # Each output meets the inputs of its own group: [groups, out / groups, in / groups].
         gains = torch.einsum("kgo,kgi->goi", r.unflatten(1, (groups, -1)), s.unflatten(1, (groups, -1))) / s.size(0)
         gains = gains.flatten(0, 1).view(*self.weight.shape[:2], *[1] * (self.weight.dim() - 2))
-        return (self.weight.double() * gains).to(self.weight.dtype), self.bias
+        bias = member_mean(self.bias).to(self.bias.dtype) if self.member_bias else self.bias
+        return (self.weight.double() * gains).to(self.weight.dtype), bias
 
     @classmethod
     def from_module(
@@ -130,14 +163,16 @@ class _Rank1(MemberModule):
         num_members: int,
         noise_std: float = 0.0,
         generator: torch.Generator | None = None,
+        member_bias: bool = False,
     ) -> "_Rank1":
         """Return the plain layer with num_members pairs of gains: the same weight and bias objects, hooks and flags.
 
         Args:
             module: of the torch.nn class.
             num_members: K.
-            noise_std: σ0, gains are 1 + σ0 · ε_k, in weight's type.
+            noise_std: σ0, gains are 1 + σ0 · ε_k, in weight's type; biases b + σ0 · rms(b) · ε_k.
             generator: of ε.
+            member_bias: give each member its own bias, [K, out], if module has one.
 
         Raises:
             TypeError: module is no such layer.
@@ -148,11 +183,8 @@ class _Rank1(MemberModule):
         check_replication(where, num_members, noise_std, generator)
         check_plain(where, module, cls._plain)
         new = twin(module, cls)
-        new.num_members, new.plain_type, new.routing = num_members, type(module), None
-        for name, size in zip(_GAINS, new._gain_sizes()):
-            gain = replicate_parameter(module.weight.new_ones(size), num_members, noise_std, generator)
-            new.register_parameter(name, gain.requires_grad_())
-        new._mark()
+        new.plain_type = type(module)
+        new._add_members(num_members, noise_std, generator, member_bias)
         return new
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -160,6 +192,12 @@ class _Rank1(MemberModule):
         if prefix + "weight" in state_dict:
             for name in _GAINS:
                 state_dict.setdefault(prefix + name, torch.ones_like(getattr(self, name)))
+        bias = state_dict.get(prefix + "bias")
+        if isinstance(bias, Tensor) and bias.dim() == 2 and self.bias is not None and not self.member_bias:
+            args[-1].append(
+                f"{prefix}bias is each member's own in the checkpoint and shared in the model; expand the plain model "
+                'with target "rank1_bias" before loading'
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
@@ -170,11 +208,13 @@ class _Rank1(MemberModule):
             ValueError: an unknown mode.
         """
         check_mode(mode)
-        weight, _ = self.averaged(mode)
+        weight, bias = self.averaged(mode)
         plain = twin(self, self.plain_type)
         for name in _GAINS:
             del plain._parameters[name]
         plain.weight = plain_parameter(weight, self.weight)
+        if self.member_bias:
+            plain.bias = plain_parameter(bias, self.bias)
         return plain
 
 
@@ -186,15 +226,20 @@ class Rank1Linear(_Rank1, nn.Linear):
         num_members: K.
         bias: with bias [out].
         device, dtype: of weight [out, in], bias and gains.
+        member_bias: with bias [K, out], each member's own; at first all alike.
     """
 
     _plain = nn.Linear
     _channel_dim = -1
     _min_dim, _input_shape = 2, "[K·B, …, {}]"
 
-    def __init__(self, in_features, out_features, num_members, bias=True, device=None, dtype=None):
+    def __init__(
+        self, in_features, out_features, num_members, bias=True, device=None, dtype=None, *, member_bias=False
+    ):
+        check_num_members("Rank1Linear", num_members)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._register_gains(num_members)
+        self.plain_type = nn.Linear
+        self._add_members(num_members, 0.0, None, member_bias)
 
     def _gain_sizes(self) -> tuple[int, int]:
         return self.in_features, self.out_features
@@ -202,10 +247,12 @@ class Rank1Linear(_Rank1, nn.Linear):
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
-    def _apply_gains(self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor) -> Tensor:
+    def _apply_gains(
+        self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor, bias: Tensor | None
+    ) -> Tensor:
         if input_gain is None:
-            return self._multiply(self._apply_weight(input, self.weight, None), output_gain, self.bias)
-        return rank1_linear(input, self.weight, input_gain, output_gain, self.bias)
+            return self._multiply(self._apply_weight(input, self.weight, None), output_gain, bias)
+        return rank1_linear(input, self.weight, input_gain, output_gain, bias)
 
 
 class _Rank1Conv(_Rank1):
@@ -213,9 +260,11 @@ class _Rank1Conv(_Rank1):
 
     _channel_dim = 1
 
-    def __init__(self, in_channels, out_channels, kernel_size, num_members, **options):
+    def __init__(self, in_channels, out_channels, kernel_size, num_members, *, member_bias=False, **options):
+        check_num_members(type(self).__name__, num_members)
         self._plain.__init__(self, in_channels, out_channels, kernel_size, **options)
-        self._register_gains(num_members)
+        self.plain_type = self._plain
+        self._add_members(num_members, 0.0, None, member_bias)
 
     def _gain_sizes(self) -> tuple[int, int]:
         return self.in_channels, self.out_channels
@@ -223,10 +272,12 @@ class _Rank1Conv(_Rank1):
     def _apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(input, weight, bias)
 
-    def _apply_gains(self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor) -> Tensor:
+    def _apply_gains(
+        self, input: Tensor, input_gain: Tensor | None, output_gain: Tensor, bias: Tensor | None
+    ) -> Tensor:
         x = input if input_gain is None else self._multiply(input, input_gain)
         y = self._apply_weight(x, self.weight, None)
-        return self._multiply(y, output_gain, self.bias)
+        return self._multiply(y, output_gain, bias)
 
 
 class Rank1Conv1d(_Rank1Conv, nn.Conv1d):
@@ -236,6 +287,7 @@ class Rank1Conv1d(_Rank1Conv, nn.Conv1d):
         in_channels, out_channels, kernel_size: as in nn.Conv1d.
         num_members: K.
         stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv1d.
+        member_bias: with bias [K, out], each member's own; at first all alike.
     """
 
     _plain = nn.Conv1d
@@ -249,6 +301,7 @@ class Rank1Conv2d(_Rank1Conv, nn.Conv2d):
         in_channels, out_channels, kernel_size: as in nn.Conv2d.
         num_members: K.
         stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv2d.
+        member_bias: with bias [K, out], each member's own; at first all alike.
     """
 
     _plain = nn.Conv2d
@@ -262,6 +315,7 @@ class Rank1Conv3d(_Rank1Conv, nn.Conv3d):
         in_channels, out_channels, kernel_size: as in nn.Conv3d.
         num_members: K.
         stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in nn.Conv3d.
+        member_bias: with bias [K, out], each member's own; at first all alike.
     """
 
     _plain = nn.Conv3d

@@ -3,7 +3,7 @@
 An output gain directly before the norm becomes part of its statistics, an input gain directly behind it, or behind its
 activation, a factor of its output.
 
-Shapes: K members; output_gain [K, out], input_gain [K, in], bias [out].
+Shapes: K members; output_gain [K, out], input_gain [K, in], bias [out] or [K, out].
 """
 
 import torch

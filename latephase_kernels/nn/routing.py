@@ -159,7 +159,13 @@ def routings_of(where: str, model: nn.Module) -> list[Routing]:
     Raises:
         RuntimeError: there is none; the message begins with `where`.
     """
-    found = {id(m.routing): m.routing for m in model.modules() if isinstance(m, Routed) and m.routing is not None}
+    routed = [module for module in model.modules() if isinstance(module, Routed)]
+    found = {id(m.routing): m.routing for m in routed if m.routing is not None}
+    if not found and routed:
+        raise RuntimeError(
+            f"{where}: model is not expanded: its {type(routed[0]).__name__} was put in by hand and always runs "
+            "stacked; call the model itself with stacked batches, or collapse it, and let expand put the members in"
+        )
     if not found:
         raise RuntimeError(f"{where}: model is not expanded; call expand first")
     return list(found.values())
