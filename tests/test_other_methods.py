@@ -158,3 +158,40 @@ def test_inner_loops():
     for name, parameter in plain.named_parameters():
         ours = names["start"][name] if name in inside else model.get_parameter(name)
         torch.testing.assert_close(ours.grad, parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_ensemble():
+    model, minibatches = network(), [data(6) for _ in range(4)]
+    layers = [(i, i == 7) for i in (0, 3, 7)]
+    other, start = copy.deepcopy(model), {}
+
+    class Minibatches(list):
+        def __iter__(self):  # the loop begins: the members have their gains
+            start.update({name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()})
+            return super().__iter__()
+
+    names = run_section("BatchEnsemble", model=model, minibatches=Minibatches(minibatches))
+    decay = {name: 0.0 if "_gain" in name else 5e-4 for name in start}
+    assert all((start[name].abs() == 1).all() for name in start if "_gain" in name)
+
+    def member(k, images):
+        """The plain network with member k's weights, in one expression for each."""
+        own = {name: p for name, p in start.items() if "_gain" not in name}
+        for i, linear in layers:
+            s, r = start[f"{i}.input_gain"][k], start[f"{i}.output_gain"][k]
+            gains = torch.outer(r, s) if linear else torch.outer(r, s)[..., None, None]
+            own |= {f"{i}.weight": start[f"{i}.weight"] * gains, f"{i}.bias": start[f"{i}.bias"][k]}
+        return torch.func.functional_call(other, own, images)
+
+    for images, labels in minibatches:
+        loss = sum(F.cross_entropy(member(k, images), labels) for k in range(4)) / 4
+        gradients = torch.autograd.grad(loss, list(start.values()))
+        with torch.no_grad():
+            for (name, p), g in zip(start.items(), gradients):
+                p -= 0.1 * (g + decay[name] * p)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, start[name], rtol=1e-10, atol=1e-12)
+    other.eval()
+    logits = torch.stack([member(k, images) for k in range(4)])
+    torch.testing.assert_close(names["logits"], logits, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(names["probabilities"], logits.softmax(-1).mean(0), rtol=1e-10, atol=1e-12)
