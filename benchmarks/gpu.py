@@ -133,6 +133,7 @@ def kernel_steps(part: str, output: Path, device: str) -> list[Step]:
             timed("bfloat16", *some),
             timed("bfloat16", "--residual", *some, "--networks", "ResNet-50", suffix="_residual"),
             timed("float32", "--compiled", "--networks", "WRN-28-10", "ResNet-50"),
+            timed("bfloat16", "--activation", "silu", *some, suffix="_silu"),
         ]
     if part == "tiers":  # so many settings that each has little time
         return [timed("bfloat16", "--seconds", "0.1")]
