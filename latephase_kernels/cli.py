@@ -173,7 +173,7 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--last", action="store_true", help="of a run with SWA the last weights, not their average over time"
     )
-    command.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    command.add_argument("--device", help="cuda, cpu, mps, ... (default: cuda where it is there, else cpu)")
 
 
 def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:

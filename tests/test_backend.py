@@ -125,6 +125,10 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_device_without_float64():
+    subprocess.run([sys.executable, Path(__file__).with_name("without_float64.py")], check=True)
+
+
 @pytest.mark.parametrize(
     "system, device, remedy",
     [

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,3 +176,18 @@ def test_random_states_come_back(tmp_path):
     set_random_state(folder.load()[0]["random"])
     again = (random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.randn(3))
     assert again[:4] == expected[:4] and torch.equal(again[4], expected[4])
+
+
+def test_random_states_of_any_gpu(monkeypatch):
+    numbers = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    gpu = SimpleNamespace(
+        device_count=lambda: len(numbers),
+        get_rng_state=lambda index: numbers[index].get_state(),
+        set_rng_state=lambda state, index: numbers[index].set_state(state),
+    )
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch, "xpu", gpu)
+    state = random_state()
+    expected = [torch.rand(3, generator=generator) for generator in numbers]
+    set_random_state(state)
+    assert all(torch.equal(torch.rand(3, generator=g), values) for g, values in zip(numbers, expected))

@@ -9,8 +9,10 @@ from torch import nn
 
 import latephase_kernels as lp
 import latephase_kernels.ops.ensemble_batch_norm_synchronized as synchronized_op
+from latephase_kernels.late_phase.rank_statistics import mean_over_ranks
 from latephase_kernels.nn import EnsembleSyncBatchNorm, SharedSyncBatchNorm
 from latephase_kernels.ops.ensemble_batch_norm_synchronized import StatisticsGroup
+from latephase_kernels.reference import precision
 
 RANKS, K, B, C = 2, 2, 4, 67  # members; rows a member over all ranks; channels
 CASES = [  # backend, dtype, channels_last, residual and ReLU or "gain" and ReLU, weight shared by the members
@@ -157,3 +159,13 @@ def test_uneven_rows_are_refused_on_every_rank():
     for answer in run_on_ranks(RANKS, uneven_on_rank):
         assert "ValueError: ensemble_batch_norm: every rank must hold the same number of rows" in answer
         assert "got [2.0, 3.0] values a channel" in answer
+
+
+@pytest.mark.parametrize("devices, dtype", [(("cpu",), torch.float64), ((), torch.float32)])
+def test_the_mean_over_ranks_is_of_what_the_device_has(monkeypatch, devices, dtype):
+    messages = []
+    monkeypatch.setattr(precision, "_WITH_FLOAT64", devices)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat, group: messages.append(flat.add_(1)))
+    (mean,) = mean_over_ranks([torch.ones(3, dtype=torch.bfloat16)], None)
+    assert messages[0].dtype == dtype and mean.dtype == torch.bfloat16 and mean.eq(1).all()

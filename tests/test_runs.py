@@ -137,6 +137,7 @@ def test_the_environment_is_of_the_runs_device(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert environment("cuda:1")["device"] == "the name of cuda:1" and environment()["devices"] == 8
     assert "the name of" not in environment("cpu")["device"] and environment("cpu")["devices"] == 1
+    assert environment("mps")["device"] == "mps"
 
 
 @pytest.mark.skipif(platform.system() != "Linux" or platform.machine() != "x86_64", reason="has /proc/cpuinfo's names")

@@ -61,6 +61,7 @@ def assert_same(first, second):
     a, b = states_of(first), states_of(second)
     assert len(a) == len(b) > 20
     assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert first.state_dict()["late"] == second.state_dict()["late"]
 
 
 @pytest.mark.parametrize("chunk", [None, 2])

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn.member_module import MemberModule
 from ..nn.routing import Routed, routings_of
+from ..reference.precision import wide, widest_dtype
 from .convert import collapse
 from .members import buffers_kept, members, random_numbers_kept
 
@@ -21,8 +22,9 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
     """Raise if something in an expanded model's forward mixes its members, or gives one the samples of another.
 
     A copy of the model with all parameters moved a little runs in float64 and in train mode without dropout, on the
-    stacked batch and then member by member; in float32, and then less sharply, where float64 fails. Worth a call once
-    for every model, before it is trained; the model, its buffers and random numbers stay.
+    stacked batch and then member by member; on the CPU where a device has no float64; in float32, and then less
+    sharply, where float64 fails. Worth a call once for every model, before it is trained; the model, its buffers and
+    random numbers stay.
 
     Args:
         model: expanded; not yet wrapped or compiled.
@@ -47,17 +49,17 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
             f"tensors of {sizes} there"
         )
     with torch.no_grad(), random_numbers_kept(model):
-        dtype = torch.float64
-        copied = _prepared(model, dtype)
+        dtype, device = torch.float64, _device_for_float64(model)
+        copied = _prepared(model, dtype, device)
         inside: list[str] = []  # the modules that run, the innermost last
 
         def answer(which: str | int) -> Any:
             """Call the copy with its own arguments: all samples, or those of a member."""
 
             def own(x: Any) -> Any:
-                x = x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
                 if not isinstance(x, Tensor):
                     return x
+                x = x.to(device or x.device, dtype if x.is_floating_point() else x.dtype)
                 if isinstance(which, str) or x.dim() <= dim or x.size(dim) == 0 or x.size(dim) % samples:
                     return x.clone()
                 rows = x.size(dim) // num_members
@@ -74,8 +76,8 @@ def check_members(model: nn.Module, *args: Any, dim: int = 0, **kwargs: Any) -> 
         except (RuntimeError, ValueError) as error:
             hint = " (is another type written into its code?)" if isinstance(error, RuntimeError) else ""
             where = f" at {inside[-1]}" if inside else ""
-            dtype = torch.float32
-            copied = _prepared(model, dtype)
+            dtype, device = torch.float32, None
+            copied = _prepared(model, dtype, device)
             try:
                 together, calls = run("stacked")
             except (RuntimeError, ValueError):
@@ -139,14 +141,25 @@ def _check_collapse(model: nn.Module, answer: Callable[[], Any], agree: Callable
 _NOISY = ("Drop", "StochasticDepth", "RReLU")  # in the names of classes whose training flag switches noise alone
 
 
-def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in this type and train mode, without noise, whose members and branches all tell."""
+def _device_for_float64(model: nn.Module) -> torch.device | None:
+    """Return where all of a model can be float64, None for where it is."""
+    tensors = (*model.parameters(), *model.buffers())
+    there = all(widest_dtype(tensor.device) == torch.float64 for tensor in tensors)
+    return None if there else torch.device("cpu")
+
+
+def _prepared(model: nn.Module, dtype: torch.dtype, device: torch.device | None) -> nn.Module:
+    """Return a copy in this type and train mode, without noise, whose members and branches all tell.
+
+    device: of the copy; None: where the model is.
+    """
     try:
         copied = copy.deepcopy(model)
     except RuntimeError as error:  # torch.nn.utils.weight_norm and spectral_norm keep a weight of the last pass
         raise RuntimeError(
             f"check_members: the model cannot be copied: {error}; call it once under torch.no_grad() before"
         ) from error
+    copied = copied if device is None else copied.to(device)
     copied = copied.double() if dtype == torch.float64 else copied.float()
     if not copied.training:
         copied.train()
@@ -221,7 +234,7 @@ def _agree(a: Any, b: Any, tolerance: float) -> bool:
         return True
     if a.shape != b.shape:
         return False
-    a, b = a.double(), b.double()
+    a, b = wide(a), wide(b)
     if not torch.equal(a.isfinite(), b.isfinite()):
         return False
     a, b = a.nan_to_num(posinf=0.0, neginf=0.0), b.nan_to_num(posinf=0.0, neginf=0.0)

@@ -38,10 +38,15 @@ def members(model: Model, which: str | int | range) -> Iterator[Model]:
         yield model
 
 
-def random_numbers_kept(model: nn.Module) -> contextlib.AbstractContextManager:
-    """A context behind which the random number generators of the CPU and of model's devices are as before."""
-    devices = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
-    return torch.random.fork_rng(sorted(devices))
+@contextlib.contextmanager
+def random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Behind the block, the random number generators of the CPU and of model's devices are as before."""
+    with contextlib.ExitStack() as kept:
+        kept.enter_context(torch.random.fork_rng([]))
+        for device in {parameter.device for parameter in model.parameters()}:
+            if hasattr(getattr(torch, device.type, None), "get_rng_state"):  # neither the CPU nor meta
+                kept.enter_context(torch.random.fork_rng([device.index], device_type=device.type))
+        yield
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from ..nn.batch_norm import _EnsembleBatchNorm
 from ..nn.shared_batch_norm import _SharedBatchNorm
 from ..nn.sync_batch_norm import _SyncBatchNorm
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
+from ..reference.precision import widest_dtype
 from .convert import _replace
 from .targets import SHARED_TYPES, build
 
@@ -70,11 +71,11 @@ def own_statistics(model: nn.Module, synchronized: bool, member_ranks: int) -> I
 
 @torch.no_grad()
 def mean_over_ranks(tensors: list[Tensor], group: "dist.ProcessGroup | None") -> list[Tensor]:
-    """Return the mean over the ranks of group of each tensor, in its type; sums are float64, one message."""
+    """Return the mean over the ranks of group of each tensor, in its type, summed in widest_dtype, by one message."""
     ranks = dist.get_world_size(group)
     if not tensors or ranks == 1:
         return list(tensors)
-    flat = torch.cat([tensor.detach().reshape(-1).double() for tensor in tensors])
+    flat = torch.cat([tensor.detach().reshape(-1).to(widest_dtype(tensor.device)) for tensor in tensors])
     dist.all_reduce(flat, group=group)
     parts = (flat / ranks).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors)]

@@ -15,7 +15,7 @@ from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_ru
 from ..ops.ensemble_batch_norm_checks import ACTIVATIONS, check_arguments
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from ..reference.activation import activate
-from ..reference.ensemble_batch_norm import accumulation_dtype
+from ..reference.precision import accumulation_dtype, typed_like, wide
 from .member_module import (
     MemberModule,
     carry_over,
@@ -163,8 +163,8 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         weight, bias, mean, var = self.averaged("exact")
         if not self.training and mean is not None:
             if bias is None:  # a bias takes what the mean cannot: Σ a_k near 0, a short type
-                mean = member_mean(self.running_mean).to(mean.dtype)
-                bias = -self._offset(mean).to(mean.dtype if weight is None else weight.dtype)
+                mean = member_mean(self.running_mean)
+                bias = typed_like(-self._offset(mean), mean if weight is None else weight)
             y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
         elif not self._updates():
             y = F.batch_norm(input, None, None, weight, bias, True, 0.0, self.eps)
@@ -191,7 +191,7 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         Sums are float64; identical members give back their own bits.
         """
         weight, bias, mean, var = (
-            None if tensor is None else member_mean(tensor).to(tensor.dtype)
+            None if tensor is None else member_mean(tensor)
             for tensor in (self.weight, self.bias, self.running_mean, self.running_var)
         )
         if mode == "exact" and mean is not None and not self.training:
@@ -206,39 +206,39 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         return weight, bias, mean, var
 
     def _gains(self) -> Tensor:
-        """a_k = γ_k / √(v_k + ε), float64 [K, C]; γ_k = 1 without weight."""
-        rstd = (self.running_var.double() + self.eps).rsqrt()
-        return rstd if self.weight is None else self.weight.double() * rstd
+        """a_k = γ_k / √(v_k + ε), wide [K, C]; γ_k = 1 without weight."""
+        rstd = (wide(self.running_var) + self.eps).rsqrt()
+        return rstd if self.weight is None else wide(self.weight) * rstd
 
     def _exact_weight(self, var: Tensor) -> Tensor:
         """mean a_k·√(v + ε), [C], for the variance var [C]."""
-        ratio = ((var.double() + self.eps) / (self.running_var.double() + self.eps)).sqrt()  # 1 where members agree
-        return member_mean(self.weight * ratio).to(self.weight.dtype)
+        ratio = ((wide(var) + self.eps) / (wide(self.running_var) + self.eps)).sqrt()  # 1 where members agree
+        return typed_like(member_mean(wide(self.weight) * ratio), self.weight)
 
     def _offset(self, mean: Tensor) -> Tensor:
-        """mean(a_k · (μ_k − m)), float64 [C], for the running mean m [C]: what a bias subtracts; no −0.0."""
-        return (self._gains() * (self.running_mean.double() - mean.double())).mean(0) + 0.0
+        """mean(a_k · (μ_k − m)), wide [C], for the running mean m [C]: what a bias subtracts; no −0.0."""
+        return (self._gains() * (wide(self.running_mean) - wide(mean))).mean(0) + 0.0
 
     def _exact_bias(self, mean: Tensor) -> Tensor:
         """mean β_k + mean(a_k · (m − μ_k)), [C], for the running mean m [C]."""
-        return (member_mean(self.bias) - self._offset(mean)).to(self.bias.dtype)
+        return typed_like(member_mean(wide(self.bias)) - self._offset(mean), self.bias)
 
     def _exact_mean(self, weight: Tensor | None, var: Tensor) -> Tensor:
         """Σ a_k·μ_k / Σ a_k, [C]: what gives a norm with this weight and variance the exact offset."""
-        mean = member_mean(self.running_mean)
-        gain = (var.double() + self.eps).rsqrt()
+        mean = member_mean(wide(self.running_mean))
+        gain = (wide(var) + self.eps).rsqrt()
         if weight is not None:
-            gain = gain * weight.detach().double()
+            gain = gain * wide(weight.detach())
         offset = self._offset(mean).detach()
         exact = (mean + offset / gain).to(self.running_mean.dtype)
-        return torch.where(exact.isfinite() & (offset != 0), exact, mean.to(exact.dtype))
+        return typed_like(torch.where(exact.isfinite() & (offset != 0), exact, mean), self.running_mean)
 
     def _exact_variance(self) -> Tensor:
         """The v [C] with 1 / √(v + ε) = mean 1 / √(v_k + ε)."""
-        var = self.running_var.double()
+        var = wide(self.running_var)
         ratio = ((var[0] + self.eps) / (var + self.eps)).sqrt()
         exact = (var[0] + self.eps) / member_mean(ratio).square() - self.eps
-        return torch.where((var == var[0]).all(0), var[0], exact).to(self.running_var.dtype)
+        return typed_like(torch.where((var == var[0]).all(0), var[0], exact), self.running_var)
 
     @classmethod
     def _check_plain(cls, where: str, module: nn.Module) -> None:

@@ -245,7 +245,7 @@ class _MemberHyper(MemberModule, HyperLayer):
 
     def averaged(self) -> Tensor:
         """Return the mean embedding [T, S], summed in float64."""
-        return member_mean(self.embedding).to(self.embedding.dtype)
+        return member_mean(self.embedding)
 
     @classmethod
     def from_module(

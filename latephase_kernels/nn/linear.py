@@ -93,8 +93,7 @@ class MemberLinear(MemberModule):
 
     def averaged(self) -> tuple[Tensor, Tensor | None]:
         """Return weight [out, in] and bias [out] or None: the mean over members, summed in float64."""
-        bias = None if self.bias is None else member_mean(self.bias).to(self.bias.dtype)
-        return member_mean(self.weight).to(self.weight.dtype), bias
+        return member_mean(self.weight), None if self.bias is None else member_mean(self.bias)
 
     @classmethod
     def from_module(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import check_num_members
+from ..reference.precision import typed_like, wide
 from .routing import Routed
 
 # The call that has replaced a parameter in its model, as an attribute of it: nothing trains it any more.
@@ -60,12 +61,13 @@ def check_rows(where: str, input: Tensor, num_members: int) -> None:
 
 
 def member_mean(tensor: Tensor) -> Tensor:
-    """Mean over dim 0 of [K, …] in float64, x_0 + mean(x_k − x_0): exactly x_0 where all members agree."""
-    tensor = tensor.double()
-    first = tensor[0]
-    mean = first + (tensor - first).mean(0)
-    value = torch.where((tensor == first).all(0), first, mean).detach()  # keeps −0.0 and infinities
-    return value - (mean.detach() - mean).nan_to_num(0.0)  # − 0, whose gradient is the mean's: 1/K for every member
+    """Mean over dim 0 of [K, …], summed in float64: x_0 + mean(x_k − x_0), exactly x_0 where all members agree."""
+    x = wide(tensor)
+    first = x[0]
+    mean = first + (x - first).mean(0)
+    value = torch.where((x == first).all(0), first, mean).detach()  # keeps −0.0 and infinities
+    value = value - (mean.detach() - mean).nan_to_num(0.0)  # − 0, whose gradient is the mean's: 1/K for every member
+    return typed_like(value, tensor)
 
 
 def replicate(tensor: Tensor, num_members: int) -> Tensor:

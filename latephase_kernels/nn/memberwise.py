@@ -70,7 +70,7 @@ class Memberwise(MemberModule):
 
     def averaged(self) -> dict[str, Tensor | None]:
         """Return the plain module's parameters, or None, by name: the mean over members, summed in float64."""
-        return {n: None if p is None else member_mean(p).to(p.dtype) for n, p in self._parameters.items()}
+        return {n: None if p is None else member_mean(p) for n, p in self._parameters.items()}
 
     @classmethod
     def from_module(

@@ -102,10 +102,7 @@ class _EnsembleNorm(MemberModule):
     def averaged(self) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias of the plain norm, or None: the mean over members, summed in float64."""
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        return (
-            None if weight is None else member_mean(weight).to(weight.dtype),
-            None if bias is None else member_mean(bias).to(bias.dtype),
-        )
+        return None if weight is None else member_mean(weight), None if bias is None else member_mean(bias)
 
     @classmethod
     def _accepts(cls, module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops.checks import check_num_members
 from ..ops.member_gain import member_gain
 from ..ops.rank1_linear import rank1_linear
+from ..reference.precision import typed_like, wide
 from .member_module import (
     MemberModule,
     check_mode,
@@ -146,15 +147,15 @@ class _Rank1(MemberModule):
         "exact": W ∘ mean_k(r_k s_kᵀ), the average of the members' outputs; "weights": W ∘ (mean r · mean sᵀ), the
         paper's average; biases of the members' own are averaged. Sums are float64; gains of 1 give back W's own bits.
         """
-        s, r = self.input_gain.double(), self.output_gain.double()
+        s, r = wide(self.input_gain), wide(self.output_gain)
         if mode == "weights":
             s, r = member_mean(s).unsqueeze(0), member_mean(r).unsqueeze(0)
         groups = getattr(self, "groups", 1)
         # Each output meets the inputs of its own group: [groups, out / groups, in / groups].
         gains = torch.einsum("kgo,kgi->goi", r.unflatten(1, (groups, -1)), s.unflatten(1, (groups, -1))) / s.size(0)
         gains = gains.flatten(0, 1).view(*self.weight.shape[:2], *[1] * (self.weight.dim() - 2))
-        bias = member_mean(self.bias).to(self.bias.dtype) if self.member_bias else self.bias
-        return (self.weight.double() * gains).to(self.weight.dtype), bias
+        bias = member_mean(self.bias) if self.member_bias else self.bias
+        return typed_like(wide(self.weight) * gains, self.weight), bias
 
     @classmethod
     def from_module(

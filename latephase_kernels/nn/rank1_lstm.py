@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.checks import check_num_members
 from ..ops.rank1_lstm import rank1_lstm
+from ..reference.precision import typed_like, wide
 from .member_module import (
     MemberModule,
     check_mode,
@@ -187,10 +188,10 @@ class Rank1LSTM(MemberModule, nn.LSTM):
         for name in self._flat_weights_names:
             weight = self._parameters[name]
             if name.startswith("weight"):
-                s, r = (self._parameters[gain].double() for gain in _gain_names(name))
+                s, r = (wide(self._parameters[gain]) for gain in _gain_names(name))
                 if mode == "weights":
                     s, r = member_mean(s).unsqueeze(0), member_mean(r).unsqueeze(0)
-                weight = (weight.double() * (r.mT @ s / s.size(0))).to(weight.dtype)
+                weight = typed_like(wide(weight) * (r.mT @ s / s.size(0)), weight)
             weights.append(weight)
         return weights
 

@@ -153,22 +153,31 @@ def _digest(content: bytes | memoryview) -> str:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every global generator (torch, each CUDA device, numpy, Python), fit for a checkpoint."""
+    """Return the state of every global generator (torch, each GPU's, numpy, Python), fit for a checkpoint."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, gpus = _gpus()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        kind: [gpus.get_rng_state(index) for index in range(gpus.device_count())],
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "python": random.getstate(),
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every global generator into a state that random_state returned, on as many CUDA devices as before."""
+    """Put every global generator into a state that random_state returned, on as many GPUs of a kind as before."""
     torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
+    kind, gpus = _gpus()
+    for index, part in enumerate(state.get(kind, [])):
+        gpus.set_rng_state(part.cpu(), index)
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
+
+
+def _gpus() -> tuple[str, Any]:
+    """Return this machine's kind of GPU and torch's module of it, as "mps" and torch.mps; without one, of CUDA's."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kind = "cuda" if found is None else found.type
+    return kind, getattr(torch, kind)

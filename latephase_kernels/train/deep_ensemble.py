@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import late_phase as lp
 from ..nn.routing import is_expanded
+from ..reference.precision import wide
 from .recipe import Recipe
 
 
@@ -28,7 +29,7 @@ class DeepEnsemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, classes], here the logarithms of the mean of the models' class probabilities."""
-        return lp.ensemble_probabilities(torch.stack([model(x).double() for model in self.models])).log()
+        return lp.ensemble_probabilities(torch.stack([wide(model(x)) for model in self.models])).log()
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -34,7 +34,7 @@ from .build import AnyData, build_data
 from .checkpoints import CheckpointFolder, RunError, random_state
 from .deep_ensemble import DeepEnsemble, deep_ensemble_recipe
 from .eval_report import draw_entropies, format_evaluation
-from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of, metrics_of_answers
+from .evaluation import Answers, answers_of, detection_auroc, logits_of, metrics_of_answers, metrics_of_logits
 from .files import write_json
 from .image_input import evaluation_images
 from .image_task import EVALUATION_BATCH
@@ -249,7 +249,7 @@ class Findings:
                         self._leave_out(kind, error)
                         break
                     logits = logits_of(self.model, images.batches(EVALUATION_BATCH))
-                    by_severity.append(100.0 - metrics_of(logits.double().softmax(-1), images.labels)["accuracy"])
+                    by_severity.append(100.0 - metrics_of_logits(logits, images.labels)["accuracy"])
                     progress.advance(1)
                 else:
                     errors[kind] = by_severity

@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .. import late_phase as lp
 from ..late_phase.members import training_flags_kept
 from ..nn.routing import is_expanded
+from ..reference.precision import wide
 from .deep_ensemble import DeepEnsemble
 
 CALIBRATION_BINS = 15
@@ -42,7 +43,8 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ModuleNotFoundError:
         raise ImportError("evaluation needs torchmetrics; pip install 'latephase_kernels[train]'") from None
-    probabilities = probabilities.double()
+    probabilities = wide(probabilities)
+    labels = labels.to(probabilities.device)
     chosen = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     one_hot = torch.nn.functional.one_hot(labels, probabilities.size(1))
     calibration = multiclass_calibration_error(
@@ -54,6 +56,11 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         "ece": 100.0 * calibration.item(),
         "brier": (probabilities - one_hot).square().sum(1).mean().item(),
     }
+
+
+def metrics_of_logits(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return what metrics_of does for logits [N, classes], whose softmax is taken in float64."""
+    return metrics_of(wide(logits).softmax(-1), labels)
 
 
 def logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -76,8 +83,8 @@ def _logits_of(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], ways: Se
 
 
 def _by_images(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
-    """Return [N, *] of logits [·, N, classes], in float64 for a few thousand images at a time."""
-    return torch.cat([function(part.double()) for part in logits.split(IMAGES_AT_ONCE, dim=1)])
+    """Return [N, *] of logits [·, N, classes], wide for a few thousand images at a time."""
+    return torch.cat([function(wide(part)) for part in logits.split(IMAGES_AT_ONCE, dim=1)])
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ def metrics_of_answers(answers: Answers, labels: Tensor) -> dict[str, dict[str, 
         way: metrics_of(_by_images(lp.ensemble_probabilities, logits), labels) for way, logits in answers.ways().items()
     }
     if answers.members is not None:
-        single = [metrics_of(part.double().softmax(-1), labels) for part in answers.members]
+        single = [metrics_of_logits(part, labels) for part in answers.members]
         results["members"] = {key: math.fsum(one[key] for one in single) / len(single) for key in single[0]}
         results.update({f"member {k}": one for k, one in enumerate(single)})
     return results

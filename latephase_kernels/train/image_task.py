@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import late_phase as lp
 from ..data import DeviceImages, EvaluationImages, ImageBatches, ImageFiles, ImageSet
 from .build import build_network, check_network
-from .evaluation import Answers, answers_of, dropout_logits_of, logits_of, metrics_of, metrics_of_answers
+from .evaluation import Answers, answers_of, dropout_logits_of, logits_of, metrics_of_answers, metrics_of_logits
 from .image_input import evaluation_images, memory_format_of, training_batches
 from .ranks import Ranks
 from .recipe import Recipe
@@ -129,7 +129,7 @@ class ImageEvaluation(Evaluation):
 
     def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
         logits = self.share.whole(logits_of(model, self.share.batches(EVALUATION_BATCH)), EVALUATION_BATCH)
-        found = metrics_of(logits.double().softmax(-1), self.images.labels)
+        found = metrics_of_logits(logits, self.images.labels)
         return {f"test {key}": value for key, value in found.items()}, f"test accuracy {found['accuracy']:.2f} %"
 
     def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:

@@ -76,7 +76,7 @@ def environment(device: str | torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor() if device.type == "cpu" else str(device),
         "devices": torch.cuda.device_count() if cuda else 1,
         "threads": torch.get_num_threads(),
         "command": sys.argv,

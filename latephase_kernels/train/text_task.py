@@ -17,6 +17,7 @@ from .. import late_phase as lp
 from ..data import TextBatches, TextSet
 from ..late_phase.members import training_flags_kept
 from ..nn.routing import is_expanded, routings_of
+from ..reference.precision import wide, widest_dtype
 from .build import build_language_model
 from .recipe import Recipe
 from .task import Evaluation, Task, autocast
@@ -224,7 +225,7 @@ def _mean_bits(model: nn.Module, text: Tensor, streams: int, which: str) -> list
     for logits, targets in _answers(model, evaluation_windows(text, streams), which):
         there = targets != _IGNORED
         chosen = targets.clamp_min(0).expand(logits.shape[:-1]).unsqueeze(-1)
-        log_p = logits.double().log_softmax(-1).gather(-1, chosen).squeeze(-1)  # [members, N, S]
+        log_p = logits.to(widest_dtype(logits.device)).log_softmax(-1).gather(-1, chosen).squeeze(-1)  # [members, N, S]
         ensemble = log_p.logsumexp(0, keepdim=True) - math.log(len(log_p))
-        total = total - torch.cat([ensemble, log_p]).where(there, 0.0).sum((1, 2))
+        total = total - wide(torch.cat([ensemble, log_p]).where(there, 0.0).sum((1, 2)))
     return [value / ((len(text) - 1) * math.log(2)) for value in torch.as_tensor(total).tolist()]

@@ -44,7 +44,8 @@ def build_parser() -> Any:
     parser.add_argument("--base", type=str, default=None, help="only in a recipe's file: the recipe that it changes")
     parser.add_argument("--output", type=str, default=None, help="the run's folder (default runs/NAME-seedN)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the folder")
-    parser.add_argument("--device", type=str, default=None, help="cuda, cpu, … (default: the GPU if there is one)")
+    device_help = "cuda, cpu, mps, … (default: cuda where it is there, else cpu)"
+    parser.add_argument("--device", type=str, default=None, help=device_help)
     parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard, too")
     parser.add_class_arguments(Recipe)
     return parser

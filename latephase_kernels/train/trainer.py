@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from .. import late_phase as lp
 from ..data import TextSet
 from ..nn.routing import is_expanded
+from ..reference.precision import widest_dtype
 from .build import AnyData, build_optimizer, build_targets
 from .checkpoints import random_state, set_random_state
 from .cuda_graph import GraphedPasses
@@ -112,7 +113,7 @@ class Trainer:
         if self.ranks.num_ranks > 1:
             self.ranks.seed(recipe.seed)  # of dropout: masks of other rows
         # Read late: sums over the steps since the last reading, and the first step whose loss was not finite.
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._loss_sum = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
         self._minibatches = torch.zeros((), dtype=torch.int64, device=self.device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._first_nonfinite = torch.full((), -1, dtype=torch.int64, device=self.device)
@@ -184,7 +185,7 @@ class Trainer:
 
     def _passes(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Forward and backward; return the sum of the members' losses, each the mean over what is accumulated."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        loss = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
         for part, rows in self._chunks():
             with lp.members(self.model, part) if self.expanded else contextlib.nullcontext():
                 part_loss = self.task.loss(self.model, inputs[rows], targets[rows], rows) / self.recipe.accumulate
@@ -330,13 +331,18 @@ class Trainer:
             "model": self.ranks.model_state(self.model),
             "optimizer": self.ranks.optimizer_state(self.optimizer),
             "averaged": None if self.averaged is None else self._averaged_state(self.averaged),
-            "late": [self.ranks.total(self._loss_sum), self._minibatches, self._skipped, self._first_nonfinite],
+            # Numbers: a float64 tensor could not be loaded onto every device.
+            "late": [self.ranks.total(self._loss_sum).item(), *(part.item() for part in self._late()[1:])],
         }
         of_process = {"task": self.task.state_dict(), "random": random_state()}
         if self.ranks.num_ranks == 1:
             return {**state, **of_process}
-        own = {**of_process, "loss sum": self._loss_sum, "statistics": self.ranks.own_statistics(self.model)}
+        own = {**of_process, "loss sum": self._loss_sum.item(), "statistics": self.ranks.own_statistics(self.model)}
         return {**state, "own": own}
+
+    def _late(self) -> tuple[Tensor, ...]:
+        """What is read late."""
+        return self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite
 
     def _averaged_state(self, averaged: AveragedModel) -> dict[str, Tensor]:
         state = self.ranks.model_state(averaged.module)
@@ -362,8 +368,8 @@ class Trainer:
             del averaged["n_averaged"]
             self.ranks.load_model_state(self.averaged.module, averaged)
         self.minibatch = state["minibatch"]
-        late = (part.to(self.device) for part in state["late"])
-        self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite = late
+        for part, saved in zip(self._late(), state["late"], strict=True):
+            part.fill_(saved)
         if self.ranks.rank > 0:  # the sum is over ranks
             self._loss_sum.zero_()
         if of_process is None:
@@ -377,5 +383,5 @@ class Trainer:
         self.task.load_state_dict(of_process["task"])
         set_random_state(of_process["random"])
         if self.ranks.num_ranks > 1:
-            self._loss_sum = of_process["loss sum"].to(self.device)
+            self._loss_sum.fill_(of_process["loss sum"])
             self.ranks.load_own_statistics(self.model, of_process["statistics"])
