@@ -1,6 +1,7 @@
 """`latephase train` on a small set in ImageNet's layouts: trained, interrupted, resumed, evaluated, collapsed."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from latephase_kernels.cli import main
 from latephase_kernels.data import ArchiveError, load_imagenet
 from latephase_kernels.data.image_batches import EvaluationImages
 from latephase_kernels.models import SmallResNet
+from latephase_kernels.train import runs
 from latephase_kernels.train.recipe import check, recipe_names
 from latephase_kernels.train.run_training import load_model
 from latephase_kernels.train.train_command import parse_recipe
@@ -110,6 +112,20 @@ def test_shards_without_workers_from_given_weights(tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     trained = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["metrics"] == trained["metrics"]
+
+
+def test_shards_without_what_windows_lacks(tmp_path, monkeypatch, capsys):
+    """A run that asked for workers elsewhere needs neither fork nor pread, and gives the same."""
+    write_shards(tmp_path / "set")
+    options = [f"--data.folder={tmp_path / 'set'}", "--epochs=1", "--schedule.drop_epochs=[]", "--late.start=null"]
+    assert main(["train", *SMALL, *options, f"--output={tmp_path / 'linux'}", "--images.workers=0"]) == 0
+    for module, names in ((os, "fork pread sched_getaffinity O_CLOEXEC"), (signal, "SIGKILL SIGHUP pthread_sigmask")):
+        for name in names.split():
+            monkeypatch.delattr(module, name)
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    monkeypatch.setattr(runs, "fcntl", None)
+    assert main(["train", *SMALL, *options, f"--output={tmp_path / 'run'}", "--images.workers=2"]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "linux")
 
 
 def test_corrupt_images_are_counted(tmp_path, capsys):

@@ -5,9 +5,10 @@ are true samples of the whole set, as they would not be from streams through a s
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from .archives import Limits, iterate_members
 from .files import ArchiveError, named, named_errors
 from .image_files import IMAGE_SUFFIXES, ImageFiles, Names
-from .worker_pool import available_cores
+from .worker_pool import available_cores, can_fork
 
 LAYOUT = (
     "expected are FOLDER/train/*.tar and FOLDER/val/*.tar, or FOLDER/*train*.tar and FOLDER/*val*.tar, of members "
@@ -26,6 +27,8 @@ _MOST_LABEL_BYTES = 64
 _MOST_LABEL_DIGITS = 18  # what int64 holds in any case
 _MOST_OPEN_FILES = 128
 _TAR_BLOCK = 512
+_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)  # the latter on Windows
+_seeking = threading.Lock()
 
 
 def find_shards(folder: str | Path, split: str) -> list[Path]:
@@ -56,7 +59,7 @@ class ImageShards(ImageFiles):
             raise FileNotFoundError(f"there are no shards; {LAYOUT}")
         self.shards = list(shards)
         workers = min(available_cores(), len(shards))
-        if workers > 1 and len(shards) > 8 and "fork" in get_all_start_methods():
+        if workers > 1 and len(shards) > 8 and can_fork():
             with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
                 parts = list(pool.map(index_shard, self.shards, chunksize=4))
         else:
@@ -96,7 +99,7 @@ class ImageShards(ImageFiles):
     def read(self, index: int) -> bytes:
         """Return the file of image `index`; see ImageFiles."""
         size = int(self._size[index])
-        content = os.pread(self._descriptor(int(self._shard[index])), size, int(self._offset[index]))
+        content = _read_at(self._descriptor(int(self._shard[index])), size, int(self._offset[index]))
         if len(content) < size:
             raise ArchiveError(f"{self.name(index)} is cut off {size - len(content)} bytes early; get the shard again")
         return content
@@ -107,7 +110,7 @@ class ImageShards(ImageFiles):
         if shard not in self._files:
             if len(self._files) >= _MOST_OPEN_FILES:
                 self.close()
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._files[shard] = os.open(self.shards[shard], _FLAGS)
         return self._files[shard]
 
     def close(self) -> None:
@@ -115,6 +118,15 @@ class ImageShards(ImageFiles):
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files = {}
+
+
+def _read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Return size bytes of a file from offset on, fewer at its end."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _seeking:  # Windows has no read that leaves the file's position alone
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 class ShardIndex:

@@ -40,6 +40,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def can_fork() -> bool:
+    """Return whether this system has worker processes; Windows has not."""
+    return "fork" in multiprocessing.get_all_start_methods()
+
+
 class WorkerPool:
     """Forked processes and the slots they share with this one; a context manager.
 
@@ -74,7 +79,7 @@ class WorkerPool:
             raise ValueError(
                 f"WorkerPool: num_workers must be at least 0 and num_slots at least 1, got {num_workers}, {num_slots}"
             )
-        if num_workers and "fork" not in multiprocessing.get_all_start_methods():
+        if num_workers and not can_fork():
             raise NotImplementedError("WorkerPool: this system cannot fork workers; use 0 of them")
         self._work, self._describe, self._timeout = work, describe, timeout
         self.slots = [

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..data import DeviceBatches, DeviceImages, EvaluationImages, ImageBatches, ImageFiles, ImageSet
-from ..data.worker_pool import available_cores
+from ..data.worker_pool import available_cores, can_fork
 from .recipe import Recipe
 
 _MOST_WORKERS = 16
@@ -19,6 +19,8 @@ def memory_format_of(recipe: Recipe) -> torch.memory_format:
 
 def num_workers_of(recipe: Recipe) -> int:
     """Return how many processes read and decode images for this one; the cores are shared with other local ranks."""
+    if not can_fork():  # whatever the recipe says: a run from elsewhere is evaluated here, too
+        return 0
     if recipe.images.workers is not None:
         return recipe.images.workers
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's

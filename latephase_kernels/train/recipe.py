@@ -54,7 +54,8 @@ class Images:
     Attributes:
         size: pixels a side of what the network sees: a random-resized-crop in training, the middle in evaluation.
         resize: the shorter side before the middle is taken.
-        workers: processes that read and decode, on each device; None for as many as there are cores, 16 at most.
+        workers: processes that read and decode, on each device; None for as many as there are cores, 16 at most; on
+            Windows there are none.
         decoder: cpu; gpu (torchcodec's or torchvision's); auto: the GPU's where there is one. Evaluation is the CPU's.
         corrupt: error; replace: put another training image in a corrupt one's place, with a warning that names it.
     """
