@@ -184,7 +184,7 @@ def _last_weights(folder: Path) -> Path:
     if not (evaluated / "results.json").exists():
         with contextlib.redirect_stdout(io.StringIO()):
             run_eval(folder, last=True, output=evaluated, device="cpu")
-        (evaluated / "evaluation.json").rename(evaluated / "results.json")
+        (evaluated / "evaluation_last.json").rename(evaluated / "results.json")
     return evaluated
 
 

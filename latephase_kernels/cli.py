@@ -183,8 +183,8 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
         help="evaluate a run of latephase train: accuracy, calibration, foreign images, bits per character",
         description="Evaluate the final model of a run, averaged, as an ensemble and member by member, or several runs "
         "as a deep ensemble; print the tables, write evaluation.json and, with --ood, ood.png into the run's folder "
-        "(of an ensemble: into one of its own, where latephase report finds it). Data that is missing is named and "
-        "left out.",
+        "(with --last evaluation_last.json and ood_last.png; of an ensemble: into a folder of its own, where latephase "
+        "report finds it). Data that is missing is named and left out.",
     )
     evaluate.add_argument(
         "folders", nargs="+", metavar="RUN", help="the folder of the run; several, of one recipe: their deep ensemble"

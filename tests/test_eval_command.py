@@ -226,6 +226,10 @@ def test_several_runs_are_a_deep_ensemble(digits, tmp_path, capsys):
     ]
     for k, single in enumerate(singles):
         assert written["metrics"][f"member {k}"]["nll"] == pytest.approx(single["nll"], rel=1e-4)
+    alike = shutil.copytree(digits[0], tmp_path / "digits")
+    last = run_eval([alike, other], device="cpu", last=True)  # written beside the first run, by a name of its own
+    results = json.loads((tmp_path / "digits_last_deep_ensemble-seed0" / "results.json").read_text())
+    assert results == last and last["name"] == "digits_last_deep_ensemble" and last["metrics"] != written["metrics"]
     capsys.readouterr()
     runs = [str(folder) for folder in (digits[0], other, tmp_path / "both")]
     assert main(["report", *runs, "--output", str(tmp_path / "report")]) == 0

@@ -71,11 +71,15 @@ def test_a_run(finished, book, capsys):
 
 
 def test_the_last_weights_of_a_run_with_swa(finished, book, tmp_path):
-    """They are those of the same run without SWA."""
+    """They are those of the same run without SWA, and leave what was found of their average alone."""
+    (tmp_path / "last").mkdir()
+    of_average = tmp_path / "last" / "evaluation.json"
+    of_average.write_text("{}")
     assert main(["eval", str(finished), "--last", "--output", str(tmp_path / "last"), "--device", "cpu"]) == 0
     without = tmp_path / "without"
     assert main(["train", *options(book), "--swa.start=null", "--output", str(without)]) == 0
-    last = json.loads((tmp_path / "last" / "evaluation.json").read_text())
+    last = json.loads((tmp_path / "last" / "evaluation_last.json").read_text())
+    assert of_average.read_text() == "{}"
     trained = json.loads((without / "results.json").read_text())
     assert last["metrics"] == trained["metrics"]
     assert last["metrics"] != json.loads((finished / "results.json").read_text())["metrics"]

@@ -37,8 +37,12 @@ def _plain(model: nn.Module) -> nn.Module:
     return lp.collapse(model) if is_expanded(model) else model
 
 
-def deep_ensemble_recipe(recipes: Sequence[Recipe]) -> Recipe:
+def deep_ensemble_recipe(recipes: Sequence[Recipe], *, last: bool = False) -> Recipe:
     """Return the recipe under whose name and seed an ensemble of runs is reported: those of the first.
+
+    Args:
+        recipes: of the runs.
+        last: the ensemble is of last weights, not of averages over time: by another name.
 
     Raises:
         ValueError: the runs differ in more than their seeds, or two have the same.
@@ -53,4 +57,4 @@ def deep_ensemble_recipe(recipes: Sequence[Recipe]) -> Recipe:
                 f"eval: the runs of an ensemble must be of one recipe, but {recipe.name} with seed {recipe.seed} and "
                 f"{first.name} with seed {first.seed} differ in more than that"
             )
-    return dataclasses.replace(first, name=f"{first.name}_deep_ensemble", dropout_passes=0)
+    return dataclasses.replace(first, name=f"{first.name}{'_last' if last else ''}_deep_ensemble", dropout_passes=0)

@@ -278,7 +278,7 @@ def load_runs(
         As run_eval.
     """
     recipes = [read_recipe(folder / "config.yaml") for folder in folders]
-    combined = deep_ensemble_recipe(recipes) if len(recipes) > 1 else recipes[0]
+    combined = deep_ensemble_recipe(recipes, last=last) if len(recipes) > 1 else recipes[0]
     combined.data.folder = data or combined.data.folder
     train, test = read_data(combined.data)
     if isinstance(test, TextSet) and len(folders) > 1:
@@ -290,6 +290,8 @@ def load_runs(
     if unfinished:
         raise RunError(f"eval: {unfinished[0]} is not finished; resume it, or leave it out of the ensemble")
     source: dict[str, Any] = {"weights": f"deep ensemble of {len(found)} runs", "epoch": None, "finished": True}
+    if last:
+        source["weights"] += ", last weights"
     source["seeds"] = [recipe.seed for recipe in recipes]
     return combined, DeepEnsemble(model for model, _ in found), source, test
 
@@ -306,7 +308,8 @@ def run_eval(
 ) -> dict[str, Any]:
     """Evaluate a run or an ensemble of several: print tables, write evaluation.json and, with foreign images, ood.png.
 
-    An ensemble's folder gets a results.json, too, so that `latephase report` finds it.
+    An ensemble's folder gets a results.json, too, so that `latephase report` finds it. What there is of last weights
+    stands beside that of the average: evaluation_last.json and ood_last.png, of an ensemble in a folder of its own.
 
     Args:
         folders: of the run; or of runs that differ in their seeds only.
@@ -315,8 +318,8 @@ def run_eval(
         corruptions: evaluate CIFAR-C, all 19 corruptions at 5 severities.
         device: "cuda", "cpu", …; the GPU if there is one by default.
         last: evaluate the last weights of an SWA run, not their average over time.
-        output: the folder to write to. By default the run's own; for an ensemble NAME_deep_ensemble-seedS beside the
-            first run, S being its seed.
+        output: the folder to write to. By default the run's own; for an ensemble NAME_deep_ensemble-seedS, or
+            NAME_last_deep_ensemble-seedS, beside the first run, S being its seed.
 
     Returns:
         What evaluation.json holds.
@@ -341,6 +344,7 @@ def run_eval(
     beside = paths[0].parent / f"{recipe.name}-seed{recipe.seed}" if several else paths[0]
     target = beside if output is None else Path(output)
     target.mkdir(parents=True, exist_ok=True)
+    suffix = "_last" if last else ""
     results: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, **source, "epochs": recipe.epochs}
     if isinstance(test, TextSet):
         results.update(metrics=TextEvaluation(recipe, test, device).final(model)[0], left_out={})
@@ -352,9 +356,10 @@ def run_eval(
             findings.corruptions()
         results.update(findings.results, left_out=findings.left_out)
         if len(findings.entropies) > 1:
-            draw_entropies(findings.entropies, len(test.classes), target / "ood.png")
-    for name in ("evaluation.json", "results.json") if several else ("evaluation.json",):
-        write_json(target / name, results)
+            draw_entropies(findings.entropies, len(test.classes), target / f"ood{suffix}.png")
+    written = target / f"evaluation{suffix}.json"
+    for path in (written, target / "results.json") if several else (written,):
+        write_json(path, results)
     print(format_evaluation(results))
-    print(f"written to {target / 'evaluation.json'}")
+    print(f"written to {written}")
     return results
