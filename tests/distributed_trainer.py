@@ -70,7 +70,8 @@ def outcome(trainer):
     """Every member's tensors of the final model, and the mean loss since the last reading."""
     with trainer.ranks.gathered(trainer.final_model()) as model:
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return {**state, "loss": torch.tensor(trainer.read_loss()[0])}
+    loss, members, _ = trainer.read_loss()
+    return {**state, "loss": torch.tensor([loss, *members])}
 
 
 def recipe_for(member_ranks, batch_norm, swa, skip):

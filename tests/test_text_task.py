@@ -47,8 +47,9 @@ def run(trainer):
     return trainer
 
 
-def tensors_of(trainer):
-    leaves, _ = torch.utils._pytree.tree_flatten({k: v for k, v in trainer.state_dict().items() if k != "random"})
+def tensors_of(trainer, but=()):
+    state = trainer.state_dict()
+    leaves, _ = torch.utils._pytree.tree_flatten({k: v for k, v in state.items() if k not in ("random", *but)})
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
@@ -165,16 +166,16 @@ def test_a_step_that_is_not_finite_leaves_the_state(bad_step, monkeypatch):
     for _ in range(bad_step):
         trainer.step()
     trainer._expand_once() if trainer.minibatch >= trainer.t0 else None
-    before = [tensor.clone() for tensor in tensors_of(trainer)[:-4]]
+    before = [tensor.clone() for tensor in tensors_of(trainer, but=["late"])]
     cross_entropy = F.cross_entropy
     monkeypatch.setattr(F, "cross_entropy", lambda *a, **k: cross_entropy(*a, **k) * float("nan"))
     trainer.step()
-    after = tensors_of(trainer)[:-4]
+    after = tensors_of(trainer, but=["late"])
     if bad_step == 0:  # there was no state: it stays at zero
         assert all((state == 0).all() for state in trainer.task.state_dict()["recurrent"])
         after = after[: len(before)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert trainer.read_loss() == (pytest.approx(trainer.read_loss()[0] or 0, abs=10) if bad_step else None, 1)
+    assert trainer.read_loss()[2] == 1
 
 
 @pytest.mark.parametrize("symbols, streams", [(2, 1), (61, 1), (600, 1), (601, 7), (50, 49), (50, 80)])

@@ -93,6 +93,10 @@ def test_a_finished_run(finished):
     assert "epoch 4 of 4" in result.stderr
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.yaml", "environment.json", "metrics.csv", "curves.png", "model.safetensors", "checkpoints"}
+    first, *_, last = read_metrics(folder / "metrics.jsonl")
+    members = [last[f"member {k} loss"] for k in range(3)]
+    assert sum(members) / 3 == pytest.approx(last["train loss"]) and len({*members}) == 3
+    assert "member 0 loss" not in first
     network = build_network(Model("small_resnet", {"widths": [4, 4]}), 10, 1)
     load_model(network, folder / "model.safetensors")
     _, test = build_data(Data("digits"))
@@ -353,7 +357,7 @@ def test_throughput_is_of_work_that_is_done():
     records = []
     trainer = types.SimpleNamespace(
         task=types.SimpleNamespace(unit="images", units_per_minibatch=10, counts=dict),
-        read_loss=lambda: (time.sleep(0.1), 0),
+        read_loss=lambda: (time.sleep(0.1), [], 0),
         optimizer=types.SimpleNamespace(param_groups=[{"lr": 0.1}]),
         minibatch=1,
         epoch=1.0,

@@ -74,7 +74,7 @@ def test_the_loop_is_the_methods_loop(chunk):
         [{"params": list(model.parameters())}], lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     factor = lambda epoch: 1 + min(max(epoch - 1.0, 0.0) / 1.5, 1.0) * (0.01 / 0.1 - 1)  # noqa: E731
-    first, total = 0, 0.0
+    first, total, of_members = 0, 0.0, torch.zeros(K)
     while first < 17:  # 8 plain ones and three cycles of 3; the eighteenth fills no cycle
         if first == 8:
             options = {"lr": 0.05, "weight_decay": 1e-3}
@@ -84,17 +84,19 @@ def test_the_loop_is_the_methods_loop(chunk):
             group["lr"] = lr * factor(first / 6)
         images, labels = batches.stack(first, count)
         optimizer.zero_grad()
-        loss = lp.member_loss(F.cross_entropy, model(images), labels, num_members=count)
-        loss.backward()
+        losses = F.cross_entropy(model(images), labels, reduction="none").view(count, -1).mean(1)
+        losses.sum().backward()
         optimizer.step()
-        total += loss.item()
+        total += losses.sum().item()
+        of_members += losses.detach() if first >= 8 else 0.0
         first += count
     run(trainer)
     assert trainer.minibatch == 17 and trainer.total == 17
     for (name, value), expected in zip(trainer.model.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=name)
-    assert trainer.read_loss()[0] == pytest.approx(total / 17, rel=1e-5)
-    assert trainer.read_loss() == (None, 0)
+    mean, members, _ = trainer.read_loss()
+    assert mean == pytest.approx(total / 17, rel=1e-5) and members == pytest.approx((of_members / 3).tolist(), rel=1e-5)
+    assert trainer.read_loss() == (None, [], 0)
 
 
 @pytest.mark.parametrize("swa", [None, 2.0])
@@ -175,7 +177,7 @@ def test_a_step_that_is_not_finite_is_left_out_as_a_whole(optimizer, bad_steps, 
         assert torch.equal(value, expected), name
     for a, b in zip(with_bad.optimizer.state.values(), without.optimizer.state.values(), strict=True):
         assert all(torch.equal(a[key], b[key]) for key in b)
-    assert with_bad.read_loss()[1] == len(bad_steps)
+    assert with_bad.read_loss()[2] == len(bad_steps)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
@@ -216,8 +218,8 @@ def test_a_step_waits_for_nothing(changes, monkeypatch):
         trainer.step()
     with NoWaiting():
         trainer.step()
-    account = trainer._account
-    monkeypatch.setattr(trainer, "_account", lambda loss, *more: (loss.item(), account(loss, *more)))
+    add = trainer._record.add
+    monkeypatch.setattr(trainer._record, "add", lambda losses, *more: (losses.sum().item(), add(losses, *more)))
     with pytest.raises(AssertionError, match="_local_scalar_dense.* waits for the device"), NoWaiting():
         trainer.step()
 

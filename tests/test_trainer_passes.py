@@ -31,7 +31,7 @@ def test_accumulated_minibatches(scale, chunk):
     parameters = dict(trainer.model.named_parameters())
     batches = trainer.batches
     expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    total = 0.0
+    totals = [0.0] * K
     for turn in range(2):
         for k in range(K):
             images, labels = batches.stack(2 + turn * K + k, 1)
@@ -39,7 +39,7 @@ def test_accumulated_minibatches(scale, chunk):
                 loss = F.cross_entropy(trainer.model(images), labels)
             for (name, _), gradient in zip(parameters.items(), torch.autograd.grad(loss, list(parameters.values()))):
                 expected[name] += gradient / 2
-            total += loss.item()
+            totals[k] += loss.item()
     trainer.read_loss()
     found = {}
     trainer.optimizer.register_step_pre_hook(  # behind the one that applies γ
@@ -50,7 +50,9 @@ def test_accumulated_minibatches(scale, chunk):
     for name, parameter in parameters.items():
         gamma = 1 / K if scale == "mean" and id(parameter) not in members else 1.0
         torch.testing.assert_close(found[name], gamma * expected[name], rtol=1e-4, atol=1e-6)
-    assert trainer.read_loss()[0] == pytest.approx(total / 6, rel=1e-4)
+    mean, of_members, _ = trainer.read_loss()
+    assert mean == pytest.approx(sum(totals) / 6, rel=1e-4)
+    assert of_members == pytest.approx([total / 2 for total in totals], rel=1e-4)
 
 
 def test_plain_minibatches_are_accumulated_too():

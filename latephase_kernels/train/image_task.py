@@ -58,17 +58,16 @@ class ImageTask(Task):
         check_network(network, model.name, sizes, self.num_classes)
         return network
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
+    def losses(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
         with autocast(self.device, self.recipe.precision):
             logits = model(inputs)
-        # Every member has as many images, so the sum of the means is the sum of all over that number.
         losses = F.cross_entropy(
             logits.float() if logits.dtype != torch.float64 else logits,
             targets,
-            reduction="sum",
+            reduction="none",
             label_smoothing=self.recipe.label_smoothing,
         )
-        return losses / self.batches.batch_size
+        return losses.view(-1, self.batches.batch_size).mean(1)
 
     def update_statistics(self, model: nn.Module, expanded: bool) -> None:
         per_epoch = self.batches.minibatches_per_epoch

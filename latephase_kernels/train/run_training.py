@@ -193,7 +193,7 @@ class _Run:
             since: minibatches since a time, for the throughput.
         """
         unit = self.trainer.task.unit
-        loss, skipped = self.trainer.read_loss()  # waits for the device: what is queued there is not done yet
+        loss, members, skipped = self.trainer.read_loss()  # waits for the device: what is queued there is not done yet
         minibatches, started = since
         units_per_second = minibatches * self.trainer.task.units_per_minibatch / (time.perf_counter() - started)
         record: dict[str, Any] = {
@@ -201,6 +201,7 @@ class _Run:
             "epoch": self.trainer.epoch,
             "seconds": self.seconds_before + self.progress.elapsed(),
             "train loss": loss,
+            **({f"member {k} loss": one for k, one in enumerate(members)} if len(members) > 1 else {}),
             "learning rate": self.trainer.optimizer.param_groups[0]["lr"],
             "members": self.recipe.late.members if self.trainer.expanded else 1,
             f"{unit}/s": units_per_second,

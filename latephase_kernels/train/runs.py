@@ -285,7 +285,11 @@ def draw_metrics(records: Iterable[dict[str, Any]], path: Path) -> bool:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (quantity, curves) in zip(grid.flat, panels.items()):
         for split, points in curves.items():
-            axes.plot(*zip(*points, strict=True), label=split or quantity, marker=".", linewidth=1.2)
+            style: dict[str, Any] = {"label": split or quantity, "marker": ".", "linewidth": 1.2}
+            if split.startswith("member "):  # a band behind the others; the table says which is which
+                label = "each member" if split == "member 0" else None
+                style = {"label": label, "color": "0.75", "linewidth": 0.8, "zorder": 1}
+            axes.plot(*zip(*points, strict=True), **style)
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.grid(alpha=0.3)
         if len(curves) > 1:

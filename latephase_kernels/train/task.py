@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Task(ABC):
     """Training data of one kind on its device, and what a step of the `Trainer` does with them.
 
-    A step calls `begin_step`, then `loss` once for each chunk of members, then `end_step`.
+    A step calls `begin_step`, then `losses` once for each chunk of members, then `end_step`.
 
     Attributes:
         batches: has minibatches_per_epoch; batch_size, this rank's rows of a member's minibatch; and
@@ -36,8 +36,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
-        """Return the sum over members of their mean losses.
+    def losses(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
+        """Return the members' mean losses, [members of this chunk].
 
         Args:
             model: in train mode, routed to the members of this chunk.

@@ -110,7 +110,7 @@ class TextTask(Task):
             self._state = None
         self._next = []
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
+    def losses(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
         state = None if self._state is None else (self._state[0][:, rows], self._state[1][:, rows])
         with autocast(self.device, self.recipe.precision):
             logits, new_state = model(inputs, state)
@@ -118,10 +118,10 @@ class TextTask(Task):
         losses = F.cross_entropy(
             logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1),
             targets.flatten(),
-            reduction="sum",
+            reduction="none",
             label_smoothing=self.recipe.label_smoothing,
         )
-        return losses / (self.batches.batch_size * self.recipe.text.window)
+        return losses.view(-1, self.batches.batch_size * self.recipe.text.window).mean(1)
 
     def end_step(self, finite: Tensor) -> None:
         h, c = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*self._next))

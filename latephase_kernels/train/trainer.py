@@ -25,6 +25,7 @@ from .checkpoints import random_state, set_random_state
 from .cuda_graph import GraphedPasses
 from .evaluation import dropout_layers
 from .image_task import ImageTask
+from .loss_record import LossRecord
 from .pretrained import load_pretrained
 from .ranks import Ranks
 from .recipe import Recipe
@@ -112,11 +113,7 @@ class Trainer:
         self._graphed = GraphedPasses() if recipe.cuda_graph else None
         if self.ranks.num_ranks > 1:
             self.ranks.seed(recipe.seed)  # of dropout: masks of other rows
-        # Read late: sums over the steps since the last reading, and the first step whose loss was not finite.
-        self._loss_sum = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
-        self._minibatches = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._first_nonfinite = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self._record = LossRecord(0 if self.t0 is None else late.members, self.device, self.ranks)
 
     @property
     def batches(self) -> Any:
@@ -151,24 +148,25 @@ class Trainer:
         self.task.begin_step(self.minibatch, len(own) * turns)
         if self._graphed is None:
             self.optimizer.zero_grad()
-            loss = self._passes(inputs, targets)
+            losses = self._passes(inputs, targets)
         else:
-            loss = self._graphed(self.expanded, self._passes, (inputs, targets), self.model.parameters)
+            losses = self._graphed(self.expanded, self._passes, (inputs, targets), self.model.parameters)
         if self.ranks.num_ranks > 1:
             self.ranks.reduce_gradients()
             # A member's loss is the mean over the ranks that have rows of it.
-            loss = loss / (self.ranks.data_ranks if self.expanded else self.ranks.num_ranks)
+            losses = losses / (self.ranks.data_ranks if self.expanded else self.ranks.num_ranks)
+        loss = losses.sum()
         finite = torch.isfinite(self.ranks.total(loss) if self.recipe.skip_nonfinite else loss)
         if self.recipe.skip_nonfinite:
             # The fused step leaves everything as it is where this is 1.
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             for buffer, old in zip(statistics, before):
                 torch.where(finite, buffer, old, out=buffer)
-            self._skipped += ~finite
         self._clip_gradients()
         self.optimizer.step()
         self.task.end_step(finite)
-        self._account(loss, finite, count)
+        of_members = own if self.expanded else range(0)
+        self._record.add(losses, finite, of_members, turns, self.minibatch, count)
         start, self.minibatch = self.minibatch, self.minibatch + count
         self._average_if_due(start)
         return count
@@ -184,14 +182,15 @@ class Trainer:
         return inputs, targets
 
     def _passes(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Forward and backward; return the sum of the members' losses, each the mean over what is accumulated."""
-        loss = torch.zeros((), dtype=widest_dtype(self.device), device=self.device)
+        """Forward and backward; return the losses of this rank's members, each the mean over what is accumulated."""
+        own = len(self.ranks.own(self.num_members))
+        losses = torch.zeros(own, dtype=widest_dtype(self.device), device=self.device)
         for part, rows in self._chunks():
             with lp.members(self.model, part) if self.expanded else contextlib.nullcontext():
-                part_loss = self.task.loss(self.model, inputs[rows], targets[rows], rows) / self.recipe.accumulate
-                part_loss.backward()
-            loss += part_loss.detach()
-        return loss
+                part_losses = self.task.losses(self.model, inputs[rows], targets[rows], rows) / self.recipe.accumulate
+                part_losses.sum().backward()
+            losses[part.start : part.stop] += part_losses.detach()
+        return losses
 
     def _chunks(self) -> Iterator[tuple[range, slice]]:
         """Yield (members of this rank, their rows of the stacked batch): turn after turn of what is accumulated."""
@@ -208,13 +207,6 @@ class Trainer:
             lp.clip_grad_norm_(self.model, max_norm)
         elif max_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-
-    def _account(self, loss: Tensor, finite: Tensor, count: int) -> None:
-        """Add to what is read late, without waiting for the device."""
-        self._loss_sum += torch.where(finite, loss * self.recipe.accumulate, 0.0)
-        self._minibatches += count * finite
-        here = torch.where(finite, -1, self.minibatch)
-        self._first_nonfinite = torch.where(self._first_nonfinite < 0, here, self._first_nonfinite)
 
     def _statistics(self) -> list[Tensor]:
         layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
@@ -294,22 +286,20 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ reading and state
 
-    def read_loss(self) -> tuple[float | None, int]:
-        """Return the mean training loss a minibatch since the last reading (None if none), and all steps skipped.
+    def read_loss(self) -> tuple[float | None, list[float], int]:
+        """Return the mean training loss a minibatch since the last reading, each member's, and all steps skipped.
+
+        The first is None if there was no minibatch, the second empty if no member had one.
 
         Raises:
             FloatingPointError: a loss was not finite, and the recipe does not skip such steps.
         """
         self._raise_if_nonfinite()
-        minibatches = int(self._minibatches)
-        mean = float(self.ranks.total(self._loss_sum)) / minibatches if minibatches else None
-        self._loss_sum.zero_(), self._minibatches.zero_()
-        return mean, int(self._skipped)
+        return self._record.read()
 
     def _raise_if_nonfinite(self) -> None:
-        never = torch.iinfo(torch.int64).max
-        first = int(self.ranks.total(self._first_nonfinite.where(self._first_nonfinite >= 0, never), "min"))
-        if first < never and not self.recipe.skip_nonfinite:
+        first = self._record.first_nonfinite()
+        if first is not None and not self.recipe.skip_nonfinite:
             raise FloatingPointError(
                 f"train: the loss of minibatch {first} (epoch {first / self.batches.minibatches_per_epoch:.2f}) is not "
                 "finite; lower optimizer.lr, or give --skip_nonfinite=true to leave such steps out"
@@ -331,18 +321,13 @@ class Trainer:
             "model": self.ranks.model_state(self.model),
             "optimizer": self.ranks.optimizer_state(self.optimizer),
             "averaged": None if self.averaged is None else self._averaged_state(self.averaged),
-            # Numbers: a float64 tensor could not be loaded onto every device.
-            "late": [self.ranks.total(self._loss_sum).item(), *(part.item() for part in self._late()[1:])],
+            "late": self._record.state(),
         }
         of_process = {"task": self.task.state_dict(), "random": random_state()}
         if self.ranks.num_ranks == 1:
             return {**state, **of_process}
-        own = {**of_process, "loss sum": self._loss_sum.item(), "statistics": self.ranks.own_statistics(self.model)}
+        own = {**of_process, "losses": self._record.own_state(), "statistics": self.ranks.own_statistics(self.model)}
         return {**state, "own": own}
-
-    def _late(self) -> tuple[Tensor, ...]:
-        """What is read late."""
-        return self._loss_sum, self._minibatches, self._skipped, self._first_nonfinite
 
     def _averaged_state(self, averaged: AveragedModel) -> dict[str, Tensor]:
         state = self.ranks.model_state(averaged.module)
@@ -368,10 +353,8 @@ class Trainer:
             del averaged["n_averaged"]
             self.ranks.load_model_state(self.averaged.module, averaged)
         self.minibatch = state["minibatch"]
-        for part, saved in zip(self._late(), state["late"], strict=True):
-            part.fill_(saved)
-        if self.ranks.rank > 0:  # the sum is over ranks
-            self._loss_sum.zero_()
+        several = self.ranks.num_ranks > 1
+        self._record.load_state(state["late"], of_process.get("losses") if several and of_process else None)
         if of_process is None:
             self.ranks.seed(self.recipe.seed, self.minibatch)
             if not self.task.independent_steps:
@@ -382,6 +365,5 @@ class Trainer:
             return
         self.task.load_state_dict(of_process["task"])
         set_random_state(of_process["random"])
-        if self.ranks.num_ranks > 1:
-            self._loss_sum.fill_(of_process["loss sum"])
+        if several:
             self.ranks.load_own_statistics(self.model, of_process["statistics"])
