@@ -1,5 +1,7 @@
 """Runs of the Trainer in float64 on several ranks, or on one."""
 
+import signal
+
 import test_text_task
 import torch
 
@@ -118,8 +120,10 @@ def evaluate(images, batch, several=True):
     batches = evaluation.images.batches
     evaluation.images.batches = lambda *given: ((seen.append(len(y)), (x, y))[1] for x, y in batches(*given))
     with trainer.ranks.gathered(trainer.model) as model:
-        progress = evaluation.progress(model)[0]
+        progress = evaluation.progress(model, lambda: trainer.ranks.any_signal(None))[0]  # all ranks as often
         metrics, logits = evaluation.final(model)
+    number = signal.SIGTERM if trainer.ranks.rank == trainer.ranks.num_ranks - 1 else None
+    assert trainer.ranks.any_signal(number) == signal.SIGTERM
     return progress, metrics, logits, seen
 
 

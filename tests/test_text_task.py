@@ -13,7 +13,7 @@ import latephase_kernels as lp
 from latephase_kernels.data import TextBatches, split_text
 from latephase_kernels.models import CharLSTM
 from latephase_kernels.train.recipe import Data, Late, Model, Optimizer, Recipe, Schedule, Swa, Text, check
-from latephase_kernels.train.text_task import bits_per_character, evaluation_windows
+from latephase_kernels.train.text_task import _mean_bits, bits_per_character, evaluation_windows
 from latephase_kernels.train.trainer import Trainer
 
 K, B, S, H = 3, 2, 5, 4
@@ -212,7 +212,8 @@ def test_bits_per_character():
         -probabilities(list(collapsed.lstm.parameters())).log2().mean().item(), rel=1e-9
     )
     assert bits_per_character(collapsed, test) == {"averaged": pytest.approx(found["averaged"], rel=1e-9)}
-    assert bits_per_character(model, test, averaged_only=True) == {"averaged": found["averaged"]}
+    looks = []
+    assert _mean_bits(model, test, 1, "average", lambda: looks.append(0)) == [found["averaged"]] * 2 and looks
     uniform = CharLSTM(6, H)
     torch.nn.init.zeros_(uniform.fc.weight), torch.nn.init.zeros_(uniform.fc.bias)
     assert bits_per_character(uniform, test, 3)["averaged"] == pytest.approx(math.log2(6))

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from latephase_kernels.cli import main
-from latephase_kernels.data import WorkerError
+from latephase_kernels.data import DeviceImages, WorkerError
 from latephase_kernels.train import run_training
 from latephase_kernels.train.build import build_data, build_network, check_network
 from latephase_kernels.train.checkpoints import CheckpointFolder, RunError
@@ -143,6 +143,24 @@ def test_resuming_a_finished_run_says_that_it_is_trained(finished, tmp_path, cap
     folder = shutil.copytree(finished[0], tmp_path / "run")
     assert run_here(folder, "--resume") == 0
     assert re.search(r"\[100 %\] digits\S*: all 4 epochs are trained", error := capsys.readouterr().err), error
+    assert_same_run(folder, finished[0])
+
+
+def test_a_signal_ends_an_evaluation(finished, tmp_path, monkeypatch):
+    """Of which nothing is recorded; the resumed run does it again."""
+    folder, batches, seen = tmp_path / "run", DeviceImages.batches, []
+
+    def interrupted(images, *given):
+        for batch in batches(images, *given):
+            yield batch
+            seen.append(len(batch[0]))
+            if len(seen) == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(DeviceImages, "batches", interrupted)
+    assert run_here(folder) == 128 + signal.SIGTERM
+    assert seen == [250, 250] and [record["epoch"] for record in read_metrics(folder / "metrics.jsonl")] == [1.0]
+    assert run_here(folder, "--resume") == 0
     assert_same_run(folder, finished[0])
 
 

@@ -1,6 +1,6 @@
 """Image classification: device-resident minibatches, cross entropy, accuracy and calibration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from .evaluation import Answers, answers_of, dropout_logits_of, logits_of, metri
 from .image_input import evaluation_images, memory_format_of, training_batches
 from .ranks import Ranks
 from .recipe import Recipe
-from .task import Evaluation, Task, autocast
+from .task import Evaluation, Task, autocast, looking
 
 EVALUATION_BATCH = 250  # images a forward pass; times K for all members
 
@@ -96,9 +96,16 @@ class _Share:
     def __init__(self, images: DeviceImages | EvaluationImages, ranks: Ranks):
         self.images, self.ranks = images, ranks
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, look: Callable[[], None] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         count = -(-len(self.images) // batch_size)
-        return self.images.batches(batch_size, self.ranks.share(count) or range(1))
+        own = self.ranks.share(count) or range(1)
+        batches = self.images.batches(batch_size, own)
+        if look is None:
+            yield from batches
+            return
+        yield from looking(batches, look)
+        for _ in range(len(own), -(-count // self.ranks.num_ranks)):  # other ranks have one more
+            look()
 
     def whole(self, logits: Tensor, batch_size: int) -> Tensor:
         """Return [·, N, classes] of all images from that of this rank's batches."""
@@ -126,8 +133,8 @@ class ImageEvaluation(Evaluation):
         self.images = evaluation_images(recipe, train, test, ranks.device)
         self.share = _Share(self.images, ranks)
 
-    def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
-        logits = self.share.whole(logits_of(model, self.share.batches(EVALUATION_BATCH)), EVALUATION_BATCH)
+    def progress(self, model: nn.Module, look: Callable[[], None]) -> tuple[dict[str, float], str]:
+        logits = self.share.whole(logits_of(model, self.share.batches(EVALUATION_BATCH, look)), EVALUATION_BATCH)
         found = metrics_of_logits(logits, self.images.labels)
         return {f"test {key}": value for key, value in found.items()}, f"test accuracy {found['accuracy']:.2f} %"
 

@@ -72,6 +72,10 @@ class Ranks:
         """Return the signal that ends the run now, on whichever rank it came, and whether to save now."""
         return signal, save
 
+    def any_signal(self, signal: int | None) -> int | None:
+        """Return a signal that came on any rank, now; None if there is none."""
+        return signal
+
     def first_does(self, function: Callable[[], Answer]) -> Answer | None:
         """Return what function returns; of several ranks only the first calls it, and the others get None.
 
@@ -192,6 +196,11 @@ class SeveralRanks(Ranks):
         received, save_now, self._steps_until_look = look.tolist()
         self._steps_taken, self._looked_at = self._steps_until_look, now
         return received or None, bool(save_now)
+
+    def any_signal(self, signal: int | None) -> int | None:
+        look = torch.tensor(signal or 0)
+        dist.all_reduce(look, dist.ReduceOp.MAX)
+        return int(look) or None
 
     def first_does(self, function: Callable[[], Answer]) -> Answer | None:
         answer, message = None, [None]

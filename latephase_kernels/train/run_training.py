@@ -149,6 +149,8 @@ class _Run:
                     f"got {recipe.data.folder} with {trainer.total}"
                 )
             trainer.load_state_dict(saved[0])
+        # The record of an epoch that is still to be evaluated, and words for the terminal: a signal came meanwhile.
+        self.unevaluated: tuple[dict[str, Any], str] | None = saved[0].get("unevaluated") if saved else None
         logged = folder.start_metrics(trainer.minibatch)
         self.seconds_before = (logged[-1].get("seconds") or 0.0) if logged else 0.0  # of the run that is resumed
         self.progress = Progress(trainer.total, sys.stderr if trainer.ranks.rank == 0 else io.StringIO())
@@ -167,6 +169,9 @@ class _Run:
         stage = f"all {epochs} epochs are trained" if trained else f"epoch {int(trainer.epoch) + 1} of {epochs}"
         self.progress.begin(f"{self.recipe.name}: {stage}")
         try:
+            if self.unevaluated is not None:
+                self._evaluate()
+                started = time.perf_counter()
             while trainer.minibatch < trainer.total:
                 before = trainer.minibatch // per_epoch
                 self.progress.advance(trainer.step())
@@ -212,17 +217,42 @@ class _Run:
         stage = f"{self.recipe.name}: epoch {epoch} of {self.recipe.epochs}"
         if loss is not None:
             stage += f", loss {loss:.4f}"
+        throughput = f", {units_per_second:,.0f} {unit}/s"
         every = self.recipe.evaluate_every
         if epoch // every > before // every or epoch == self.recipe.epochs:
+            self.unevaluated = record, stage
+            self._evaluate(throughput)
+        else:
+            self.folder.log(record)
+            self.progress.begin(stage + throughput)
+
+    def _evaluate(self, throughput: str = "") -> None:
+        """Complete and log the record of an epoch; a signal ends it, and resuming does it again from its start.
+
+        Raises:
+            Interrupted: after a checkpoint was written.
+        """
+        assert self.unevaluated is not None
+        record, stage = self.unevaluated
+        try:
             with self.trainer.ranks.gathered(self.trainer.model) as model:
-                tested, words = self.evaluation.progress(model)
-            record.update(tested)
-            stage += f", {words}"
-        self.folder.log(record)
-        self.progress.begin(f"{stage}, {units_per_second:,.0f} {unit}/s")
+                tested, words = self.evaluation.progress(model, self._look)
+        except Interrupted:
+            self._save()
+            raise
+        self.unevaluated = None
+        self.folder.log({**record, **tested})
+        self.progress.begin(f"{stage}, {words}{throughput}")
+
+    def _look(self) -> None:
+        """Raise Interrupted where a signal has come on any rank."""
+        received = self.trainer.ranks.any_signal(self.signals.received)
+        if received is not None:
+            raise Interrupted(received)
 
     def _save(self) -> None:
-        self.folder.checkpoints.save(self.trainer.state_dict(), self.trainer.minibatch)
+        state = {**self.trainer.state_dict(), "unevaluated": self.unevaluated}
+        self.folder.checkpoints.save(state, self.trainer.minibatch)
         self.saved_at = time.monotonic()
 
 

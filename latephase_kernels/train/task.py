@@ -1,11 +1,13 @@
 """What the training loop leaves to the kind of data: minibatches, network, loss, state between steps, evaluation."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
 
 
 class Task(ABC):
@@ -86,8 +88,13 @@ class Evaluation(ABC):
     classes: Sequence[str] = ()
 
     @abstractmethod
-    def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
-        """Evaluate a model in training, averaged; return what to log, and a few words for the terminal."""
+    def progress(self, model: nn.Module, look: Callable[[], None]) -> tuple[dict[str, float], str]:
+        """Evaluate a model in training, averaged; return what to log, and a few words for the terminal.
+
+        Args:
+            model: plain or expanded.
+            look: called before each batch, on every rank as often; may raise, which ends the evaluation.
+        """
 
     @abstractmethod
     def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
@@ -99,6 +106,13 @@ class Evaluation(ABC):
     @abstractmethod
     def logits(self, model: nn.Module) -> Tensor:
         """Return the logits by which a collapsed model is compared with the averaged one."""
+
+
+def looking(batches: Iterable[Batch], look: Callable[[], None]) -> Iterator[Batch]:
+    """Yield the batches, calling look before each."""
+    for batch in batches:
+        look()
+        yield batch
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -6,7 +6,7 @@ A minibatch is one window of B streams.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..nn.routing import is_expanded, routings_of
 from ..reference.precision import wide, widest_dtype
 from .build import build_language_model
 from .recipe import Recipe
-from .task import Evaluation, Task, autocast
+from .task import Evaluation, Task, autocast, looking
 
 State = tuple[Tensor, Tensor]
 
@@ -151,8 +151,8 @@ class TextEvaluation(Evaluation):
         self.streams = recipe.text.evaluation_streams
         self.validation, self.test = text.validation.to(device), text.test.to(device)
 
-    def progress(self, model: nn.Module) -> tuple[dict[str, float], str]:
-        found = bits_per_character(model, self.validation, self.streams, averaged_only=True)["averaged"]
+    def progress(self, model: nn.Module, look: Callable[[], None]) -> tuple[dict[str, float], str]:
+        found = _mean_bits(model, self.validation, self.streams, "average", look)[0]
         return {"validation bits per character": found}, f"validation {found:.4f} bits per character"
 
     def final(self, model: nn.Module) -> tuple[dict[str, dict[str, float]], Tensor]:
@@ -196,33 +196,36 @@ def _answers(model: nn.Module, windows: Iterator[tuple[Tensor, Tensor]], which: 
             yield logits.unflatten(0, (members, -1)), targets
 
 
-def bits_per_character(
-    model: nn.Module, text: Tensor, streams: int = 1, *, averaged_only: bool = False
-) -> dict[str, float]:
+def bits_per_character(model: nn.Module, text: Tensor, streams: int = 1) -> dict[str, float]:
     """Return the mean of −log2 p(next symbol) over a text, of every way to predict.
 
     Args:
         model: a plain or expanded language model: (symbols, state) -> (logits, state).
         text: [T] integers on the model's device.
         streams: the text is cut into so many, read side by side; each starts from zeros.
-        averaged_only: leave the members out.
 
     Returns:
         "averaged" (one model), and of an expanded one also "ensemble" (mean of the members' probabilities), "members"
         (mean of their bits) and "member 0", ….
     """
     bits = {"averaged": _mean_bits(model, text, streams, "average")[0]}
-    if is_expanded(model) and not averaged_only:
+    if is_expanded(model):
         bits["ensemble"], *single = _mean_bits(model, text, streams, "stacked")
         bits["members"] = math.fsum(single) / len(single)
         bits.update({f"member {k}": one for k, one in enumerate(single)})
     return bits
 
 
-def _mean_bits(model: nn.Module, text: Tensor, streams: int, which: str) -> list[float]:
-    """Return the bits per character of the mean of the members' probabilities, and of each member."""
+def _mean_bits(
+    model: nn.Module, text: Tensor, streams: int, which: str, look: Callable[[], None] = lambda: None
+) -> list[float]:
+    """Return the bits per character of the mean of the members' probabilities, and of each member.
+
+    look is called before each window.
+    """
     total: Tensor | float = 0.0
-    for logits, targets in _answers(model, evaluation_windows(text, streams), which):
+    windows = looking(evaluation_windows(text, streams), look)
+    for logits, targets in _answers(model, windows, which):
         there = targets != _IGNORED
         chosen = targets.clamp_min(0).expand(logits.shape[:-1]).unsqueeze(-1)
         log_p = logits.to(widest_dtype(logits.device)).log_softmax(-1).gather(-1, chosen).squeeze(-1)  # [members, N, S]
