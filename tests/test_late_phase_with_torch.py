@@ -351,6 +351,25 @@ def test_outputs_are_no_views_where_the_plain_layers_are_none(layer, target):
         assert not model(torch.randn(shape))._is_view()
 
 
+def test_sharded_parameters_are_marked():
+    """fully_shard makes parameters of its own; a warning and users' filters go by the mark."""
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        plains = [nn.Sequential(Net(), nn.LSTM(3, 2, batch_first=True)) for _ in range(2)]
+        models = [lp.expand(plain, K, targets=("batch_norm", "rank1")) for plain in plains]
+        fully_shard(models[1], mesh=dist.init_device_mesh("cpu", (1,)))
+        marks = [{name: getattr(p, "num_members", None) for name, p in model.named_parameters()} for model in models]
+        assert marks[0] == marks[1] and {*marks[0].values()} == {K, None}
+        late = [parameter for parameter in models[1].parameters() if hasattr(parameter, "num_members")]
+        with pytest.warns(UserWarning, match="LBFGS.step: the rule mixes the elements of a tensor, and .* replicated"):
+            torch.optim.LBFGS(late).step(lambda: torch.zeros(()))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_compiled_training_step():
     model, x, target = expanded(), images(K * B), labels(K * B)
     reference = copy.deepcopy(model)

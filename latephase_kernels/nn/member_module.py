@@ -195,6 +195,12 @@ class MemberModule(Routed):
         super().__setstate__(state)
         self._mark()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # fully_shard and others put parameters of their own in the places of these.
+        if isinstance(value, nn.Parameter) and "num_members" in vars(self) and name not in self.shared_names:
+            value.num_members = self.num_members
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._mark()
