@@ -253,8 +253,9 @@ def test_members_and_predict():
 
 
 @pytest.mark.parametrize("targets", ["batch_norm", "head"])
-@pytest.mark.parametrize("share", [False, True])
-def test_update_bn(targets, share):
+@pytest.mark.parametrize("how", ["stacked", "share", "turns"])
+def test_update_bn(targets, how):
+    share, options = how == "share", {} if how == "stacked" else {how: True}
     model = diverged(targets).double()
     model[1].eval()
     data = [(images(B, seed).double(), seed) for seed in range(7)]
@@ -268,16 +269,33 @@ def test_update_bn(targets, share):
         for k in range(K):
             with lp.members(truth, k):
                 truth(data[i * K + k if share else i][0])
-    lp.update_bn(data, model, share=share)
+    lp.update_bn(data, model, **options)
     for key, value in truth.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-12)
     assert model[1].momentum == 0.1 and not model[1].training and model[4].training
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="loader must yield at least"):
-        lp.update_bn([], model, share=share)
-    with pytest.raises(TypeError, match="a batch must hold a tensor .* got object; .* take turns"):
-        lp.update_bn([object()] * K, model, share=share)  # a graph, of which members would get parts
+        lp.update_bn([], model, **options)
+    message = r"got \(object" if how == "turns" else "a batch must hold a tensor .* got object; .* turns=True"
+    with pytest.raises(TypeError, match=message):
+        lp.update_bn([object()] * K, model, **options)  # a graph, of which members would get parts
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("targets", ["batch_norm", "head"])
+def test_statistics_are_not_reset_while_one_member_runs(targets):
+    """As torch's update_bn does: after one call for each member the last one alone would have statistics."""
+    model = diverged(targets)
+    before = copy.deepcopy(model.state_dict())
+    message = r"reset_running_stats: .* runs some of them alone.* turns=True\)"
+    with lp.members(model, 1), pytest.raises(RuntimeError, match=message):
+        torch.optim.swa_utils.update_bn([images(B)], model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="share must be False with turns=True"):
+        lp.update_bn([images(B)], model, share=True, turns=True)
+    with lp.members(model, "stacked"):
+        model[1].reset_running_stats()
+    assert not model[1].running_mean.any()
 
 
 def test_average_in_a_training_layer_is_the_mean_of_the_members_outputs():

@@ -35,7 +35,7 @@ def rows_of(batch: Any, where: str = "stack_batches") -> int:
         return rows
     raise TypeError(
         f"{where}: a batch must hold a tensor with a batch dimension, got {type(batch).__name__}; where there is none, "
-        "let the members take turns: lp.members(model, k), predict(…, members=k)"
+        "let the members take turns: lp.members(model, k), predict(…, members=k), update_bn(…, turns=True)"
     )
 
 

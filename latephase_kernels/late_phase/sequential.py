@@ -86,7 +86,8 @@ class SequentialTrainer:
 
         Args:
             loss_fn: (output [B, …], target [B, …]) -> the mean over the minibatch.
-            minibatches: K pairs (input [B, …], target [B, …]).
+            minibatches: K pairs (input, target), of B samples each. A member is called with its input alone: of a model
+                that takes several, give the trainer a module around it whose forward takes them as one.
 
         Returns:
             The K losses.

@@ -15,7 +15,7 @@ from .members import members, repeat, training_flags_kept
 
 
 @torch.no_grad()
-def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> None:
+def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False, turns: bool = False) -> None:
     """Recompute every running statistic of an expanded model as the average over a loader, in one stacked pass.
 
     Args:
@@ -24,14 +24,18 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
         model: expanded; flags and momenta are the same afterwards.
         share: False: every member sees all the data (each batch is replicated K times). True: each sees 1/K of it,
             an approximation at 1/K of the cost; leftover and short batches are not used.
+        turns: run the members one after the other, each on the batch as it is: for models whose members take turns
+            because their rows are not equally many (graphs). The result is that of share=False.
 
     Raises:
         RuntimeError: model is not expanded.
-        TypeError: a batch has no tensor (as a graph's).
-        ValueError: there was no batch (with share=True, not num_members full ones).
+        TypeError: a batch has no tensor (as a graph's), and turns is False.
+        ValueError: share and turns are both True; or there was no batch (with share=True, not num_members full ones).
         Statistics are as before then.
     """
     num_members = routings_of("update_bn", model)[0].num_members
+    if share and turns:
+        raise ValueError("update_bn: share must be False with turns=True: every member sees every batch; leave out one")
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
     ]
@@ -50,8 +54,13 @@ def update_bn(loader: Iterable, model: nn.Module, *, share: bool = False) -> Non
             for batch in batches:
                 x = batch[0] if isinstance(batch, (list, tuple)) else batch
                 x = map_leaves(lambda t: t.to(device) if isinstance(t, Tensor) else t, x)
-                rows_of(x, "update_bn")  # of what holds no tensor no member would get a copy
-                model(x if share else repeat(x, num_members))
+                if turns:
+                    for k in range(num_members):
+                        with members(model, k):
+                            model(x)
+                else:
+                    rows_of(x, "update_bn")  # of what holds no tensor no member would get a copy
+                    model(x if share else repeat(x, num_members))
                 passes += 1
             if not passes:
                 needed = f"{num_members} batches of equal size" if share else "one batch"

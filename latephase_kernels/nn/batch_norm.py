@@ -86,6 +86,15 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         self.reset_parameters()
         self._mark()
 
+    def reset_running_stats(self) -> None:
+        """Reset the statistics of all members.
+
+        Raises:
+            RuntimeError: some members run alone, as where torch.optim.swa_utils.update_bn is called for each of them.
+        """
+        self.check_all_run("reset_running_stats", "call it outside, or lp.update_bn(loader, model, turns=True)")
+        super().reset_running_stats()
+
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
         return f"{super().extra_repr()}, num_members={self.num_members}{activation}"

@@ -52,6 +52,15 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         new.num_members, new.routing, new.plain_type = num_members, None, type(module)
         return new
 
+    def reset_running_stats(self) -> None:
+        """Reset the statistics of all members.
+
+        Raises:
+            RuntimeError: some members run alone, as where torch.optim.swa_utils.update_bn is called for each of them.
+        """
+        self.check_all_run("reset_running_stats", "call it outside, or lp.update_bn(loader, model, turns=True)")
+        super().reset_running_stats()
+
     def collapse(self, mode: str = "exact") -> _BatchNorm:
         """Return the plain batch norm: the same Parameter and buffer objects, in every mode.
 
