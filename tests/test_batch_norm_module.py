@@ -200,10 +200,11 @@ def test_a_plain_state_dict_is_broadcast_and_an_expanded_one_is_not():
     assert state["weight"].shape == (C,) and state["num_batches_tracked"].dim() == 0
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_member_linear_equals_a_linear_layer_of_each_member():
-    for bias in (True, False):
-        head = MemberLinear(6, C, K, bias=bias, dtype=torch.float64)
-        x = torch.randn(K * B, 2, 6, dtype=torch.float64)
+    for features, bias in ((6, True), (6, False), (0, True), (0, False)):
+        head = MemberLinear(features, C, K, bias=bias, dtype=torch.float64)
+        x = torch.randn(K * B, 2, features, dtype=torch.float64)
         parts = [F.linear(part, head.weight[k], head.bias[k] if bias else None) for k, part in enumerate(x.chunk(K))]
         torch.testing.assert_close(head(x), torch.cat(parts))
         rows = x[:B]

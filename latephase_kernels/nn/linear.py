@@ -80,8 +80,8 @@ class MemberLinear(MemberModule):
         num_members = len(members)
         check_rows("MemberLinear", input, num_members)
         weight, bias = self._members_of(members, self.weight), self._members_of(members, self.bias)
-        rows = input.numel() // (num_members * self.in_features) if self.in_features else 0
-        stacked = input.reshape(num_members, rows, self.in_features)
+        rows = input.numel() // self.in_features if self.in_features else math.prod(input.shape[:-1])
+        stacked = input.reshape(num_members, rows // num_members, self.in_features)
         if bias is None:
             y = torch.bmm(stacked, weight.mT)
         else:
