@@ -141,6 +141,9 @@ class TextTask(Task):
 class TextEvaluation(Evaluation):
     """Bits per character on the whole validation and test text, the recurrent state carried through.
 
+    Each rank evaluates all of it. Streams could be divided, but their length is what takes time, the steps of one
+    following each other; and fewer of them side by side can round otherwise: figures would depend on the ranks.
+
     Args:
         recipe: checked.
         text: its parts after the training text go to the device.
