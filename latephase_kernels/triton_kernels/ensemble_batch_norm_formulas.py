@@ -132,7 +132,7 @@ def gated(dy, centred, scale, shift, mask, row, column, columns, valid, DTYPE: t
     elif ACTIVATION == "silu":
         z = tl.fma(centred, scale, shift)
         passed = tl.sigmoid(z)
-        dz = dy * (passed * (1.0 + z * (1.0 - passed)))
+        dz = dy * tl.fma(z * passed, 1.0 - passed, passed)
     return dz
 
 

@@ -212,6 +212,7 @@ def backward_reduce_kernel(
         dot_value = tl.fma(dz, centred, dot_value)
 
     total = over_tile(sum_value, ROWS_OF_CHANNELS)
+    rstd_value = tl.load(rstd + group, in_range, other=0.0, volatile=True)  # again: not held in registers meanwhile
     dot = over_tile(dot_value, ROWS_OF_CHANNELS) * rstd_value
     if partials is None:
         tl.store(sum_dz + group, total, in_range)
