@@ -19,17 +19,27 @@ inline Vec<double> lane_by_lane(Vec<double> x, const Function& function) {
 // eˣ = 2ⁿ · eʳ with |r| ≤ ln 2 / 2 (Cephes, expf); ∞ from 88.4 on, and e⁻⁸⁷ below -87.
 inline Vec<float> exp(Vec<float> x) {
   const Vec<float> lowest = splat(-87.0f), highest = splat(89.0f);
+#if defined(__AVX512F__)
+  x = (Vec<float>)_mm512_min_ps((__m512)highest, _mm512_max_ps((__m512)lowest, (__m512)x));  // of NaN: the second
+  const Vec<float> n = (Vec<float>)_mm512_roundscale_ps((__m512)(x * splat(0x1.715476p0f)), 0);
+#else
   x = x < lowest ? lowest : x;
   x = x > highest ? highest : x;
   const Vec<float> magic = splat(0x1.8p23f);  // the sum's last bits are those of the nearest integer
   const Vec<float> shifted = fma(x, splat(0x1.715476p0f), magic), n = shifted - magic;
+#endif
   const Vec<float> r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
   Vec<float> p = splat(1.9875691500e-4f);
   for (const float coefficient :
        {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     p = fma(p, r, splat(coefficient));
+  p = fma(p, r * r, r) + splat(1.0f);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   const Mask<float> exponent = ((Mask<float>)shifted - (Mask<float>)magic + 127) << 23;
-  return (fma(p, r * r, r) + splat(1.0f)) * (Vec<float>)exponent;
+  return p * (Vec<float>)exponent;
+#endif
 }
 
 inline Vec<float> sigmoid(Vec<float> x) { return splat(1.0f) / (splat(1.0f) + exp(-x)); }
