@@ -61,7 +61,7 @@ class LossRecord:
         """
         minibatches, of_each = int(self._minibatches), int(self._member_minibatches)
         mean = float(self._ranks.total(self._loss)) / minibatches if minibatches else None
-        members = (self._ranks.total(self._member_losses) / of_each).tolist() if of_each else []
+        members = (self._ranks.total(self._member_losses) / of_each).cpu().tolist() if of_each else []
         for part in (self._loss, self._minibatches, self._member_losses, self._member_minibatches):
             part.zero_()
         return mean, members, int(self._skipped)
@@ -76,20 +76,20 @@ class LossRecord:
         """Return the record of all ranks, as numbers: a float64 tensor could not be loaded onto every device."""
         loss, *counts, member_losses, of_each = self._parts()
         parts = (self._ranks.total(loss), *counts, self._ranks.total(member_losses), of_each)
-        return [part.tolist() for part in parts]
+        return [part.cpu().tolist() for part in parts]
 
     def own_state(self) -> list[Any]:
         """Return this rank's parts of the sums."""
-        return [self._loss.item(), self._member_losses.tolist()]
+        return [self._loss.item(), self._member_losses.cpu().tolist()]
 
     def load_state(self, state: list[Any], own: list[Any] | None) -> None:
         """Go on from what state, and on this very rank own_state, returned; without the latter the first has all."""
         # A checkpoint of before the members' losses were recorded has four parts, and tensors.
         for part, saved in zip(self._parts(), state):
-            part.copy_(torch.as_tensor(saved, dtype=part.dtype, device=part.device))
+            part.copy_(torch.as_tensor(saved, dtype=part.dtype).to(part.device))
         if own is not None or self._ranks.rank > 0:
             for part, saved in zip((self._loss, self._member_losses), own or (0.0, 0.0)):
-                part.copy_(torch.as_tensor(saved, dtype=part.dtype, device=part.device))
+                part.copy_(torch.as_tensor(saved, dtype=part.dtype).to(part.device))
 
     def _parts(self) -> tuple[Tensor, ...]:
         run = (self._minibatches, self._skipped, self._first_nonfinite)
