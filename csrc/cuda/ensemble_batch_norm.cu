@@ -61,7 +61,10 @@ void run_forward(const Forward& f) {
                                      static_cast<scalar_t*>(f.y),
                                      f.mask,
                                      {mean, rstd, Parameter(f.weight), Parameter(f.bias), Parameter(f.output_gain)},
-                                     f.activation};
+                                     f.activation == Activation::kSilu   ? Ending::kSilu
+                                     : f.activation == Activation::kNone ? Ending::kGain
+                                     : f.output_gain.data != nullptr     ? Ending::kReluGain
+                                                                         : Ending::kRelu};
   if (f.compute_statistics) {
     const FinishStatistics finish(f);
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 1)) {

@@ -77,6 +77,9 @@ __device__ __forceinline__ Moments<1> corrected_moments(float count, float inver
 
 // ---------------------------------------------------------------------------------------------- forward
 
+// What comes after z: the ReLU alone, the SiLU, or an output gain (1 without one) behind the ReLU or nothing.
+enum class Ending { kRelu, kSilu, kReluGain, kGain };
+
 template <class scalar_t>
 struct ForwardArguments {
   const scalar_t* x;
@@ -84,7 +87,7 @@ struct ForwardArguments {
   scalar_t* y;               // or null: statistics only
   uint8_t* mask;             // or null
   Normalization normalization;
-  Activation activation;
+  Ending ending;
 };
 
 // mean, scale, bias and output gain of each column of a thread.
@@ -149,17 +152,16 @@ __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t
     z[j] = normalizer.normalized(x.get(j), j);
     if (a.residual != nullptr) z[j] = __fadd_rn(z[j], residual.get(j));
   }
-  const bool relu = a.activation == Activation::kRelu;
-  if (relu && a.normalization.output_gain.data == nullptr) return Unit<scalar_t>::rectified(z);
-  if (a.activation == Activation::kSilu) {
+  if (a.ending == Ending::kRelu) return Unit<scalar_t>::rectified(z);
+  if (a.ending == Ending::kSilu) {
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) z[j] = silu(z[j]);
-    return Unit<scalar_t>::of(z);
-  }
+  } else {
 #pragma unroll
-  for (int j = 0; j < kUnit; ++j) {
-    if (relu && !relu_passes(z[j], Packing<scalar_t>::kRoundsToZero)) z[j] = 0;
-    z[j] = __fmul_rn(z[j], normalizer.output_gain[by_column(layout) ? j : 0]);
+    for (int j = 0; j < kUnit; ++j) {
+      if (a.ending == Ending::kReluGain && !relu_passes(z[j], Packing<scalar_t>::kRoundsToZero)) z[j] = 0;
+      z[j] = __fmul_rn(z[j], normalizer.output_gain[by_column(layout) ? j : 0]);
+    }
   }
   return Unit<scalar_t>::of(z);
 }
