@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.batch_norm import _EnsembleBatchNorm
+from ..nn.routed_batch_norm import RoutedBatchNorm
 from ..nn.shared_batch_norm import _SharedBatchNorm
 from ..nn.sync_batch_norm import _SyncBatchNorm
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
@@ -27,7 +28,7 @@ def replace_plain(model: nn.Module) -> None:
         {
             id(module): build(name, module, SHARED_TYPES, 1)
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and not isinstance(module, (_EnsembleBatchNorm, _SharedBatchNorm))
+            if isinstance(module, _BatchNorm) and not isinstance(module, RoutedBatchNorm)
         },
     )
 
@@ -47,9 +48,8 @@ def plain_again(model: nn.Module) -> None:
 def set_statistics_group(model: nn.Module, group: StatisticsGroup, synchronized: bool) -> None:
     """Say whose rows count in batch norms: group's; unless synchronized, only in those that were nn.SyncBatchNorm."""
     for module in model.modules():
-        if isinstance(module, (_EnsembleBatchNorm, _SharedBatchNorm)):
-            if synchronized or isinstance(module, _SyncBatchNorm):
-                module.statistics_group = group
+        if isinstance(module, RoutedBatchNorm) and (synchronized or isinstance(module, _SyncBatchNorm)):
+            module.statistics_group = group
 
 
 def own_statistics(model: nn.Module, synchronized: bool, member_ranks: int) -> Iterator[tuple[str, Tensor, bool]]:

@@ -13,26 +13,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops.checks import check_activation, check_num_members
 from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_running
 from ..ops.ensemble_batch_norm_checks import ACTIVATIONS, check_arguments
-from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from ..reference.activation import activate
 from ..reference.precision import accumulation_dtype, typed_like, wide
 from .member_module import (
     MemberModule,
     carry_over,
     check_mode,
-    check_plain,
     check_replication,
     member_mean,
     plain_parameter,
     replicate,
     replicate_parameter,
 )
+from .routed_batch_norm import RoutedBatchNorm
 
 OP_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"}  # modules whose work the op can do as well
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class _EnsembleBatchNorm(MemberModule, _BatchNorm):
+class _EnsembleBatchNorm(MemberModule, RoutedBatchNorm):
     """Batch norm with statistics and weights of each member's own; see the 1d, 2d and 3d classes.
 
     In an expanded model the model's training flag, or `members`, says whether the input is stacked or ordinary; this
@@ -52,9 +51,6 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
     Raises:
         TypeError, ValueError: num_members or activation does not fit.
     """
-
-    _plain: type  # the torch.nn class of the same number of dimensions
-    statistics_group: StatisticsGroup | None = None  # the ranks whose rows count in training; None: own rows alone
 
     def __init__(
         self,
@@ -85,15 +81,6 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         self.register_buffer("num_batches_tracked", tracked)
         self.reset_parameters()
         self._mark()
-
-    def reset_running_stats(self) -> None:
-        """Reset the statistics of all members.
-
-        Raises:
-            RuntimeError: some members run alone, as where torch.optim.swa_utils.update_bn is called for each of them.
-        """
-        self.check_all_run("reset_running_stats", "call it outside, or lp.update_bn(loader, model, turns=True)")
-        super().reset_running_stats()
 
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
@@ -152,9 +139,6 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         return normalize(
             input, *statistics, *affine, residual, training, *settings, activation, group, input_gain, output_gain
         )[0]
-
-    def _statistics_ranks(self) -> StatisticsGroup | None:
-        return self.statistics_group
 
     def _updates(self) -> bool:
         return self.training and self.track_running_stats and self.running_mean is not None
@@ -248,10 +232,6 @@ class _EnsembleBatchNorm(MemberModule, _BatchNorm):
         ratio = ((var[0] + self.eps) / (var + self.eps)).sqrt()
         exact = (var[0] + self.eps) / member_mean(ratio).square() - self.eps
         return typed_like(torch.where((var == var[0]).all(0), var[0], exact), self.running_var)
-
-    @classmethod
-    def _check_plain(cls, where: str, module: nn.Module) -> None:
-        check_plain(where, module, cls._plain)
 
     @classmethod
     def from_module(

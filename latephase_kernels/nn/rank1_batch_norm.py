@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from ..ops import rank1_linear
-from .batch_norm import _EnsembleBatchNorm
 from .rank1 import Rank1Linear, _Rank1
-from .shared_batch_norm import _SharedBatchNorm
+from .routed_batch_norm import RoutedBatchNorm
 
-BatchNorm = _EnsembleBatchNorm | _SharedBatchNorm
 Gain = tuple[Tensor, Tensor | None]  # output gain [K, out] and bias, of the members that run
 
 
 def without_output_gain(
-    layer: _Rank1, norm: BatchNorm, input: Tensor, multiplied: bool = False
+    layer: _Rank1, norm: RoutedBatchNorm, input: Tensor, multiplied: bool = False
 ) -> tuple[Tensor, Gain | None]:
     """Return what norm takes in place of layer(input, multiplied): that without output gain and bias, and these two.
 
@@ -37,7 +35,7 @@ def without_output_gain(
     return layer.without_output_gain(input, multiplied)
 
 
-def input_gain_for(layer: _Rank1, norm: BatchNorm, input: Tensor) -> Tensor | None:
+def input_gain_for(layer: _Rank1, norm: RoutedBatchNorm, input: Tensor) -> Tensor | None:
     """Return the input gain of layer that norm multiplies its output by, as the layer that alone takes it would.
 
     [K, in] of the members that run; None where the layer has to: it does not run stacked, or the gain costs it nothing.
@@ -56,13 +54,13 @@ def input_gain_for(layer: _Rank1, norm: BatchNorm, input: Tensor) -> Tensor | No
     return gain.to(torch.promote_types(input.dtype, gain.dtype))
 
 
-def _run_together(layer: _Rank1, norm: BatchNorm) -> bool:
+def _run_together(layer: _Rank1, norm: RoutedBatchNorm) -> bool:
     """Whether both run the same members, stacked, with kernels."""
     members = layer.active_members()
     return not isinstance(members, str) and members == norm.active_members() and layer.weight.device.type != "meta"
 
 
-def _normalizes_by_running(norm: BatchNorm) -> bool:
+def _normalizes_by_running(norm: RoutedBatchNorm) -> bool:
     return not (norm.training or norm.running_mean is None or norm.running_var is None)
 
 

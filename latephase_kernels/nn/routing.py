@@ -133,12 +133,6 @@ class Routed(nn.Module):
         """Return "average" or the range of members to run as."""
         return range(self.num_members) if self.routing is None else self.routing.resolve(self.training)
 
-    def check_all_run(self, where: str, remedy: str) -> None:
-        """Raise RuntimeError inside a block in which some of the members run, and not all."""
-        chosen = None if self.routing is None else self.routing.override
-        if isinstance(chosen, range) and len(chosen) < self.num_members:
-            raise RuntimeError(f"{where}: it is of all members, and lp.members runs some of them alone here; {remedy}")
-
     def _replicate_for_data_parallel(self) -> nn.Module:
         """Called by nn.DataParallel for every device; torch.nn has the name.
 

@@ -10,28 +10,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..ops.checks import check_num_members
 from ..ops.ensemble_batch_norm import normalize, update_running
 from ..ops.ensemble_batch_norm_checks import check_arguments
-from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from ..reference.activation import activate
-from .member_module import check_mode, check_plain, twin
-from .routing import Routed
+from .member_module import check_mode, twin
+from .routed_batch_norm import RoutedBatchNorm
 
 
-class _SharedBatchNorm(Routed, _BatchNorm):
+class _SharedBatchNorm(RoutedBatchNorm):
     """Batch norm with one [C] weight, bias and running statistics, that normalizes each member by itself.
 
     For the batch norms of an expanded model that are not late-phase weights: in a stacked pass members must not mix.
     The running statistics move as in a loop over the members. All else is the plain batch norm.
     """
-
-    _plain: type
-    statistics_group: StatisticsGroup | None = None  # as in EnsembleBatchNorm
-
-    def _statistics_ranks(self) -> StatisticsGroup | None:
-        return self.statistics_group
-
-    @classmethod
-    def _check_plain(cls, where: str, module: nn.Module) -> None:
-        check_plain(where, module, cls._plain)
 
     @classmethod
     def from_module(cls, module: _BatchNorm, num_members: int) -> "_SharedBatchNorm":
@@ -51,15 +40,6 @@ class _SharedBatchNorm(Routed, _BatchNorm):
         new = twin(module, cls)
         new.num_members, new.routing, new.plain_type = num_members, None, type(module)
         return new
-
-    def reset_running_stats(self) -> None:
-        """Reset the statistics of all members.
-
-        Raises:
-            RuntimeError: some members run alone, as where torch.optim.swa_utils.update_bn is called for each of them.
-        """
-        self.check_all_run("reset_running_stats", "call it outside, or lp.update_bn(loader, model, turns=True)")
-        super().reset_running_stats()
 
     def collapse(self, mode: str = "exact") -> _BatchNorm:
         """Return the plain batch norm: the same Parameter and buffer objects, in every mode.

@@ -9,7 +9,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
-from .batch_norm import _EnsembleBatchNorm
+from .batch_norm import _documented, _EnsembleBatchNorm
 from .shared_batch_norm import _SharedBatchNorm
 
 
@@ -36,7 +36,7 @@ class _SyncBatchNorm:
 
 
 class EnsembleSyncBatchNorm(_SyncBatchNorm, _EnsembleBatchNorm):
-    __doc__ = (_EnsembleBatchNorm.__doc__ or "").replace("; see the 1d, 2d and 3d classes", " over [K·B, C, *]")
+    __doc__ = _documented(" over [K·B, C, *]")
 
     def collapse(self, mode: str = "exact") -> nn.SyncBatchNorm:
         """Return the one nn.SyncBatchNorm, with its process group; see the base class."""
