@@ -27,8 +27,10 @@ from .optimizers import (
 from .stale_wrappers import mark_stale
 from .targets import (
     MEMBER_TYPES,
+    RANK1_KINDS,
     RANK1_TYPES,
     SHARED_TYPES,
+    Kinds,
     build,
     check_not_expanded,
     check_not_wrapped,
@@ -36,6 +38,8 @@ from .targets import (
     find_targets,
 )
 from .transformers import check_batch_first, close_fast_paths, open_fast_paths
+
+Replacements = dict[nn.Module, Any]  # the new module, by the one that it replaces
 
 
 def expand(
@@ -105,34 +109,34 @@ def expand(
     optimizers = listed_optimizers(optimizers)
     schedulers = listed_schedulers(schedulers)
     check_not_expanded(model)
-    targeted, rank1, own_bias, empty = find_targets(model, targets)
-    for target in empty if targeted else ():
+    kinds, empty = find_targets(model, targets)
+    for target in empty if kinds else ():
         warnings.warn(f"expand: target {target!r} matches no module of the model", stacklevel=2)
-    if not targeted and (empty or not any(isinstance(module, _BatchNorm) for module in model.modules())):
+    if not kinds and (empty or not any(isinstance(module, _BatchNorm) for module in model.modules())):
         warnings.warn("expand: targets match no module of the model; it stays as it is", stacklevel=2)
         return model
     if isinstance(model, _BatchNorm):
         raise ValueError("expand: the model itself is a batch norm; wrap it in nn.Sequential")
     check_not_mixing(model)
-    replacements = {}
+    replacements: Replacements = {}
     for name, module in model.named_modules():
-        if id(module) in targeted:
-            types = RANK1_TYPES if id(module) in rank1 else MEMBER_TYPES
-            bias = (True,) if id(module) in own_bias else ()
-            replacements[id(module)] = build(name, module, types, num_members, noise_std, generator, *bias)
+        if module in kinds:
+            types = RANK1_TYPES if kinds[module] in RANK1_KINDS else MEMBER_TYPES
+            bias = (True,) if kinds[module] == "rank1_bias" else ()
+            replacements[module] = build(name, module, types, num_members, noise_std, generator, *bias)
         elif isinstance(module, _BatchNorm):
-            replacements[id(module)] = build(name, module, SHARED_TYPES, num_members)
-    check_batch_first(model, {key: replacements[key] for key in targeted})
-    check_ties(model, targeted, rank1)
-    moved, added = _tie(targeted, replacements), _gains(model, rank1, replacements)
-    _warn_of_time_first(model, targeted, rank1)
+            replacements[module] = build(name, module, SHARED_TYPES, num_members)
+    check_batch_first(model, {module: replacements[module] for module in kinds})
+    check_ties(model, kinds)
+    moved, added = _tie(kinds, replacements), _gains(model, kinds, replacements)
+    _warn_of_time_first(model, kinds)
     _warn_of_hooks(model, moved)
     check_optimizers(model, optimizers, schedulers, moved, added, member_state, member_options or {})
 
     routing = Routing(model, num_members)
     for replacement in replacements.values():
         replacement.routing = routing
-    _replace(model, replacements)
+    replace_modules(model, replacements)
     close_fast_paths(model)
     for optimizer in optimizers:
         groups_left = move_parameters(optimizer, moved, added, member_state, member_options or {})
@@ -157,12 +161,12 @@ def expand(
     return model
 
 
-def _warn_of_time_first(model: nn.Module, targeted: dict[int, nn.Module], rank1: set[int]) -> None:
+def _warn_of_time_first(model: nn.Module, kinds: Kinds) -> None:
     """Warn if the model has sequences with time in dim 0, which a replicated layer would take for the batch."""
     sequential = (nn.RNNBase, nn.MultiheadAttention)
     found = next((n for n, m in model.named_modules() if isinstance(m, sequential) and not m.batch_first), None)
-    free = {id(m) for m in targeted.values() if isinstance(m, _BatchNorm)}  # usually of what comes before a sequence
-    other = next((n for n, m in model.named_modules() if id(m) in targeted.keys() - rank1 - free), None)
+    replicated = [(n, m) for n, m in model.named_modules() if kinds.get(m) == "replicated"]
+    other = next((n for n, m in replicated if not isinstance(m, _BatchNorm)), None)  # which usually come before one
     if found is not None and other is not None:
         warnings.warn(
             f"expand: {found} has batch_first=False. If time is in dim 0 of what reaches {other}, the members get one "
@@ -190,22 +194,24 @@ def _trained_by_none(model: nn.Module, replicated: Iterable[nn.Parameter], optim
     return [name for name, parameter in model.named_parameters() if parameter in left]
 
 
-def _tie(targeted: dict[int, nn.Module], replacements: dict[int, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
+def _tie(targeted: Iterable[nn.Module], replacements: Replacements) -> dict[nn.Parameter, nn.Parameter]:
     """Tie the parameters of the replacements as those of the targets are; return plain parameter → replicated."""
     moved: dict[nn.Parameter, nn.Parameter] = {}
-    for key, module in targeted.items():
-        new = replacements[key]
+    for module in targeted:
+        new = replacements[module]
         for name, parameter in module._parameters.items():
             if parameter is not None and name not in new.shared_names:
                 new._parameters[name] = moved.setdefault(parameter, new._parameters[name])
     return moved
 
 
-def _gains(model: nn.Module, rank1: set[int], replacements: dict[int, nn.Module]) -> Gains:
+def _gains(model: nn.Module, kinds: Kinds, replacements: Replacements) -> Gains:
     """Return the rank-1 gains with their names, by the weight that they multiply."""
     gains: Gains = {}
     for name, module in model.named_modules():
-        for own, gain in replacements[id(module)].replicated_parameters().items() if id(module) in rank1 else ():
+        if kinds.get(module) not in RANK1_KINDS:
+            continue
+        for own, gain in replacements[module].replicated_parameters().items():
             if own in module._parameters:  # a bias of each member's own
                 continue
             weight = own.replace("input_gain", "weight").replace("output_gain", "weight")  # an LSTM has several
@@ -213,10 +219,11 @@ def _gains(model: nn.Module, rank1: set[int], replacements: dict[int, nn.Module]
     return gains
 
 
-def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Put the replacements, by id of the module replaced, where that is registered or in a list, tuple or dict."""
+def replace_modules(model: nn.Module, replacements: Replacements) -> None:
+    """Put the replacements where the modules that they replace are registered or in a list, tuple or dict."""
+    by_id = {id(module): new for module, new in replacements.items()}
     for parent in list(model.modules()):
-        _replaced(vars(parent), replacements)
+        _replaced(vars(parent), by_id)
 
 
 def _replaced(value: Any, replacements: dict[int, nn.Module], depth: int = 5) -> Any:
@@ -268,15 +275,15 @@ def collapse(model: Model, *, mode: str = "exact", member: int | None = None) ->
     _check_foreign_norms(model)
     if member is not None:
         _keep(member, [module for _, module in expanded if isinstance(module, MemberModule)])
-    replacements = {id(module): module.collapse(mode) for _, module in expanded}
+    replacements = {module: module.collapse(mode) for _, module in expanded}
     for _, module in expanded:
-        for name, new in replacements[id(module)]._parameters.items():
+        for name, new in replacements[module]._parameters.items():
             old = module._parameters.get(name)
             if old is not None and new is not None and old is not new:
                 copy_marks(old, new)
     _tie_plain(expanded, replacements)
     unfuse(model)
-    _replace(model, replacements)
+    replace_modules(model, replacements)
     open_fast_paths(model)
     mark_replaced({p for _, module in expanded for p in module.parameters()}.difference(model.parameters()), "collapse")
     mark_stale(model, "collapse")
@@ -313,13 +320,13 @@ def _check_foreign_norms(model: nn.Module) -> None:
         )
 
 
-def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: dict[int, nn.Module]) -> None:
+def _tie_plain(expanded: list[tuple[str, nn.Module]], replacements: Replacements) -> None:
     """Tie what was tied, where the averages are equal: exact collapse folds each layer's own statistics into them."""
     first: dict[nn.Parameter, nn.Parameter] = {}
     for module_name, module in expanded:
         if not isinstance(module, MemberModule):
             continue
-        parameters = replacements[id(module)]._parameters
+        parameters = replacements[module]._parameters
         for name, parameter in module.replicated_parameters().items():
             if name not in parameters:  # rank-1 gains, multiplied into the weight
                 continue

@@ -17,16 +17,16 @@ from ..nn.shared_batch_norm import _SharedBatchNorm
 from ..nn.sync_batch_norm import _SyncBatchNorm
 from ..ops.ensemble_batch_norm_synchronized import StatisticsGroup
 from ..reference.precision import widest_dtype
-from .convert import _replace
+from .convert import replace_modules
 from .targets import SHARED_TYPES, build
 
 
 def replace_plain(model: nn.Module) -> None:
     """Replace plain batch norms by twins with the same Parameter and buffer objects, which can be synchronized."""
-    _replace(
+    replace_modules(
         model,
         {
-            id(module): build(name, module, SHARED_TYPES, 1)
+            module: build(name, module, SHARED_TYPES, 1)
             for name, module in model.named_modules()
             if isinstance(module, _BatchNorm) and not isinstance(module, RoutedBatchNorm)
         },
@@ -35,10 +35,10 @@ def replace_plain(model: nn.Module) -> None:
 
 def plain_again(model: nn.Module) -> None:
     """Put back the batch norms that `replace_plain` replaced."""
-    _replace(
+    replace_modules(
         model,
         {
-            id(module): module.collapse()
+            module: module.collapse()
             for module in model.modules()
             if isinstance(module, _SharedBatchNorm) and module.routing is None
         },

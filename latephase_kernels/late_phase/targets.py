@@ -134,8 +134,8 @@ def _paths_read(cls: type) -> list[list[str]]:
     return [re.findall(r"-?\w+", path) for path in paths]
 
 
-def _read_by(parent: nn.Module) -> set[int]:
-    """Return the ids of the modules inside parent whose parameters its forward takes without calling them.
+def _read_by(parent: nn.Module) -> set[nn.Module]:
+    """Return the modules inside parent whose parameters its forward takes without calling them.
 
     Some attentions do, and what shares a weight between an encoder and a decoder.
     """
@@ -148,29 +148,28 @@ def _read_by(parent: nn.Module) -> set[int]:
             if module is None or name in module._parameters:
                 asked = following in _ASKED or following.startswith("is_")
                 if module is not None and not asked:
-                    found.add(id(module))
+                    found.add(module)
                 break
             children = list(module._modules.values())
             negative = name.startswith("-") and int(name[1:]) <= len(children)
             module = children[int(name)] if negative else module._modules.get(name)
-    return found - {id(parent)}
+    return found - {parent}
 
 
-def _uncalled(model: nn.Module) -> dict[int, str]:
-    """Return the names, by id, of the layers whose weights others take without calling them."""
+def _uncalled(model: nn.Module) -> dict[nn.Module, str]:
+    """Return the layers whose weights others take without calling them, with their names."""
     read = set().union(*(_read_by(module) for module in model.modules()))
     return {
-        id(module): name
+        module: name
         for name, module in model.named_modules()
-        if id(module) in read
-        and (isinstance(module, tuple(RANK1_TYPES)) or not isinstance(module, tuple(MEMBER_TYPES)))
+        if module in read and (isinstance(module, tuple(RANK1_TYPES)) or not isinstance(module, tuple(MEMBER_TYPES)))
     }
 
 
 def _rank1(model: nn.Module) -> list[nn.Module]:
     """Return the linear layers, convolutions and LSTMs, exactly of these types, whose parents call them."""
     uncalled = _uncalled(model)
-    return [module for module in model.modules() if type(module) in RANK1_TYPES and id(module) not in uncalled]
+    return [module for module in model.modules() if type(module) in RANK1_TYPES and module not in uncalled]
 
 
 def _norms(model: nn.Module, is_norm: Callable[[nn.Module], bool]) -> list[nn.Module]:
@@ -190,32 +189,37 @@ _NAMED: dict[str, Callable[[nn.Module], list[nn.Module]]] = {
 }
 
 # What becomes of a target; of what several targets make of one module, the last here holds.
-_KINDS = ("rank1", "rank1_bias", "replicated")
+RANK1_KINDS = ("rank1", "rank1_bias")
+_KINDS = (*RANK1_KINDS, "replicated")
+Kinds = dict[nn.Module, str]  # by targeted module, one of _KINDS
 
 
-def _select(model: nn.Module, target: str | Callable) -> dict[int, str]:
-    """Return what becomes of the modules that the target chooses, by id: one of _KINDS."""
+def _select(model: nn.Module, target: str | Callable) -> Kinds:
+    """Return what becomes of the modules that the target chooses."""
     if callable(target):
-        answers = {id(module): target(name, module) for name, module in model.named_modules()}
-        strange = next((a for a in answers.values() if isinstance(a, str) and a not in _KINDS[:2]), None)
+        answers = {module: target(name, module) for name, module in model.named_modules()}
+        strange = next((a for a in answers.values() if isinstance(a, str) and a not in RANK1_KINDS), None)
         if strange is not None:
             raise ValueError(f'expand: a callable target must return a bool, "rank1" or "rank1_bias", got {strange!r}')
-        return {key: a if isinstance(a, str) else "replicated" for key, a in answers.items() if a}
+        return {module: a if isinstance(a, str) else "replicated" for module, a in answers.items() if a}
     if target not in _NAMED:
         names = ", ".join(f'"{name}"' for name in _NAMED)
         raise ValueError(f"expand: targets must be {names} or a callable (name, module) -> bool, got {target!r}")
     kind = target if target in _KINDS else "replicated"
-    return {id(module): kind for module in _NAMED[target](model)}
+    return dict.fromkeys(_NAMED[target](model), kind)
 
 
-def _check_batch_dimension(model: nn.Module, found: set[int], rank1: set[int]) -> None:
+def _check_batch_dimension(model: nn.Module, kinds: Kinds) -> None:
     """Raise NotImplementedError if a target beside an LSTM with batch_first=False would split time among members."""
-    named = [(name, module) for name, module in model.named_modules() if id(module) in found]
-    lstm = next((name for name, m in named if isinstance(m, nn.LSTM) and id(m) in rank1 and not m.batch_first), None)
-    # A replicated head behind an LSTM usually takes one step, and so rows of the batch.
-    free = {id(m) for _, m in named if isinstance(m, (_BatchNorm, nn.LSTM))}
-    free |= {id(m) for _, m in named if isinstance(m, nn.Linear)} - rank1
-    other = next((name for name, m in named if id(m) not in free), None)
+    named = [(name, module) for name, module in model.named_modules() if module in kinds]
+    lstms = (name for name, m in named if isinstance(m, nn.LSTM) and kinds[m] in RANK1_KINDS and not m.batch_first)
+
+    def is_free(module: nn.Module) -> bool:
+        """Whether it may stand beside one; a replicated head behind it usually takes one step, so rows of the batch."""
+        head = isinstance(module, nn.Linear) and kinds[module] == "replicated"
+        return head or isinstance(module, (_BatchNorm, nn.LSTM))
+
+    lstm, other = next(lstms, None), next((name for name, module in named if not is_free(module)), None)
     if lstm is not None and other is not None:
         raise NotImplementedError(
             f"expand: {lstm} has batch_first=False, but {other} takes dim 0 for the batch; make the LSTM with "
@@ -224,11 +228,10 @@ def _check_batch_dimension(model: nn.Module, found: set[int], rank1: set[int]) -
         )
 
 
-def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[int], set[int], list]:
-    """Return the targeted modules by id, in the model's order; the ids that get rank-1 gains; targets that found none.
+def find_targets(model: nn.Module, targets) -> tuple[Kinds, list]:
+    """Return what becomes of the targeted modules, in the model's order, and the targets that found none.
 
-    Behind the second, those of them that get biases of the members' own too. A layer that "rank1" and another target
-    name ("head", say) is the other's.
+    A layer that "rank1" and another target name ("head", say) is the other's.
 
     Raises:
         TypeError, ValueError: an unknown target, or the root itself is one.
@@ -239,7 +242,7 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         targets = (targets,)
     elif not isinstance(targets, Iterable):
         raise TypeError(f"expand: targets must be names or callables, got {type(targets).__name__}")
-    kinds: dict[int, str] = {}
+    kinds: Kinds = {}
     empty = []
     for target in targets:
         if isinstance(target, (type, nn.Module)):
@@ -253,26 +256,24 @@ def find_targets(model: nn.Module, targets) -> tuple[dict[int, nn.Module], set[i
         selected = _select(model, target)
         if not selected:
             empty.append(target)
-        for key, kind in selected.items():
-            kinds[key] = max(kind, kinds.get(key, kind), key=_KINDS.index)
-    found = set(kinds)
-    rank1 = {key for key, kind in kinds.items() if kind != "replicated"}
-    for key, name in _uncalled(model).items():
-        if key in found:
-            what = "have rank-1 gains" if key in rank1 else "be replicated"
+        for module, kind in selected.items():
+            if kind == "rank1_bias" and isinstance(module, nn.LSTM):  # whose biases stay shared
+                kind = "rank1"
+            kinds[module] = max(kind, kinds.get(module, kind), key=_KINDS.index)
+    for module, name in _uncalled(model).items():
+        if module in kinds:
+            what = "have rank-1 gains" if kinds[module] in RANK1_KINDS else "be replicated"
             raise NotImplementedError(
                 f"expand: {name} cannot {what}: the module it is in reads its weight without calling it; choose other "
                 "targets"
             )
-    _check_batch_dimension(model, found, rank1)
-    if id(model) in found:
+    _check_batch_dimension(model, kinds)
+    if model in kinds:
         raise ValueError(
             f"expand: the model itself ({type(model).__name__}) is a target and cannot be replaced in place; "
             "wrap it in nn.Sequential"
         )
-    targeted = {id(module): module for module in model.modules() if id(module) in found}
-    own_bias = {k for k in rank1 if kinds[k] == "rank1_bias" and not isinstance(targeted[k], nn.LSTM)}
-    return targeted, rank1, own_bias, empty
+    return {module: kinds[module] for module in model.modules() if module in kinds}, empty
 
 
 def build(name: str, module: nn.Module, types: dict[type, type], *arguments) -> nn.Module:
@@ -309,15 +310,15 @@ def check_not_expanded(model: nn.Module) -> None:
             raise RuntimeError(f"expand: model is already expanded ({at}); collapse it first")
 
 
-def check_ties(model: nn.Module, targets: dict[int, nn.Module], rank1: set[int]) -> None:
+def check_ties(model: nn.Module, kinds: Kinds) -> None:
     """Raise ValueError if a parameter of a target also belongs to a module that stays as it is, or keeps it shared."""
-    tied: dict[int, list[tuple[str, int]]] = {}
+    tied: dict[int, list[tuple[str, nn.Module]]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                tied.setdefault(id(parameter), []).append((f"{module_name}.{name}", id(module)))
+                tied.setdefault(id(parameter), []).append((f"{module_name}.{name}", module))
     for owners in tied.values():
-        multiplied = next((name for name, owner in owners if owner in rank1), None)
+        multiplied = next((name for name, owner in owners if kinds.get(owner) in RANK1_KINDS), None)
         if multiplied is not None and len(owners) > 1:
             other = next(name for name, _ in owners if name != multiplied)
             raise ValueError(
@@ -325,8 +326,8 @@ def check_ties(model: nn.Module, targets: dict[int, nn.Module], rank1: set[int])
                 "untie them, or choose the other layers by a callable target: lambda name, module: "
                 f'"rank1" if type(module) is nn.Linear and name != "{multiplied.rpartition(".")[0]}" else False'
             )
-        late = next((name for name, owner in owners if owner in targets), None)
-        staying = next((name for name, owner in owners if owner not in targets), None)
+        late = next((name for name, owner in owners if owner in kinds), None)
+        staying = next((name for name, owner in owners if owner not in kinds), None)
         if late is not None and staying is not None:
             raise ValueError(
                 f"expand: {late} is tied to {staying}, which is no target; untie them, or target both or none of them"

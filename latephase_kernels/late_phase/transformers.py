@@ -14,7 +14,7 @@ _TRANSFORMERS = (
 )
 
 
-def check_batch_first(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+def check_batch_first(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Raise if a replacement would run beside attention with batch_first=False: dim 0 is the sequence there.
 
     Looked at are torch.nn's transformer classes, and modules that hold an nn.MultiheadAttention themselves.
@@ -28,7 +28,7 @@ def check_batch_first(model: nn.Module, replacements: dict[int, nn.Module]) -> N
         if not any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in near):
             continue
         for child_name, child in module.named_modules(prefix=name):
-            new = replacements.get(id(child))
+            new = replacements.get(child)
             # A head beside attention usually has taken a token of the sequence, and so rows of the batch.
             if new is not None and (known or not isinstance(new, MemberLinear)):
                 raise NotImplementedError(
