@@ -173,7 +173,7 @@ def test_parameters_of_wrn_28_10():
 
 @pytest.mark.parametrize("depth, width", [(10, 1), (16, 2), (10, 3)])  # 3: the first convolution has a bank of its own
 def test_the_network_is_a_wide_resnet(depth, width):
-    """Equal to the WideResNet of explicit sums, and of its own writing; bit for bit the same state, strictly loaded."""
+    """Equal to the WideResNet of explicit sums, strictly loaded."""
     model = HyperWideResNet(depth, width, 4, in_channels=2).double().eval()
     nn.init.normal_(model.fc.bank.bias_templates)
     state = {}
@@ -188,18 +188,6 @@ def test_the_network_is_a_wide_resnet(depth, width):
     expected.load_state_dict(state)
     x = torch.randn(3, 2, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(model(x), expected(x))
-
-    written = model.to_wide_resnet()
-    assert type(written) is WideResNet and not written.training
-    assert all(parameter.requires_grad for parameter in written.parameters())
-    assert torch.equal(written(x), model(x))
-    expected.load_state_dict(written.state_dict())
-    assert torch.equal(expected(x), model(x))
-    with torch.no_grad():  # nothing is shared
-        before = model(x)
-        for tensor in [*written.parameters(), *written.buffers()]:
-            tensor.zero_()
-    assert torch.equal(model(x), before)
 
 
 def test_state_copies_and_conversions_keep_banks_shared():
@@ -260,7 +248,6 @@ def test_stacked_training_equals_the_loop_over_members(depth, targets):
     averaged = lp.collapse(copy.deepcopy(model.eval()))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(model(x), averaged(x), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(averaged.to_wide_resnet()(x), averaged(x), rtol=1e-9, atol=1e-9)
 
 
 def test_answers_in_eval_mode():
@@ -286,22 +273,18 @@ def test_answers_in_eval_mode():
 @pytest.mark.parametrize("mode", ["exact", "weights"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_collapse_gives_back_the_hypernetwork(mode, dtype):
-    """Keys, shapes, classes, flags; identical members their bits, also those written out as a WideResNet."""
+    """Keys, shapes, classes, flags; identical members their bits."""
     plain = make_network(16, dtype)
     plain.stage2[1].conv2.embedding.requires_grad_(False)
     plain.stage3[1].conv2.embedding = plain.stage3[1].conv1.embedding
     model = lp.expand(copy.deepcopy(plain), K, targets=("embedding", "batch_norm"))
     assert model.stage3[1].conv2.embedding is model.stage3[1].conv1.embedding
-    with pytest.raises(RuntimeError, match="to_wide_resnet: model is expanded; collapse it first"):
-        model.to_wide_resnet()
     lp.collapse(model, mode=mode)
     before, after = plain.state_dict(), model.state_dict()
     assert list(before) == list(after) and all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     assert flags == [parameter.requires_grad for parameter in plain.parameters()] and not all(flags)
-    written, expected = model.to_wide_resnet().state_dict(), plain.to_wide_resnet().state_dict()
-    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
 def test_embeddings_do_not_decay():

@@ -4,13 +4,10 @@ Source: Savarese & Maire, "Learning Implicitly Recurrent CNNs Through Parameter 
 ICLR 2021, section 2 (late-phase hypernetwork, CIFAR-100), with the sizes of its authors' code.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ..nn.hypernetwork import HyperConv2d, HyperLayer, HyperLinear, TemplateBank, orthogonal_embeddings_
-from ..nn.routing import Routed
 from .wide_resnet import WideResNet
 
 _END_TEMPLATES = 10  # of the input layer, and of the head
@@ -34,8 +31,6 @@ class HyperWideResNet(WideResNet):
     def __init__(self, depth: int, width: int, num_classes: int, *, dropout: float = 0.0, in_channels: int = 3):
         with torch.device("meta"):  # the weights to be replaced never have memory
             super().__init__(depth, width, num_classes, dropout=dropout, in_channels=in_channels)
-        self._arguments: dict[str, Any] = {"depth": depth, "width": width, "num_classes": num_classes}
-        self._arguments |= {"dropout": dropout, "in_channels": in_channels}
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.to_empty(device=torch.get_default_device()).reset_parameters()
@@ -52,29 +47,6 @@ class HyperWideResNet(WideResNet):
     def no_weight_decay(self) -> set[str]:
         """Return the names of the embeddings; they are the same in the expanded model."""
         return {f"{name}.embedding" for name, module in self.named_modules() if isinstance(module, HyperLayer)}
-
-    @torch.no_grad()
-    def to_wide_resnet(self) -> WideResNet:
-        """Return a WideResNet that answers as this network does, its weights written out; nothing is shared.
-
-        Raises:
-            RuntimeError: the model is expanded.
-        """
-        if any(isinstance(module, Routed) for module in self.modules()):
-            raise RuntimeError("HyperWideResNet.to_wide_resnet: model is expanded; collapse it first")
-        state = {}
-        for name, module in self.named_modules():
-            if isinstance(module, HyperLayer):
-                weight, bias = module.weight_and_bias()
-                state[f"{name}.weight"] = weight
-                if bias is not None:
-                    state[f"{name}.bias"] = bias
-            elif isinstance(module, nn.BatchNorm2d):
-                state |= {key: value.clone() for key, value in module.state_dict(prefix=f"{name}.").items()}
-        with torch.device("meta"):
-            plain = WideResNet(**self._arguments)
-        plain.load_state_dict(state, assign=True)
-        return plain.train(self.training)
 
     def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False):
         """Return the state with every bank once, under the first of its layers, as safetensors and averages need it."""
