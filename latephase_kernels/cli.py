@@ -4,7 +4,7 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 
@@ -39,6 +39,11 @@ def _list_of(parse: Callable[[str], float]) -> Callable[[str], list]:
     return parse_all
 
 
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a command whose function has arguments of the same names."""
+    return {name: value for name, value in vars(arguments).items() if name != "run"}
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     # Imported here: --help and --version answer at once.
     from .train.demo import run_demo
@@ -49,8 +54,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _nqp(arguments: argparse.Namespace) -> int:
     from .train.nqp_command import run_nqp
 
-    given = {name: value for name, value in vars(arguments).items() if name != "run"}
-    return 1 if run_nqp(**given)["checks"]["failed"] else 0
+    return 1 if run_nqp(**_options(arguments))["checks"]["failed"] else 0
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -71,7 +75,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from .train.eval_command import run_eval
 
     try:
-        run_eval(**{name: value for name, value in vars(arguments).items() if name != "run"})
+        run_eval(**_options(arguments))
     except (RunError, WorkerError, ImportError) as error:
         raise ValueError(str(error)) from error
 
@@ -81,7 +85,7 @@ def _collapse(arguments: argparse.Namespace) -> None:
     from .train.collapse_command import run_collapse
 
     try:
-        run_collapse(**{name: value for name, value in vars(arguments).items() if name != "run"})
+        run_collapse(**_options(arguments))
     except (RunError, ImportError) as error:
         raise ValueError(str(error)) from error
 

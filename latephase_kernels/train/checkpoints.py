@@ -72,7 +72,7 @@ class CheckpointFolder:
             torch.load(buffer, weights_only=True, map_location="meta")
         except Exception as error:
             raise TypeError(f"CheckpointFolder.save: state must be loadable with weights_only=True: {error}") from None
-        path = self.folder / f"step-{step:09d}-{_digest(content)}.pt"
+        path = self.folder / f"step-{step:09d}-{digest_in_name(content)}.pt"
         unfinished = self.folder / _UNFINISHED
         try:
             write_synced(unfinished, content)
@@ -112,7 +112,7 @@ class CheckpointFolder:
             from .sharded_checkpoints import read_sharded  # which imports this module
 
             return read_sharded(path, device, layout)
-        return torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location=device)
+        return read_file(path, device)
 
     def newest(self) -> tuple[int, Path] | None:
         """Return step and path of the newest whole checkpoint; warns and raises as load does."""
@@ -142,11 +142,17 @@ def _is_whole(path: Path) -> bool:
         from .sharded_checkpoints import is_whole
 
         return is_whole(path, match[2])
-    return _digest(path.read_bytes()) == match[2]
+    return digest_in_name(path.read_bytes()) == match[2]
 
 
-def _digest(content: bytes | memoryview) -> str:
+def digest_in_name(content: bytes | memoryview) -> str:
+    """Return what the name of a checkpoint of this content ends with."""
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def read_file(path: Path, device: str | torch.device) -> Any:
+    """Return what torch.save wrote to a file, its tensors on a device; nothing in it is executed."""
+    return torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location=device)
 
 
 # ---------------------------------------------------------------------------------------------- random state

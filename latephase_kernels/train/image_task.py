@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import late_phase as lp
@@ -13,7 +12,7 @@ from .evaluation import Answers, answers_of, dropout_logits_of, logits_of, metri
 from .image_input import evaluation_images, memory_format_of, training_batches
 from .ranks import Ranks
 from .recipe import Recipe
-from .task import Evaluation, Task, autocast, looking
+from .task import Evaluation, Task, autocast, cross_entropies, looking
 
 EVALUATION_BATCH = 250  # images a forward pass; times K for all members
 
@@ -61,13 +60,7 @@ class ImageTask(Task):
     def losses(self, model: nn.Module, inputs: Tensor, targets: Tensor, rows: slice) -> Tensor:
         with autocast(self.device, self.recipe.precision):
             logits = model(inputs)
-        losses = F.cross_entropy(
-            logits.float() if logits.dtype != torch.float64 else logits,
-            targets,
-            reduction="none",
-            label_smoothing=self.recipe.label_smoothing,
-        )
-        return losses.view(-1, self.batches.batch_size).mean(1)
+        return cross_entropies(logits, targets, self.recipe).view(-1, self.batches.batch_size).mean(1)
 
     def update_statistics(self, model: nn.Module, expanded: bool) -> None:
         per_epoch = self.batches.minibatches_per_epoch

@@ -85,11 +85,11 @@ class LossRecord:
     def load_state(self, state: list[Any], own: list[Any] | None) -> None:
         """Go on from what state, and on this very rank own_state, returned; without the latter the first has all."""
         # A checkpoint of before the members' losses were recorded has four parts, and tensors.
-        for part, saved in zip(self._parts(), state):
-            part.copy_(torch.as_tensor(saved, dtype=part.dtype).to(part.device))
+        values = list(zip(self._parts(), state))
         if own is not None or self._ranks.rank > 0:
-            for part, saved in zip((self._loss, self._member_losses), own or (0.0, 0.0)):
-                part.copy_(torch.as_tensor(saved, dtype=part.dtype).to(part.device))
+            values += zip((self._loss, self._member_losses), own or (0.0, 0.0))
+        for part, saved in values:
+            part.copy_(torch.as_tensor(saved, dtype=part.dtype).to(part.device))
 
     def _parts(self) -> tuple[Tensor, ...]:
         run = (self._minibatches, self._skipped, self._first_nonfinite)

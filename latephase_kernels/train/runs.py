@@ -8,7 +8,9 @@ tensorboard/        the metrics once more, if asked for
 checkpoints/        see checkpoints.py
 model.safetensors   the plain model at the end
 classes.txt         the names of the classes, in the order of its outputs
+results.json        how well it predicts at the end; evaluation.json is by `latephase eval`
 collapsed.safetensors  by `latephase collapse`, of the last checkpoint
+lock                held by the process that writes here
 """
 
 import contextlib

@@ -11,7 +11,6 @@ see the same folder.
 """
 
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -27,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from ..data.files import sync_folder, write_synced
-from .checkpoints import CheckpointFolder, RunError
+from .checkpoints import CheckpointFolder, RunError, digest_in_name, read_file
 from .ranks import Answer, RankError, SeveralRanks
 
 _UNFINISHED = "unfinished"
@@ -85,7 +84,7 @@ class ShardedCheckpointFolder(CheckpointFolder):
         content = json.dumps(all_digests, indent=1, sort_keys=True).encode()
         write_synced(unfinished / _DIGESTS, content)
         sync_folder(unfinished)
-        path = self.folder / f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:32]}"
+        path = self.folder / f"step-{step:09d}-{digest_in_name(content)}"
         if path.exists():  # the same state again
             shutil.rmtree(unfinished)
         else:
@@ -120,7 +119,7 @@ def is_whole(folder: Path, digest: str) -> bool:
     """Return whether a checkpoint's files are all there with their digests."""
     try:
         content = (folder / _DIGESTS).read_bytes()
-        if hashlib.sha256(content).hexdigest()[:32] != digest:
+        if digest_in_name(content) != digest:
             return False
         return all(_digest_of(folder / name) == expected for name, expected in json.loads(content).items())
     except FileNotFoundError:
@@ -129,7 +128,7 @@ def is_whole(folder: Path, digest: str) -> bool:
 
 def read_sharded(folder: Path, device: str | torch.device, layout: str | None) -> dict[str, Any]:
     """Return the state in a whole checkpoint, with all members, and the "own" part of this layout if there is one."""
-    structure = _read(folder / _STRUCTURE, device)
+    structure = read_file(folder / _STRUCTURE, device)
     reader = _SafeReader(folder)
     tensors = {
         name: torch.empty(found.size, dtype=found.properties.dtype, device=device)
@@ -142,7 +141,7 @@ def read_sharded(folder: Path, device: str | torch.device, layout: str | None) -
     state = _put_together(structure, tensors)
     own = folder / f"{layout}.pt"
     if layout is not None and own.exists():
-        state["own"] = _read(own, device)
+        state["own"] = read_file(own, device)
     return state
 
 
@@ -159,11 +158,7 @@ def _write(path: Path, state: Any) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    _read(path, "meta")  # what could not be read again raises now
-
-
-def _read(path: Path, device: str | torch.device) -> Any:
-    return torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location=device)
+    read_file(path, "meta")  # what could not be read again raises now
 
 
 def _digest_of(path: Path) -> str:

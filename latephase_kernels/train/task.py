@@ -5,7 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .recipe import Recipe
 
 Batch = TypeVar("Batch")
 
@@ -113,6 +116,12 @@ def looking(batches: Iterable[Batch], look: Callable[[], None]) -> Iterator[Batc
     for batch in batches:
         look()
         yield batch
+
+
+def cross_entropies(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
+    """Return the loss of each target [N] by logits [N, classes], in float32 whatever autocast has made of them."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets, reduction="none", label_smoothing=recipe.label_smoothing)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

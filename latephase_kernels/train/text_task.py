@@ -20,7 +20,7 @@ from ..nn.routing import is_expanded, routings_of
 from ..reference.precision import wide, widest_dtype
 from .build import build_language_model
 from .recipe import Recipe
-from .task import Evaluation, Task, autocast, looking
+from .task import Evaluation, Task, autocast, cross_entropies, looking
 
 State = tuple[Tensor, Tensor]
 
@@ -115,12 +115,7 @@ class TextTask(Task):
         with autocast(self.device, self.recipe.precision):
             logits, new_state = model(inputs, state)
         self._next.append(new_state)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float() if logits.dtype != torch.float64 else logits.flatten(0, 1),
-            targets.flatten(),
-            reduction="none",
-            label_smoothing=self.recipe.label_smoothing,
-        )
+        losses = cross_entropies(logits.flatten(0, 1), targets.flatten(), self.recipe)
         return losses.view(-1, self.batches.batch_size * self.recipe.text.window).mean(1)
 
     def end_step(self, finite: Tensor) -> None:
