@@ -19,7 +19,7 @@ from step_contenders import CONTENDERS, GRAPHED, IN_TURN, NETWORKS, PLAIN, STEPS
 from step_floor import arithmetic_floor
 from timing import HUGE_PAGES, interleaved, quartiles, ratios
 
-DEFAULTS = {  # networks, K, images a member, layouts, contenders that run there
+DEFAULTS = {  # networks, K, images a member (else ROWS), layouts
     "cpu": (["ResNet-18", "WRN-16-4"], [4], {"ResNet-18": 8, "WRN-16-4": 16}, ["contiguous", "channels_last"]),
     "cuda": (
         ["WRN-28-10", "ResNet-50", "DenseNet-161"],
@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
     arguments.members = arguments.members or members
     arguments.layouts = arguments.layouts or layouts
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
-    if arguments.contenders is None:  # a compiler and graphs are for GPUs; vmap is slow enough to be asked for on a CPU
+    if arguments.contenders is None:  # a compiler and graphs are for GPUs
         here = arguments.device == "cuda"
         arguments.contenders = [n for n in CONTENDERS if here or (n != GRAPHED and "compiled" not in n)]
     return arguments

@@ -58,7 +58,7 @@ def bare_step(trainer, images, labels, num_members):
 def leave_out_training(trainer):
     """Make forward, backward and optimizer of a trainer's steps take no time."""
     zero = torch.zeros((), device=trainer.device, requires_grad=True)
-    trainer.task.loss = lambda *_: 0.0 * zero
+    trainer.task.losses = lambda *_: 0.0 * zero
     trainer.optimizer.step = lambda: None
 
 

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and without a network: build, test, sanitize, time.
 
-    python -m benchmarks.gpu [--parts build test sanitize norm tiers gain linear lstm input] [--output FOLDER]
+    python -m benchmarks.gpu [--parts build test sanitize norm tiers gain norm_gains linear lstm input] [--output DIR]
     python -m benchmarks.gpu --parts step_resnet      # whole training steps; step_wrn, step_densenet, growth, profile
     python -m benchmarks.gpu --device cpu --limit 60  # a rehearsal without a GPU: tests skip, figures are a CPU's
 

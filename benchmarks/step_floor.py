@@ -13,10 +13,8 @@ from step_contenders import Setting
 from timing import copy_bandwidth, interleaved
 from torch import nn
 
-_BLOCKS = (
-    "BasicBlock",
-    "Bottleneck",
-)  # end in BN → add → ReLU: the batch norm reads a residual and writes its gradient
+# They end in BN → add → ReLU: the batch norm reads a residual and writes its gradient.
+_BLOCKS = ("BasicBlock", "Bottleneck")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

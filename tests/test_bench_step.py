@@ -1,5 +1,6 @@
-"""The training step benchmark on a tiny network: contenders agree with the members in turn, and it counts rightly."""
+"""The benchmarks of training steps on tiny networks: contenders agree with members in turn, and it counts rightly."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,13 +14,18 @@ K, B = 3, 4
 
 
 @pytest.fixture
-def contenders(monkeypatch):
+def import_benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     before = set(sys.modules)
-    yield pytest.importorskip("step_contenders")
+    yield pytest.importorskip
     for name in set(sys.modules) - before:  # so that "timing" and "memory" stay the benchmarks' own names
         if getattr(sys.modules[name], "__file__", "") and str(BENCHMARKS) in (sys.modules[name].__file__ or ""):
             del sys.modules[name]
+
+
+@pytest.fixture
+def contenders(import_benchmark):
+    return import_benchmark("step_contenders")
 
 
 class Net(nn.Module):
@@ -91,3 +97,17 @@ def test_live_bytes_counts_what_is_alive(contenders):
     assert counted.live == 4096 + 1024 and counted.peak == 8192
     del b, c
     assert counted.live == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_rest_alone_is_a_trainers_step_without_its_passes(late, import_benchmark, monkeypatch):
+    bench = import_benchmark("bench_trainer")
+    monkeypatch.setattr(bench, "IMAGES", 8)
+    size = {"depth": 10, "width": 1, "batch": 2, "members": 2, "precision": "float32", "channels_last": False}
+    trainer = bench.make_trainer(argparse.Namespace(device="cpu", **size), bench.random_images(), late)
+    trainer.step()
+    bench.leave_out_training(trainer)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.model.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    assert trainer.step() == (2 if late else 1)
+    assert all(map(torch.equal, before, trainer.model.parameters()))
