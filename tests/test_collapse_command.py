@@ -9,9 +9,9 @@ import torch
 import latephase_kernels as lp
 from latephase_kernels.cli import main
 from latephase_kernels.train.build import build_data, build_network
-from latephase_kernels.train.eval_command import load_final_model, read_recipe
 from latephase_kernels.train.recipe import Data, Model
 from latephase_kernels.train.run_training import load_model, run_training
+from latephase_kernels.train.saved_run import load_final_model, read_recipe
 from latephase_kernels.train.train_command import as_yaml, parse_recipe
 
 pytest.importorskip("jsonargparse"), pytest.importorskip("torchmetrics")
@@ -40,9 +40,7 @@ def run(finished, tmp_path):
 
 
 def with_members(folder, *, last=False):
-    model, _ = load_final_model(
-        folder, read_recipe(folder / "config.yaml"), build_data(Data("digits"))[0], "cpu", last=last
-    )
+    model, _ = load_final_model(folder, read_recipe(folder), build_data(Data("digits"))[0], "cpu", last=last)
     return model
 
 

@@ -26,10 +26,11 @@ from latephase_kernels.data import (
 )
 from latephase_kernels.data.cifar import CIFAR10, CIFAR100, load_cifar
 from latephase_kernels.train.build import build_data, build_network
-from latephase_kernels.train.eval_command import read_recipe, run_eval
+from latephase_kernels.train.eval_command import run_eval
 from latephase_kernels.train.evaluation import Answers, detection_auroc
 from latephase_kernels.train.recipe import Data, Model
 from latephase_kernels.train.run_training import load_model, run_training, save_model
+from latephase_kernels.train.saved_run import read_recipe
 from latephase_kernels.train.train_command import as_yaml, parse_recipe
 
 pytest.importorskip("jsonargparse"), pytest.importorskip("torchmetrics"), pytest.importorskip("safetensors")
@@ -393,14 +394,14 @@ def test_foreign_and_corrupted_images(pictures, tmp_path, capsys):
 
 def test_members_see_foreign_images_as_they_see_the_test_set(pictures, tmp_path):
     """The ensemble's figures, from the members' answers to images normalized here."""
-    from latephase_kernels.train.eval_command import load_final_model
+    from latephase_kernels.train.saved_run import load_final_model
 
     folder, data = shutil.copytree(pictures[0], tmp_path / "run"), pictures[1]
     with small_sets():
         found = run_eval(folder, ood=["lsun", "lsun"], device="cpu")
         train_set = load_cifar(data, cifar.CIFAR10, train=True)
         test = load_cifar(data, cifar.CIFAR10, train=False)
-        model, _ = load_final_model(folder, read_recipe(folder / "config.yaml"), train_set, "cpu")
+        model, _ = load_final_model(folder, read_recipe(folder), train_set, "cpu")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CIFAR10.mean, CIFAR10.std))
     entropies, answers = [], []
     for images in (test.images, torch.from_numpy(noise(8, PICTURES, 32, 32, 3)).permute(0, 3, 1, 2)):

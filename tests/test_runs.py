@@ -210,7 +210,8 @@ def test_progress(terminal):
             re.search(r"\r\[#{15}\.{15}\]  50 % +\d+ s left  epoch 2, 1,000 images/s\x1b\[K$", text)
             and "\n" not in text
         )
-        progress.end()
+        with progress:
+            pass
         assert stream.getvalue().endswith("\r\x1b[K")
     else:
         assert text == "[  0 %] epoch 1\n[ 40 %] epoch 2, 1,000 images/s\n"
@@ -238,10 +239,9 @@ def test_progress_that_nobody_reads_ends_no_work(terminal):
 
     stream = io.StringIO()
     stream.isatty, stream.write = lambda: terminal, gone
-    progress = Progress(10, stream)
-    progress.begin("epoch 1")
-    progress.advance(10)
-    progress.end()
+    with Progress(10, stream) as progress:
+        progress.begin("epoch 1")
+        progress.advance(10)
     assert progress.done == 10
 
 

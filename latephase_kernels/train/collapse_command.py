@@ -5,10 +5,10 @@ from pathlib import Path
 from .. import late_phase as lp
 from ..nn.routing import is_expanded
 from .checkpoints import RunError
-from .eval_command import load_final_model, read_data, read_recipe
 from .eval_report import format_source
 from .ranks import usable_device
 from .run_training import save_model
+from .saved_run import load_final_model, read_data, read_recipe
 
 _NAME = "collapsed.safetensors"
 
@@ -45,7 +45,7 @@ def run_collapse(
     """
     path = Path(folder)
     device = usable_device("collapse", device)
-    recipe = read_recipe(path / "config.yaml", "collapse")
+    recipe = read_recipe(path, "collapse")
     recipe.data.folder = data or recipe.data.folder
     train, _ = read_data(recipe.data, "collapse")
     model, source = load_final_model(path, recipe, train, device, last=last, command="collapse")

@@ -22,27 +22,13 @@ from ..data import load_digits
 from ..models import SmallResNet
 from .demo_methods import QUICK, Hyperparameters, SeedRun, accuracy_and_nll, late_images, logits_of
 from .demo_report import METHODS, MethodResult, draw_curves, format_table, write_results
-from .files import write_whole
+from .determinism import one_thread
+from .files import prepare_output, write_whole
 from .progress import Progress
 
 CHECKPOINT = "late_phase_collapsed.pt"
 # The collapsed network computes what the expanded one did by other additions and multiplications: rounding, no more.
 LOGIT_TOLERANCE = 1e-3
-# So small a network gains little from a second thread, and waits for it badly where the machine is busy; with one, the
-# figures do not depend on the number of cores either.
-NUM_THREADS = 1
-
-
-def prepare_output(output: Path) -> None:
-    """Make the folder, and find out now rather than after the training whether it can be written.
-
-    Raises:
-        OSError: it cannot.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    probe = output / ".write_test"
-    probe.write_bytes(b"")
-    probe.unlink()
 
 
 def save_and_retest(run: SeedRun, model: torch.nn.Module, before: Tensor, path: Path) -> dict:
@@ -104,12 +90,9 @@ def run_demo(
     output = Path(output)
     prepare_output(output)
 
-    progress = Progress(num_seeds * (hp.base_epochs * hp.num_train + 3 * late))
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(NUM_THREADS)
     results: dict[str, list[MethodResult]] = {method: [] for method in METHODS}
     retest = {}
-    try:
+    with Progress(num_seeds * (hp.base_epochs * hp.num_train + 3 * late)) as progress, one_thread():
         for seed in range(num_seeds):
             run = SeedRun(hp, num_members, seed, digits, progress)
             base = run.train_base()
@@ -120,16 +103,13 @@ def run_demo(
             results["late_phase_ensemble"].append(ensemble)
             if seed == 0:
                 retest = save_and_retest(run, collapsed, before, output / CHECKPOINT)
-    finally:
-        progress.end()
-        torch.set_num_threads(num_threads)
 
     facts = {
         "latephase_kernels": __version__,
         "torch": torch.__version__,
         "backend": backend_for(digits[0]),
         "device": "cpu",
-        "threads": NUM_THREADS,
+        "threads": 1,
         "quick": quick,
         "num_members": num_members,
         "parameters": sum(parameter.numel() for parameter in collapsed.parameters()),

@@ -1,4 +1,4 @@
-"""What --deterministic switches on, and what it costs."""
+"""What makes results the same in every run: what --deterministic switches on, and one thread."""
 
 import contextlib
 import os
@@ -38,3 +38,17 @@ def determinism(demanded: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = before[3]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, PyTorch computes with one thread, so that figures do not depend on the number of cores.
+
+    What is small gains little from a second thread, and waits for it badly where the machine is busy.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

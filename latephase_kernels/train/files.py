@@ -50,3 +50,15 @@ def finite(value: Any) -> Any:
 def write_json(path: Path, content: Any) -> None:
     """Write content as JSON, as write_whole does; see finite."""
     write_whole(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the folder, and find out now rather than at the end whether it can be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".write_test"
+    probe.write_bytes(b"")
+    probe.unlink()

@@ -14,8 +14,8 @@ import torch
 from torch import Generator, Tensor
 
 from .. import __version__
-from .demo import NUM_THREADS, prepare_output
-from .files import write_whole
+from .determinism import one_thread
+from .files import prepare_output, write_whole
 from .nqp import (
     BASE_GRAD_SCALES,
     Problem,
@@ -94,12 +94,9 @@ def run_nqp(
     output = Path(output)
     prepare_output(output)
 
-    progress = Progress((2 * len(groups) + len(rules)) * num_steps)
     generator = Generator().manual_seed(GENERATOR_SEED)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(NUM_THREADS)
     cells, multiplicative = [], []
-    try:
+    with Progress((2 * len(groups) + len(rules)) * num_steps) as progress, one_thread():
         for group in groups:
             _begin(progress, f"additive late-phase weights, step size {group[0][0].step_size:g}")
             cells += _additive_cells(problem, group, masks, num_seeds, num_steps, generator)
@@ -115,15 +112,12 @@ def run_nqp(
                     f"{rule.base_grad_scale!r}, step_size {rule.step_size:g}: too much noise for the step"
                 )
             progress.advance(num_steps)
-    finally:
-        progress.end()
-        torch.set_num_threads(num_threads)
 
     found = checks(cells)
     facts = {
         "latephase_kernels": __version__,
         "torch": torch.__version__,
-        "threads": NUM_THREADS,
+        "threads": 1,
         "quick": quick,
         "dimension": dimension,
         "batch_size": batch_size,

@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 class Progress:
-    """Count work done towards a total.
+    """Count work done towards a total; the end of a with block leaves the terminal's line as it was before the bar.
 
     A stream that cannot be written to (its terminal is gone, its disk is full) is no reason to end the work.
 
@@ -41,8 +41,10 @@ class Progress:
             # Return to the line's start, and erase what a longer line left.
             self._write(f"\r{line}\x1b[K")
 
-    def end(self) -> None:
-        """Leave the terminal's line as it was before the bar."""
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.on_terminal:
             self._write("\r\x1b[K")
 

@@ -168,7 +168,7 @@ class _Run:
         epochs, trained = self.recipe.epochs, trainer.minibatch >= trainer.total
         stage = f"all {epochs} epochs are trained" if trained else f"epoch {int(trainer.epoch) + 1} of {epochs}"
         self.progress.begin(f"{self.recipe.name}: {stage}")
-        try:
+        with self.progress:
             if self.unevaluated is not None:
                 self._evaluate()
                 started = time.perf_counter()
@@ -188,8 +188,6 @@ class _Run:
             self._save()
             if self.signals.received is not None:  # since the last look
                 raise Interrupted(self.signals.received)
-        finally:
-            self.progress.end()
 
     def _end_epochs(self, before: int, epoch: int, since: tuple[int, float]) -> None:
         """Log after `epoch` epochs (a step of K minibatches may end several), `before` of them at the last logging.
