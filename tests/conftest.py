@@ -44,6 +44,14 @@ def poison_unwritten_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    """Each backend of a CPU in turn."""
+    lp.set_backend(request.param)
+    yield request.param
+    lp.set_backend("auto")
+
+
 @pytest.fixture
 def native_backend():
     lp.set_backend("native")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cuda_graphs import check_replay
+from cuda_norm_cases import normal
 
 from latephase_kernels.ops import registry
 from latephase_kernels.ops.member_gain import member_gain
@@ -38,26 +39,14 @@ SHAPES = (
 )
 
 
-def _memory_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if layout == "contiguous" or tensor.dim() not in formats:
-        return tensor
-    return tensor.contiguous(memory_format=formats[tensor.dim()])
-
-
-def _random(shape, dtype, layout="contiguous", *, seed=0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return _memory_format(torch.randn(shape, generator=generator, dtype=torch.float64).to("cuda", dtype), layout)
-
-
 def case_of(K, shape, channel_dim, dtype, layout, bias="per member", parameter_dtype=torch.float32) -> dict:
     C = shape[channel_dim]
     parameters = {"none": None, "shared": (C,), "per member": (K, C)}[bias]
     return {
-        "input": _random(shape, dtype, layout, seed=1),
-        "gain": _random((K, C), parameter_dtype, seed=2),
-        "bias": None if parameters is None else _random(parameters, parameter_dtype, seed=3),
-        "dy": _random(shape, dtype, layout, seed=4),
+        "input": normal(shape, dtype, layout, seed=1),
+        "gain": normal((K, C), parameter_dtype, seed=2),
+        "bias": None if parameters is None else normal(parameters, parameter_dtype, seed=3),
+        "dy": normal(shape, dtype, layout, seed=4),
     }
 
 
@@ -179,7 +168,7 @@ def test_cuda_graph(layout):
         y = registry.op(registry.NATIVE, "member_gain")(*arguments)
         return y, *registry.op(registry.NATIVE, "member_gain_backward")(case["dy"], *arguments)
 
-    change = _random(case["input"].shape, torch.bfloat16, seed=11)
+    change = normal(case["input"].shape, torch.bfloat16, seed=11)
     check_replay(step, lambda: case["input"].copy_(change))
 
 

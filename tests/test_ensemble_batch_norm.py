@@ -15,14 +15,7 @@ from latephase_kernels.reference import ensemble_batch_norm as reference
 
 ensemble_batch_norm = lp.functional.ensemble_batch_norm
 
-pytestmark = pytest.mark.usefixtures("poison_unwritten_memory")
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request):
-    lp.set_backend(request.param)
-    yield request.param
-    lp.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("backend", "poison_unwritten_memory")
 
 
 def make_inputs(K, B, C, spatial, dtype, *, residual=False, shared=False, channels_last=False, offset=0.0, seed=0):

@@ -14,16 +14,11 @@ from torch.autograd import gradcheck, gradgradcheck
 import latephase_kernels as lp
 from latephase_kernels.ops.ensemble_batch_norm_gain import forward_in_halves, normalize_with_gain
 
+pytestmark = pytest.mark.usefixtures("backend", "poison_unwritten_memory")
+
 K = 3
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [(2, 5, 7, 7), (3, 67, 3, 3), (4, 17), (1, 3, 70, 70)]  # odd, a register and more, no columns, many tiles
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request, poison_unwritten_memory):
-    lp.set_backend(request.param)
-    yield request.param
-    lp.set_backend("auto")
 
 
 def make(shape, dtype=torch.float32, layout=torch.contiguous_format, *, shared=False):

@@ -11,14 +11,7 @@ import latephase_kernels as lp
 
 member_gain = lp.functional.member_gain
 
-pytestmark = pytest.mark.usefixtures("poison_unwritten_memory")
-
-
-@pytest.fixture(params=["native", "reference"], autouse=True)
-def backend(request):
-    lp.set_backend(request.param)
-    yield request.param
-    lp.set_backend("auto")
+pytestmark = pytest.mark.usefixtures("backend", "poison_unwritten_memory")
 
 
 def make_inputs(shape, K, dtype, *, channel_dim=1, bias="per member", channels_last=False, seed=0):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..reference import ensemble_batch_norm as reference
+from ..reference.precision import accumulation_dtype
 from . import registry
 from .checks import DTYPES
 from .ensemble_batch_norm_autograd import Normalize, NormalizeAndUpdate, backward, setup_context
@@ -37,7 +38,7 @@ from .relu_mask import mask_shape
 
 
 def _statistic(input: Tensor, num_members: int) -> Tensor:
-    return input.new_empty((num_members, input.size(1)), dtype=reference.accumulation_dtype(input.dtype))
+    return input.new_empty((num_members, input.size(1)), dtype=accumulation_dtype(input.dtype))
 
 
 def _fake_statistics(input, num_members):
@@ -61,10 +62,8 @@ def _fake_update(
     activation, output_gain=None,
 ):  # fmt: skip
     others = (running_mean, running_var, num_batches_tracked, weight, bias, residual, output_gain)
-    if any(tensor is not None and tensor.device != input.device for tensor in others):
-        raise RuntimeError(
-            "ensemble_batch_norm: all tensors must be on input's device"
-        )  # one of them on meta leads here
+    if any(tensor is not None and tensor.device != input.device for tensor in others):  # where one of them is on meta
+        raise RuntimeError("ensemble_batch_norm: all tensors must be on input's device")
     y, mask = _fake_apply(input, None, None, weight, bias, residual, num_members, activation)
     return y, *_fake_statistics(input, num_members), mask
 
@@ -91,7 +90,7 @@ def _fake_backward(
     return torch.empty_like(input), *_fake_statistics(input, num_members), dresidual
 
 
-_STATISTIC = {dtype: reference.accumulation_dtype(dtype) for dtype in DTYPES}  # the type of an input's statistics
+_STATISTIC = {dtype: accumulation_dtype(dtype) for dtype in DTYPES}  # the type of an input's statistics
 _SAVED = "Tensor dy, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor mask"
 # [K, C] or [C]; not with a residual. dweight, dbias and the sums are those of what it multiplies.
 _GAIN = "Tensor? output_gain=None"
