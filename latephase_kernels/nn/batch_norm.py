@@ -84,7 +84,7 @@ class _EnsembleBatchNorm(MemberModule, RoutedBatchNorm):
 
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", activation={self.activation!r}"
-        return f"{super().extra_repr()}, num_members={self.num_members}{activation}"
+        return f"{super().extra_repr()}{activation}"
 
     def forward(
         self,

@@ -216,9 +216,6 @@ class _MemberHyper(MemberModule, HyperLayer):
         self.embedding = replicate_parameter(self.embedding, num_members, 0.0, None)
         self._mark()
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_members={self.num_members}"
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer of input: [K·B, …] stacked, or [N, …] by the average embedding, which is exact.
 

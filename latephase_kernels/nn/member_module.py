@@ -201,6 +201,9 @@ class MemberModule(Routed):
         if isinstance(value, nn.Parameter) and "num_members" in vars(self) and name not in self.shared_names:
             value.num_members = self.num_members
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_members={self.num_members}"
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         self._mark()

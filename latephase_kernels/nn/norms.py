@@ -62,9 +62,6 @@ class _EnsembleNorm(MemberModule):
         self.reset_parameters()
         self._mark()
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_members={self.num_members}"
-
     def _norm(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The plain norm with these weights, or none."""
         raise NotImplementedError

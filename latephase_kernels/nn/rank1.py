@@ -63,8 +63,7 @@ class _Rank1(MemberModule):
         return frozenset(("weight",) if self.member_bias else ("weight", "bias"))
 
     def extra_repr(self) -> str:
-        own = ", member_bias=True" if self.member_bias else ""
-        return f"{super().extra_repr()}, num_members={self.num_members}{own}"
+        return f"{super().extra_repr()}{', member_bias=True' if self.member_bias else ''}"
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -105,9 +105,6 @@ class Rank1LSTM(MemberModule, nn.LSTM):
     def shared_names(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset(self._flat_weights_names)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_members={self.num_members}"
-
     def forward(self, input: Tensor, hx: State | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
         """Return what nn.LSTM returns: every h of the last layer, and the last (h, c) of all layers.
 
