@@ -67,6 +67,11 @@ def map_leaves(function: Callable[[Any], Any], structure: Any) -> Any:
     return tree_map(of, structure)
 
 
+def repeat(batch: Any, num_members: int) -> Any:
+    """Return the stacked batch in which every member gets the same samples."""
+    return map_leaves(lambda x: torch.cat([x] * num_members) if isinstance(x, Tensor) and x.dim() else x, batch)
+
+
 def concatenate(batches: list, rows: int | None = None, inside: bool = False) -> Any:
     """Join equal structures of tensors along dim 0; lists of samples are appended.
 

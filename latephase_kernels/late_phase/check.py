@@ -13,7 +13,8 @@ from ..nn.member_module import MemberModule
 from ..nn.routing import Routed, routings_of
 from ..reference.precision import wide, widest_dtype
 from .convert import collapse
-from .members import buffers_kept, members, random_numbers_kept
+from .kept_state import buffers_kept, random_numbers_kept
+from .members import members
 
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value
 

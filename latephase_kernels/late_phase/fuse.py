@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..nn.routing import Model, Routed
 from .fuse_block import FusedForward, analyze, find_blocks, fuse_block, unfuse_block
 from .fuse_graph import ADD_RELU, RELU, SILU
-from .members import buffers_kept, random_numbers_kept
+from .kept_state import buffers_kept, random_numbers_kept
 from .targets import check_not_wrapped
 
 _log = logging.getLogger("latephase_kernels")

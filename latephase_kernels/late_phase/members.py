@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..nn.routing import Model, routings_of
 from ..ops.checks import check_num_members
-from .batches import concatenate, find_rows, map_leaves, one_a_sample
+from .batches import concatenate, find_rows, one_a_sample
 
 
 @contextlib.contextmanager
@@ -36,46 +35,6 @@ def members(model: Model, which: str | int | range) -> Iterator[Model]:
         for routing, choice in chosen:
             blocks.callback(routing.leave, routing.enter(choice))
         yield model
-
-
-@contextlib.contextmanager
-def random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    """Behind the block, the random number generators of the CPU and of model's devices are as before."""
-    with contextlib.ExitStack() as kept:
-        kept.enter_context(torch.random.fork_rng([]))
-        for device in {parameter.device for parameter in model.parameters()}:
-            if hasattr(getattr(torch, device.type, None), "get_rng_state"):  # neither the CPU nor meta
-                kept.enter_context(torch.random.fork_rng([device.index], device_type=device.type))
-        yield
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Behind the block, model has the buffers it had, of the same values, if they were written or replaced in it."""
-    registered = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffers, own in registered:
-            buffers.update(own)
-        for buffer, value in before:
-            buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def training_flags_kept(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def repeat(batch: Any, num_members: int) -> Any:
-    """Return the stacked batch in which every member gets the same samples."""
-    return map_leaves(lambda x: torch.cat([x] * num_members) if isinstance(x, Tensor) and x.dim() else x, batch)
 
 
 def member_loss(loss_fn: Callable[[Any, Any], Tensor], output: Any, target: Any, *, num_members: int) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..nn.rank1_lstm import Rank1LSTM
 from ..nn.routing import routings_of
-from .batches import map_leaves, rows_of
+from .batches import map_leaves, repeat, rows_of
+from .kept_state import training_flags_kept
 from .members import members as _members  # predict's argument has the same name
-from .members import repeat, training_flags_kept
 
 
 @torch.no_grad()

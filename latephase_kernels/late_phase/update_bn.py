@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..nn.routing import routings_of
-from .batches import StackedBatches, map_leaves, rows_of
-from .members import members, repeat, training_flags_kept
+from .batches import StackedBatches, map_leaves, repeat, rows_of
+from .kept_state import training_flags_kept
+from .members import members
 
 
 @torch.no_grad()

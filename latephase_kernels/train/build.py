@@ -19,7 +19,7 @@ from ..data import (
     load_text,
 )
 from ..data.digits import NUM_CLASSES, PIXEL_MEAN, PIXEL_STD, load_digits, split_digits
-from ..late_phase.members import buffers_kept, random_numbers_kept
+from ..late_phase.kept_state import buffers_kept, random_numbers_kept
 from ..models import CharLSTM, HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 

@@ -4,17 +4,18 @@ Legend: K members, N images.
 """
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import late_phase as lp
-from ..late_phase.members import training_flags_kept
+from ..late_phase.kept_state import training_flags_kept
 from ..nn.routing import is_expanded
 from ..reference.precision import wide
 from .deep_ensemble import DeepEnsemble
@@ -29,6 +30,18 @@ class Batches(Protocol):
     def batches(self, batch_size: int, /) -> Iterable[tuple[Tensor, Tensor]]: ...
 
 
+def _classification() -> Any:
+    """Return torchmetrics' functions.
+
+    Raises:
+        ImportError: it is missing.
+    """
+    try:
+        return importlib.import_module("torchmetrics.functional.classification")
+    except ModuleNotFoundError:
+        raise ImportError("evaluation needs torchmetrics; pip install 'latephase_kernels[train]'") from None
+
+
 def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     """Return accuracy (%), NLL (nats), ECE (%, 15 bins) and Brier score of class probabilities.
 
@@ -39,15 +52,11 @@ def metrics_of(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     Raises:
         ImportError: torchmetrics is missing.
     """
-    try:
-        from torchmetrics.functional.classification import multiclass_calibration_error
-    except ModuleNotFoundError:
-        raise ImportError("evaluation needs torchmetrics; pip install 'latephase_kernels[train]'") from None
     probabilities = wide(probabilities)
     labels = labels.to(probabilities.device)
     chosen = probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     one_hot = torch.nn.functional.one_hot(labels, probabilities.size(1))
-    calibration = multiclass_calibration_error(
+    calibration = _classification().multiclass_calibration_error(
         probabilities.float(), labels, probabilities.size(1), n_bins=CALIBRATION_BINS, norm="l1"
     )
     return {
@@ -211,14 +220,10 @@ def detection_auroc(inside: Tensor, outside: Tensor, num_classes: int) -> float:
     Raises:
         ImportError: torchmetrics is missing.
     """
-    try:
-        from torchmetrics.functional.classification import binary_auroc
-    except ModuleNotFoundError:
-        raise ImportError("evaluation needs torchmetrics; pip install 'latephase_kernels[train]'") from None
     entropies = torch.cat([inside, outside])
     if not entropies.isfinite().all():
         return math.nan
     # torchmetrics takes scores beyond [0, 1] for logits, and its sigmoid would round small entropies to ties.
     scores = (entropies / math.log(num_classes)).clamp(0.0, 1.0)
     foreign = torch.cat([torch.zeros_like(inside), torch.ones_like(outside)]).long()
-    return binary_auroc(scores, foreign).item()
+    return _classification().binary_auroc(scores, foreign).item()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import late_phase as lp
 from ..data import TextBatches, TextSet
-from ..late_phase.members import training_flags_kept
+from ..late_phase.kept_state import training_flags_kept
 from ..nn.routing import is_expanded, routings_of
 from ..reference.precision import wide, widest_dtype
 from .build import build_language_model

@@ -86,10 +86,11 @@ def _part_error(name: str, got: Any) -> ValueError:
     return ValueError(f"train: {name} must hold options, such as {name}.{first}, got {got}")
 
 
-def _config_of(file: Path) -> str:
-    """Return a recipe's content as one line of ASCII: the parser of the options reads files in the locale's encoding.
+def _content_of(file: Path) -> dict[str, Any]:
+    """Return what a recipe's file holds; {} where that is no YAML or no options: the options' parser says so better.
 
-    Of a file that holds no options its name: the parser has the better message.
+    Raises:
+        ValueError: it is no UTF-8.
     """
     import yaml  # comes with jsonargparse
 
@@ -99,20 +100,23 @@ def _config_of(file: Path) -> str:
         raise ValueError(f"train: {file} must be text in UTF-8: {error}") from None
     except yaml.YAMLError:
         content = None
-    if not content or not isinstance(content, dict):
-        return str(file)
-    return yaml.safe_dump(content, default_flow_style=True, width=math.inf, sort_keys=False)
+    return content if isinstance(content, dict) else {}
+
+
+def _config_of(file: Path) -> str:
+    """Return a recipe's content as one line of ASCII: the parser of the options reads files in the locale's encoding.
+
+    Of a file that holds no options its name.
+    """
+    import yaml
+
+    content = _content_of(file)
+    return yaml.safe_dump(content, default_flow_style=True, width=math.inf, sort_keys=False) if content else str(file)
 
 
 def _base_of(file: Path) -> str | None:
-    """Return the recipe that a recipe's file changes; None for a file that stands alone, or is no YAML at all."""
-    import yaml  # comes with jsonargparse
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):  # the parser of the options has the better message
-        return None
-    base = content.get("base") if isinstance(content, dict) else None
+    """Return the recipe that a recipe's file changes; None for a file that stands alone."""
+    base = _content_of(file).get("base")
     return None if base is None else str(base)
 
 
