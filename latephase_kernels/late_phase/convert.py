@@ -79,7 +79,7 @@ def expand(
             callables (name, module) -> bool, or "rank1" or "rank1_bias" to give that layer gains. They may choose any
                 module that has parameters, no submodules and no buffers: its forward then runs once a member
                 (lp.nn.Memberwise).
-            None, (), leaves every weight shared: ghost batch norm, K groups of rows with statistics of their own.
+            (), no target, leaves every weight shared: ghost batch norm, K groups of rows with statistics of their own.
             All but batch norms and LSTMs take dim 0 of what reaches them for the batch.
         noise_std: σ0.
         generator: of ε.
