@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 
 import torch
-from bench_ensemble_batch_norm import processor
 from memory import peak_mib
 from step_contenders import FUSED, PLAIN, STEPS, Setting
 from timing import interleaved, quartiles, ratios
 
 from latephase_kernels.models import WideResNet
+from latephase_kernels.train.runs import processor
 
 # axis: (K, B, width) of every point, and what the picture's axis says
 AXES = {

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_ensemble_batch_norm import processor
 from timing import quartiles, ratios
 from torch import nn
 
 import latephase_kernels as lp
+from latephase_kernels.train.runs import processor
 
 K, B, C, SIZE = 2, 2, 4, 2
 CALLS = 50

@@ -13,11 +13,12 @@ import json
 from pathlib import Path
 
 import torch
-from bench_ensemble_batch_norm import processor
 from memory import peak_mib
 from step_contenders import CONTENDERS, GRAPHED, IN_TURN, NETWORKS, PLAIN, STEPS, Setting, largest_difference
 from step_floor import arithmetic_floor
 from timing import HUGE_PAGES, interleaved, quartiles, ratios
+
+from latephase_kernels.train.runs import processor
 
 DEFAULTS = {  # networks, K, images a member (else ROWS), layouts
     "cpu": (["ResNet-18", "WRN-16-4"], [4], {"ResNet-18": 8, "WRN-16-4": 16}, ["contiguous", "channels_last"]),

@@ -13,8 +13,10 @@ import os
 from pathlib import Path
 
 import torch
-from bench_ensemble_batch_norm import NETWORKS, NETWORKS_WITH, Case, cases, ours, processor
+from bench_ensemble_batch_norm import NETWORKS, NETWORKS_WITH, Case, cases, ours
 from timing import attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
+
+from latephase_kernels.train.runs import processor
 
 PLANNED = "as planned"
 SETTINGS = {

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import torch
-from bench_ensemble_batch_norm import processor
 from timing import HUGE_PAGES, attempt, copy_bandwidth, geometric_mean, interleaved, quartiles, ratios
+
+from latephase_kernels.train.runs import processor
 
 OURS = "ours"
 

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import torch
-from bench_ensemble_batch_norm import processor
 from bench_step import DEFAULTS, ROWS
 from step_contenders import FUSED, NETWORKS, PLAIN, STEPS, Setting
 from torch.profiler import ProfilerActivity, profile
+
+from latephase_kernels.train.runs import processor
 
 # The first kind with a word in the operation's name counts.
 KINDS = {
