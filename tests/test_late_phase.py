@@ -44,7 +44,7 @@ def diverged(targets=("batch_norm", "head"), model=None):
 
 
 @pytest.mark.parametrize("mode", ["exact", "weights"])
-@pytest.mark.parametrize("targets", [("batch_norm", "head"), "head", "rank1"])
+@pytest.mark.parametrize("targets", [("batch_norm", "head"), "head", "rank1", ()])
 def test_one_member_as_a_plain_model(targets, mode):
     model, plain, x = diverged(targets), small_net(), images(5)
     for k in range(K):

@@ -4,6 +4,7 @@ Shapes: K members, B samples each.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -168,6 +169,16 @@ def test_clipping_equals_the_loops(norm_type, scale):
         else:
             truth = base[name].grad / factor  # the optimizer's hook scales it
         torch.testing.assert_close(parameter.grad, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_a_copy_is_clipped_by_the_gradients_that_its_own_optimizer_sees():
+    model, x, target = expanded(), images(K * B), labels(K * B)
+    lp.set_base_grad_scale(torch.optim.SGD(model.parameters(), lr=1.0), model, "mean")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # no optimizer scales theirs
+    scaled, *norms = [lp.clip_grad_norm_(m, 1e9) for m in (model, *copies) if loss_of(m, x, target).backward() is None]
+    for of_copy in norms:
+        torch.testing.assert_close(of_copy[0], scaled[0] * K)
+        torch.testing.assert_close(of_copy[1:], scaled[1:])
 
 
 def test_clipping_of_gradients_that_are_not_finite():

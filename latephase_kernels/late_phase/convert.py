@@ -274,7 +274,7 @@ def collapse(model: Model, *, mode: str = "exact", member: int | None = None) ->
             module.routing.check_whole("collapse")
     _check_foreign_norms(model)
     if member is not None:
-        _keep(member, [module for _, module in expanded if isinstance(module, MemberModule)])
+        _keep(member, [module for _, module in expanded])
     replacements = {module: module.collapse(mode) for _, module in expanded}
     for _, module in expanded:
         for name, new in replacements[module]._parameters.items():
@@ -290,7 +290,7 @@ def collapse(model: Model, *, mode: str = "exact", member: int | None = None) ->
     return model
 
 
-def _keep(member: int, modules: list[MemberModule]) -> None:
+def _keep(member: int, modules: list[Routed]) -> None:
     """Give all members the weights and statistics of one: their average is that member, bit for bit."""
     if isinstance(member, bool) or not isinstance(member, int):
         raise TypeError(f"collapse: member must be an int or None, got {type(member).__name__}")
@@ -298,6 +298,8 @@ def _keep(member: int, modules: list[MemberModule]) -> None:
     if not 0 <= member < num_members:
         raise ValueError(f"collapse: member must be within range({num_members}), got {member}; member 0 is the first")
     for module in modules:
+        if not isinstance(module, MemberModule):  # all members share what it has
+            continue
         for tensor in (*module.replicated_parameters().values(), *module._buffers.values()):
             if tensor is not None:
                 tensor.copy_(tensor[member].clone())

@@ -45,7 +45,8 @@ class Routing:
         return new
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "override": None, "blocks": [], "turn": None}
+        # An optimizer's hook scales by γ_θ, and no copy of the model or the optimizer has it.
+        return {**vars(self), "override": None, "blocks": [], "turn": None, "base_grad_scale": 1.0}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
