@@ -63,6 +63,38 @@ def sgd(models):
     return torch.optim.SGD({p for model in models for p in model.parameters()}, lr=0.1)
 
 
+def test_tabm():
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 1))
+    plain, minibatches = copy.deepcopy(mlp), [(torch.randn(4, 5), torch.randn(4, 1)) for _ in range(3)]
+    torch.manual_seed(1)
+    names = run_section("TabM", mlp=mlp, minibatches=minibatches)
+    torch.manual_seed(1)
+    layers = []  # [32, …]: r and s of the gains, bias; as the paper's formulas have them
+    for index, layer in enumerate((plain[0], plain[2])):
+        r, s = torch.ones(32, layer.in_features), torch.ones(32, layer.out_features)
+        if index == 0:
+            r.bernoulli_(0.5).mul_(2).sub_(1)
+            assert 0.3 < (r == 1).double().mean() < 0.7
+        layers.append((layer.weight, r, s, layer.bias.detach().repeat(32, 1)))
+    head = plain[4].weight.detach().repeat(32, 1, 1), plain[4].bias.detach().repeat(32, 1)
+    own = [p.requires_grad_() for _, *tensors in layers for p in tensors] + [p.requires_grad_() for p in head]
+
+    def answers_of(features):
+        x = features.expand(32, -1, -1)
+        for weight, r, s, bias in layers:
+            x = F.relu((x * r[:, None]) @ weight.T * s[:, None] + bias[:, None])
+        return x @ head[0].mT + head[1][:, None]
+
+    optimizer = torch.optim.AdamW([*(weight for weight, *_ in layers), *own], lr=2e-3, weight_decay=3e-4)
+    for features, answers in minibatches:
+        optimizer.zero_grad()
+        F.mse_loss(answers_of(features), answers.expand(32, -1, -1)).backward()
+        optimizer.step()
+    prediction = answers_of(minibatches[-1][0]).mean(0)
+    torch.testing.assert_close(names["prediction"], prediction, rtol=1e-9, atol=1e-12)
+
+
 def test_ghost_batch_norm():
     model, (images, labels) = network(), data(16)
     plain = copy.deepcopy(model)
