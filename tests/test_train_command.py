@@ -109,6 +109,14 @@ def test_a_finished_run(finished):
     assert len(written) == 6 and (folder / "metrics.jsonl").read_text().count("\n") == 4
 
 
+def test_a_part_of_the_training_images():
+    whole, part = build_data(Data("digits"))[0], build_data(Data("digits", num_train=70))[0]
+    assert torch.equal(part.images, whole.images[:70]) and torch.equal(part.labels, whole.labels[:70])
+    for data, expected in ((Data("digits", num_train=301), "from 1 to 300"), (Data("python_text", num_train=9), "null")):
+        with pytest.raises(ValueError, match=f"data.num_train must be {expected}"):
+            build_data(data)
+
+
 def test_metrics_count_the_members_that_were_trained(finished):
     records = read_metrics(finished[0] / "metrics.jsonl")
     assert [record["members"] for record in records] == [1, 1, 3, 3]

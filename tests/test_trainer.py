@@ -323,6 +323,7 @@ def test_dropout_passes_need_dropout():
         ({"optimizer": Optimizer(weight_decay=-1)}, "optimizer.weight_decay"),
         ({"optimizer": Optimizer(momentum=0)}, "optimizer.nesterov"),
         ({"data": Data("digits", crop_padding=-1)}, "data.crop_padding"),
+        ({"data": Data("digits", num_train=0)}, "data.num_train"),
         ({"label_smoothing": 2}, "label_smoothing"),
         ({"checkpoint_minutes": -1}, "checkpoint_minutes"),
         ({"seed": 2**64}, "seed"),

@@ -6,6 +6,7 @@ from .device_batches import DeviceBatches
 from .device_images import DeviceImages
 from .digits import load_digits, split_digits
 from .downloads import DOWNLOADS, Download, download
+from .fashion_mnist import load_fashion_mnist
 from .files import ArchiveError
 from .image_batches import EvaluationImages, ImageBatches
 from .image_decoding import CorruptImage
@@ -49,6 +50,7 @@ __all__ = [
     "load_cifar100_c",
     "load_digits",
     "load_enwik8",
+    "load_fashion_mnist",
     "load_imagenet",
     "load_lsun_resized",
     "load_python_text",

@@ -1,5 +1,6 @@
 """From a recipe's words to data, network and optimizer."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..data import (
     load_cifar10,
     load_cifar100,
     load_enwik8,
+    load_fashion_mnist,
     load_imagenet,
     load_python_text,
     load_text,
@@ -24,7 +26,7 @@ from ..models import CharLSTM, HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 
 AnyData = ImageSet | ImageFiles | TextSet
-DATA_NAMES = ("cifar10", "cifar100", "digits", "imagenet", "enwik8", "python_text", "text_file")
+DATA_NAMES = ("cifar10", "cifar100", "fashion_mnist", "digits", "imagenet", "enwik8", "python_text", "text_file")
 
 
 def build_data(data: Data) -> tuple[AnyData, AnyData]:
@@ -34,13 +36,26 @@ def build_data(data: Data) -> tuple[AnyData, AnyData]:
     its own parts.
 
     Raises:
-        ValueError: an unknown name, or damaged files.
+        ValueError: an unknown name, damaged files, or data.num_train does not fit.
         OSError: the files are not there; the message says where to get them.
     """
+    train, test = _whole(data)
+    if data.num_train is None:
+        return train, test
+    if not isinstance(train, ImageSet) or data.num_train > len(train):
+        what = f"from 1 to {len(train)}" if isinstance(train, ImageSet) else "null: the data is not held in memory"
+        raise ValueError(f"train: data.num_train must be {what} for {data.name}, got {data.num_train}")
+    first = slice(data.num_train)
+    return dataclasses.replace(train, images=train.images[first], labels=train.labels[first]), test
+
+
+def _whole(data: Data) -> tuple[AnyData, AnyData]:
     if data.name == "cifar10":
         return load_cifar10(data.folder, train=True), load_cifar10(data.folder, train=False)
     if data.name == "cifar100":
         return load_cifar100(data.folder, train=True), load_cifar100(data.folder, train=False)
+    if data.name == "fashion_mnist":
+        return load_fashion_mnist(data.folder, train=True), load_fashion_mnist(data.folder, train=False)
     if data.name == "digits":
         return _digits()
     if data.name == "imagenet":

@@ -18,9 +18,10 @@ class Data:
     """Which data, and how images are augmented.
 
     Attributes:
-        name: images: cifar10, cifar100, digits, imagenet (or any images laid out as it); texts: enwik8, python_text
-            (comes with Python) or text_file.
+        name: images: cifar10, cifar100, fashion_mnist, digits, imagenet (or any images laid out as it); texts: enwik8,
+            python_text (comes with Python) or text_file.
         folder: where the archive, or the folder extracted from it, lies; for text_file the file.
+        num_train: only the first so many training images, of sets that are held in memory; null for all.
         crop_padding: random crops from images padded by this many pixels; 0 for none.
         flip: random horizontal flips.
         cutout: side of a random square set to the mean; 0 for none.
@@ -28,6 +29,7 @@ class Data:
 
     name: str = "cifar10"
     folder: str = "data"
+    num_train: int | None = None
     crop_padding: int = 4
     flip: bool = True
     cutout: int = 0
@@ -271,6 +273,7 @@ def check(recipe: Recipe) -> Recipe:
     late, swa, schedule, parallel = recipe.late, recipe.swa, recipe.schedule, recipe.parallel
     an_epoch = f"null or an epoch from 0 to below epochs ({recipe.epochs})"
     demands: Sequence[tuple[bool, str, str]] = (
+        (data.num_train is None or data.num_train >= 1, "data.num_train", "null or at least 1"),
         (data.crop_padding >= 0, "data.crop_padding", "at least 0"),
         (data.cutout >= 0, "data.cutout", "at least 0"),
         (recipe.batch_size >= 1, "batch_size", "at least 1"),
