@@ -65,6 +65,15 @@ class Study:
     quantities: dict[str, tuple[str, int]]
 
 
+_TENTH = (  # of the recipes' images, for a quarter of their batch and rates and half their members
+    "--data.num_train=6000",
+    "--batch_size=32",
+    "--optimizer.lr=0.025",
+    "--late.members=5",
+    "--channels_last=true",
+)
+_TENTH_SGD, _TENTH_SWA = ((*_TENTH, f"--schedule.end_lr={rate}") for rate in (0.00025, 0.0125))
+
 STUDIES = {
     "digits": Study(
         (
@@ -82,6 +91,25 @@ STUDIES = {
             Row("late-phase rank-1", "digits_rank1"),
             Row("hypernetwork, SGD", "digits_hypernetwork_base", compared_with="hypernetwork, SGD"),
             Row("late-phase hypernetwork", "digits_hypernetwork", compared_with="hypernetwork, SGD"),
+        ),
+        {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4)},
+    ),
+    "fashion_mnist": Study(
+        (
+            Row("base, SGD", "fashion_mnist_base", overrides=_TENTH_SGD),
+            Row("base, SWA", "fashion_mnist_swa_base", overrides=_TENTH_SWA),
+            Row("late-phase BatchNorm + head, SGD", "fashion_mnist", overrides=_TENTH_SGD),
+            Row("late-phase BatchNorm + head, SGD, ensemble", "fashion_mnist", "ensemble", overrides=_TENTH_SGD),
+            Row(
+                "late-phase BatchNorm + head, SWA", "fashion_mnist_swa", compared_with="base, SWA", overrides=_TENTH_SWA
+            ),
+            Row(
+                "late-phase BatchNorm + head, SWA, ensemble",
+                "fashion_mnist_swa",
+                "ensemble",
+                compared_with="base, SWA",
+                overrides=_TENTH_SWA,
+            ),
         ),
         {"accuracy": ("accuracy %", 2), "nll": ("NLL", 4)},
     ),

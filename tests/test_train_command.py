@@ -112,9 +112,9 @@ def test_a_finished_run(finished):
 def test_a_part_of_the_training_images():
     whole, part = build_data(Data("digits"))[0], build_data(Data("digits", num_train=70))[0]
     assert torch.equal(part.images, whole.images[:70]) and torch.equal(part.labels, whole.labels[:70])
-    for data, expected in ((Data("digits", num_train=301), "from 1 to 300"), (Data("python_text", num_train=9), "null")):
+    for name, expected in (("digits", "from 1 to 300"), ("python_text", "null")):
         with pytest.raises(ValueError, match=f"data.num_train must be {expected}"):
-            build_data(data)
+            build_data(Data(name, num_train=301))
 
 
 def test_metrics_count_the_members_that_were_trained(finished):
@@ -307,7 +307,7 @@ def test_a_network_must_answer_with_logits(answer, found):
         ),
         (["digits", "--model.options.depth=3"], "model small_resnet with options .*depth"),
         (["digits", "--model.name=torchvision:resnet7"], "resnet7"),
-        (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, digits"),
+        (["digits", "--data.name=mnist"], "data.name must be one of cifar10, cifar100, fashion_mnist, digits"),
         (["cifar10", "--data.folder=nowhere"], "nowhere"),
         (["digits", "--output=file"], r"\[Errno 17\] File exists: 'file'"),
         (["digits", "--output=file/run"], r"\[Errno 20\] Not a directory: 'file/run'"),
