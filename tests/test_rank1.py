@@ -362,6 +362,23 @@ def test_gains_join_live_optimizers():
     assert set(groups["member_no_decay"]) >= {now["0.input_gain"], now["2.output_gain"]}
 
 
+def test_gains_join_copied_momenta_in_the_fused_step():
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+        for step in range(4):
+            if step == 2:
+                lp.expand(model, K, targets=("rank1", "head"), optimizers=optimizer, member_state="copy")
+            optimizer.zero_grad()
+            model(torch.randn(K * B, 4)).square().sum().backward()
+            optimizer.step()
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
+
+
 def test_own_biases_move_in_live_optimizers():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
     optimizer = torch.optim.SGD(lp.param_groups(model, lr=0.1, weight_decay=0.1, no_decay=1), momentum=0.9)

@@ -201,6 +201,7 @@ def move_parameters(
     for new in new_groups:
         optimizer.add_param_group(new)
         _begin_adagrad(plain_optimizer(optimizer), optimizer.param_groups[-1])
+        _begin_fused_momentum(plain_optimizer(optimizer), optimizer.param_groups[-1])
     return left
 
 
@@ -224,6 +225,15 @@ def _begin_adagrad(optimizer: torch.optim.Optimizer, group: dict) -> None:
     for parameter in group["params"]:
         if not optimizer.state[parameter]:
             optimizer.state[parameter] = torch.optim.Adagrad([parameter], **options).state[parameter]
+
+
+def _begin_fused_momentum(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """Begin gains' momentum at 0 beside copied momenta: SGD's fused step wants all of a group's, or none."""
+    if not (isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]):
+        return
+    if any(optimizer.state.get(parameter) for parameter in group["params"]):
+        for parameter in group["params"]:
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 # ---------------------------------------------------------------------------------------------- schedulers
