@@ -13,6 +13,7 @@ import latephase_kernels as lp
 from latephase_kernels.data import ImageSet
 from latephase_kernels.train import evaluation
 from latephase_kernels.train.evaluation import answers_of, dropout_logits_of, metrics_of, metrics_of_answers
+from latephase_kernels.train.ranks import Ranks
 from latephase_kernels.train.recipe import Data, Late, Model, Optimizer, Recipe, Schedule, Swa, check, recipe_names
 from latephase_kernels.train.trainer import Trainer
 
@@ -299,6 +300,13 @@ def test_dropout_passes(late):
 def test_dropout_passes_need_dropout():
     with pytest.raises(ValueError, match="dropout_passes must be 0 for a network without dropout, got 2; give it"):
         Trainer(recipe(dropout_passes=2), data())
+
+
+def test_a_graph_needs_one_process():
+    ranks = Ranks(torch.device("cpu"))
+    ranks.num_ranks = 2
+    with pytest.raises(ValueError, match="cuda_graph must be false on several processes, got 2"):
+        Trainer(recipe(cuda_graph=True), data(), ranks=ranks)
 
 
 @pytest.mark.parametrize(

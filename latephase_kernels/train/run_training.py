@@ -297,7 +297,7 @@ def save_model(model: torch.nn.Module, path: Path) -> None:
     try:
         from safetensors.torch import save
     except ModuleNotFoundError:
-        raise ImportError("train: saving the model needs safetensors; pip install 'latephase_kernels[train]'") from None
+        raise ImportError("saving the model needs safetensors; pip install 'latephase_kernels[train]'") from None
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}))
 
 

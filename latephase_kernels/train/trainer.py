@@ -108,6 +108,8 @@ class Trainer:
                 f"train: parallel.member_ranks must be 1 for a text, got {self.ranks.member_ranks}; each process has "
                 "streams of all members"
             )
+        if recipe.cuda_graph and self.ranks.num_ranks > 1:
+            raise ValueError(f"train: cuda_graph must be false on several processes, got {self.ranks.num_ranks}")
         if recipe.cuda_graph and self.device.type != "cuda":
             raise ValueError(f"train: cuda_graph must be false on {self.device}: only a GPU captures graphs")
         self._graphed = GraphedPasses() if recipe.cuda_graph else None
