@@ -23,7 +23,7 @@ Gains = dict[nn.Parameter, list[tuple[str, nn.Parameter]]]
 
 # Rules that mix the elements of a tensor or of all (a norm, a factorization, a matrix sign, a step size found from all
 # gradients, a step to the sharp side): [K, …] is not K tensors to them. Libraries write their names in several ways.
-_MIXING = {
+_MIXING_RULES = {
     *("adafactor", "adafactorbigvision", "adamp", "came", "dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion"),
     *("dadaptsgd", "fusedlamb", "kron", "lamb", "lars", "lbfgs", "mars", "muon", "novograd", "nvnovograd", "prodigy"),
     *("ranger", "ranger21", "sgdp", "shampoo", "sm3", "soap", "stableadamw"),
@@ -34,7 +34,11 @@ _MIXING = {
 def _mixing(optimizer: torch.optim.Optimizer) -> str | None:
     """Return the name of an optimizer, or of one inside it, that is or derives from one of these; None if none does."""
     return next(
-        (type(o).__name__ for o in _nested(optimizer) if any(k.__name__.lower() in _MIXING for k in type(o).__mro__)),
+        (
+            type(o).__name__
+            for o in _nested(optimizer)
+            if any(k.__name__.lower() in _MIXING_RULES for k in type(o).__mro__)
+        ),
         None,
     )
 
