@@ -3,6 +3,8 @@
 Shapes: K members, B rows a member, C channels.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +183,29 @@ def test_compiled_and_checkpointed_as_eager():
             module(rows)
     assert layer.num_batches_tracked.tolist() == [3] * K
     torch.testing.assert_close(layer.running_var, torch.stack([m.running_var for m in plain]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "targets, momentum, dtype",
+    [("batch_norm", None, torch.float32), ("batch_norm", 0.1, torch.bfloat16), ((), 0.1, torch.float32)],
+    ids=["cumulative", "low precision", "shared"],
+)
+def test_checkpointed_last_moves_twice_whatever_computes_it(targets, momentum, dtype):
+    plain = torch.nn.Sequential(torch.nn.BatchNorm2d(C, momentum=momentum, dtype=dtype))
+    copies = [copy.deepcopy(plain) for _ in range(K)]
+    model = lp.expand(plain, K, targets=targets)
+    input = torch.randn(K * B, C, 5, 3, dtype=dtype, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(model, input, use_reentrant=False).sum().backward()
+    if targets:  # as each member's own, else as one that K turns move and move again
+        for module, rows in zip(copies, input.detach().chunk(K)):
+            module(rows)
+            module(rows)
+        expected = [torch.stack(tensors) for tensors in zip(*(module.buffers() for module in copies))]
+    else:
+        for rows in input.detach().chunk(K) * 2:
+            copies[0](rows)
+        expected = list(copies[0].buffers())
+    torch.testing.assert_close(list(model.buffers()), expected)
 
 
 def test_nothing_moves_for_no_rows_but_the_count():

@@ -85,11 +85,13 @@ class _SharedBatchNorm(RoutedBatchNorm):
         ranks = 1 if group is None else group.size
         check_arguments(*arguments, training, 0.1, self.eps, num_members, residual, activation, ranks, output_gain)
         settings = (training, self.eps, num_members, activation, group, input_gain, output_gain)
-        y, mean, var = normalize(*arguments, residual, *settings)
-        if self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0:
+
+        def move(mean: Tensor, var: Tensor) -> None:
             n = input.numel() // mean.numel() * ranks
-            self._update(mean.detach(), var.detach() * (n / (n - 1)), members)
-        return y
+            self._update(mean, var * (n / (n - 1)), members)
+
+        moves = self.training and self.track_running_stats and self.running_mean is not None and input.numel() > 0
+        return normalize(*arguments, residual, *settings, move if moves else None)[0]
 
     def _owned(self) -> tuple[int, int, int]:
         """Return the first member of this rank, how many it has, and how many members there are in all."""

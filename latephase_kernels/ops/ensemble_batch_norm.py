@@ -18,6 +18,7 @@ Only …_update changes an argument: eager training calls it, so that running st
 compiled graphs are functional.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -172,32 +173,40 @@ def normalize(
     group: StatisticsGroup | None = None,
     input_gain: tuple[Tensor, Tensor | None] | None = None,
     output_gain: Tensor | None = None,
+    move: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, mean [K, C], biased variance [K, C]) without touching the running statistics; arguments unchecked.
+    """Return (y, mean [K, C], biased variance [K, C]); the running statistics are move's; arguments unchecked.
 
-    input_gain: (r, shift): of input · r + shift, in training and on one rank.
+    Args:
+        input_gain: (r, shift): of input · r + shift, in training and on one rank.
+        move: called with the detached mean and variance. In the eager kernels' way before anything is kept for
+            backward: the second forward of torch.utils.checkpoint ends where the last tensor is kept.
     """
-    if input_gain is not None:
-        return normalize_with_gain(
-            input, *input_gain, weight, bias, residual, eps, num_members, activation, output_gain
-        )
-    if training and group is not None and group.size > 1:
-        return normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group, output_gain)
     running, settings = (running_mean, running_var), (training, eps, num_members, activation)
     namespace = registry.namespace_for(input, "ensemble_batch_norm")
-    if namespace is None or torch._C._are_functorch_transforms_active():
-        return reference.ensemble_batch_norm(
+    if input_gain is not None:
+        found = normalize_with_gain(
+            input, *input_gain, weight, bias, residual, eps, num_members, activation, output_gain
+        )
+    elif training and group is not None and group.size > 1:
+        found = normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group, output_gain)
+    elif namespace is None or torch._C._are_functorch_transforms_active():
+        found = reference.ensemble_batch_norm(
             input, *running, weight, bias, residual, training, eps, num_members, activation, output_gain
         )
-    input = dense(input)
-    if residual is not None:
-        residual = dense_like(residual, input)
-    weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
-    if torch.compiler.is_compiling():
+    else:
+        input = dense(input)
+        if residual is not None:
+            residual = dense_like(residual, input)
+        weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
+        if not torch.compiler.is_compiling():
+            return Normalize.apply(input, weight, bias, residual, output_gain, namespace, running, settings, move)
         operands = (input, *running, weight, bias, residual)
         y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(*operands, *settings, output_gain)
-        return y, mean, var
-    return Normalize.apply(input, weight, bias, residual, output_gain, namespace, running, settings)
+        found = y, mean, var
+    if move is not None:
+        move(found[1].detach(), found[2].detach())
+    return found
 
 
 def ensemble_batch_norm(
@@ -333,17 +342,19 @@ def _normalize_then_update(
 ) -> Tensor:
     """normalize_and_update where no op does both; arguments unchecked."""
     running_mean, running_var, num_batches_tracked = running
-    y, mean, var = normalize(
+
+    def move(mean: Tensor, var: Tensor) -> None:
+        if input.numel() > 0:
+            n = input.numel() // mean.numel() * (1 if group is None else group.size)
+            update_running(running_mean, mean, momentum)
+            update_running(running_var, var * (n / (n - 1)), momentum)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+
+    return normalize(
         input, running_mean, running_var, weight, bias, residual, True, eps, num_members, activation, group,
-        input_gain, output_gain,
-    )  # fmt: skip
-    if input.numel() > 0:
-        n = input.numel() // mean.numel() * (1 if group is None else group.size)
-        update_running(running_mean, mean, momentum)
-        update_running(running_var, var * (n / (n - 1)), momentum)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    return y
+        input_gain, output_gain, move,
+    )[0]  # fmt: skip
 
 
 def _one_op(input, running_mean, running_var, residual, momentum, num_members) -> str | None:

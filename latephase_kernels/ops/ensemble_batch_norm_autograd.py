@@ -117,7 +117,7 @@ class Normalize(torch.autograd.Function):
     """The eager path: less overhead a call than the registered op's generated autograd. Returns (y, mean, var)."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, residual, output_gain, namespace, running, settings):
+    def forward(ctx, input, weight, bias, residual, output_gain, namespace, running, settings, move):
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, rstd, var, mask = registry.op(namespace, "ensemble_batch_norm")(
                 input, *running, weight, bias, residual, *settings, output_gain
@@ -125,11 +125,13 @@ class Normalize(torch.autograd.Function):
         _save(ctx, (input, weight, bias, output_gain, mean, rstd, mask), ctx.needs_input_grad, settings)
         ctx.namespace = namespace
         ctx.mark_non_differentiable(mean, var)
+        if move is not None:
+            move(mean, var)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return (None,) * 8 if dy is None else (*_gradients(ctx, ctx.namespace, dy), None, None, None)
+        return (None,) * 9 if dy is None else (*_gradients(ctx, ctx.namespace, dy), *(None,) * 4)
 
 
 class NormalizeAndUpdate(torch.autograd.Function):
