@@ -56,6 +56,7 @@ MIXING = {  # module that mixes samples → what is said of it
     "evo norm": (lambda: real("timm.layers", "EvoNorm2dB0", 4), "by the statistics of the whole batch; use nn.Batch"),
     "in-place": (lambda: foreign("InplaceAbn", "timm.layers.inplace_abn"), "statistics of the whole batch"),
     "in-place sync": (lambda: foreign("InPlaceABNSync", "inplace_abn.abn"), "statistics of the whole batch"),
+    "counting embedding": (lambda: nn.Embedding(9, 4, scale_grad_by_freq=True), "use scale_grad_by_freq=False"),
     "volo": (lambda: foreign("VOLO", "timm.models.volo", mix_token=True), "set its mix_token to False"),
 }
 
@@ -193,6 +194,19 @@ def assert_k_optimizers(optimizer, model, optimizers, members, name):
 
 
 RULES = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "Adagrad", "ASGD")
+
+
+def test_a_counting_embedding_counts_a_members_own_words():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True), nn.Linear(2, 2))
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    lp.expand(model, 2, targets=(lambda name, module: isinstance(module, nn.Embedding), "head"))
+    words = torch.randint(3, (10,))
+    model(words).square().sum().backward()
+    for member, rows in zip(copies, words.chunk(2)):
+        member(rows).square().sum().backward()
+    expected = torch.stack([member[0].weight.grad for member in copies])
+    torch.testing.assert_close(next(model[0].parameters()).grad, expected)
 
 
 @pytest.mark.parametrize("member_state", ("fresh", "copy"))

@@ -171,6 +171,7 @@ class Keeping(Scale):
         (nn.Sequential(nn.Linear(2, 2)), "layer: .*Sequential has no parameters of its own"),
         (nn.MultiheadAttention(4, 2), r'layer: .*MultiheadAttention has modules inside \("out_proj"\); choose these'),
         (nn.GRU(2, 2), 'layer: .*GRU has tensors in its attribute "_flat_weights"'),
+        (nn.Embedding(4, 2, max_norm=1.0), "layer: .*Embedding with max_norm changes its weight in forward"),
         (Counting(4), r'layer: .*Counting has buffers \("calls"\)'),
         (Keeping(4), 'layer: .*Keeping has tensors in its attribute "also"'),
     ],

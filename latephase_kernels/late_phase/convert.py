@@ -117,7 +117,7 @@ def expand(
         return model
     if isinstance(model, _BatchNorm):
         raise ValueError("expand: the model itself is a batch norm; wrap it in nn.Sequential")
-    check_not_mixing(model)
+    check_not_mixing(model, kinds)
     replacements: Replacements = {}
     for name, module in model.named_modules():
         if module in kinds:

@@ -1,6 +1,7 @@
 """Modules other than batch norm that let the samples of a batch, and so members of a stacked one, see each other."""
 
 import warnings
+from collections.abc import Container
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +18,10 @@ _MIXING: dict[tuple[str, str], tuple[str, str]] = {
     **{("timm", f"EvoNorm2dB{i}"): _BATCH_STATISTICS for i in range(3)},
     ("timm", "InplaceAbn"): _BATCH_STATISTICS,
     **{("inplace_abn", name): _BATCH_STATISTICS for name in ("ABN", "InPlaceABN", "InPlaceABNSync")},
+    **{
+        ("torch", name): ("divides gradients by counts in all members' samples", "use scale_grad_by_freq=False")
+        for name in ("Embedding", "EmbeddingBag")
+    },
 }
 
 
@@ -29,11 +34,13 @@ def _mixes(name: str, module: nn.Module) -> bool:
         return module.mode == "batch" and module.p > 0
     if name == "DropBlock2d":
         return bool(getattr(module, "batchwise", False) and module.drop_prob)
+    if name in ("Embedding", "EmbeddingBag"):
+        return module.scale_grad_by_freq
     return name != "VOLO" or module.mix_token
 
 
-def check_not_mixing(model: nn.Module) -> None:
-    """Raise if a module mixes samples; warn of running statistics in a module that is not known.
+def check_not_mixing(model: nn.Module, targets: Container[nn.Module] = ()) -> None:
+    """Raise if a module mixes samples, unless it is a target; warn of running statistics in one that is not known.
 
     Raises:
         NotImplementedError: the message names the module and what to do.
@@ -43,7 +50,7 @@ def check_not_mixing(model: nn.Module) -> None:
         classes = [(cls.__module__.partition(".")[0], cls.__name__) for cls in type(module).__mro__]
         at = f"{path or 'the model'} ({type(module).__module__}.{type(module).__qualname__})"
         known = next((key for key in classes if key in _MIXING and _mixes(key[1], module)), None)
-        if known is not None:
+        if known is not None and module not in targets:
             effect, remedy = _MIXING[known]
             raise NotImplementedError(f"expand: {at} {effect}; {remedy}")
         statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]

@@ -109,7 +109,7 @@ class Memberwise(MemberModule):
 
 
 def _check_alone(where: str, module: nn.Module) -> None:
-    """Raise NotImplementedError unless parameters are all that a module has, and its class's forward its call."""
+    """Raise NotImplementedError unless it has parameters alone and calls its class's forward, which keeps them."""
     cls = type(module)
     name = f"{where}: {cls.__module__}.{cls.__qualname__}"
     if not any(parameter is not None for parameter in module._parameters.values()):
@@ -124,6 +124,8 @@ def _check_alone(where: str, module: nn.Module) -> None:
             f"{name} has buffers ({inside}), which members could not share if forward changes them; keep them in a "
             "module of their own"
         )
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        raise NotImplementedError(f"{name} with max_norm changes its weight in forward; leave it out")
     own = {key: value for key, value in vars(module).items() if key != "_parameters"}
     holding = next((key for key, value in own.items() if any(isinstance(x, Tensor) for x in tree_leaves(value))), None)
     if holding is not None:
