@@ -72,7 +72,8 @@ _TENTH = (  # of the recipes' images, for a quarter of their batch and rates and
     "--late.members=5",
     "--channels_last=true",
 )
-_TENTH_SGD, _TENTH_SWA = ((*_TENTH, f"--schedule.end_lr={rate}") for rate in (0.00025, 0.0125))
+_TENTH_SGD = (*_TENTH, "--schedule.end_lr=0.00025")
+_TENTH_SWA = (*_TENTH, "--schedule.end_lr=0.0125")
 
 STUDIES = {
     "digits": Study(

@@ -196,19 +196,6 @@ def assert_k_optimizers(optimizer, model, optimizers, members, name):
 RULES = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adadelta", "Adagrad", "ASGD")
 
 
-def test_a_counting_embedding_counts_a_members_own_words():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True), nn.Linear(2, 2))
-    copies = [copy.deepcopy(model) for _ in range(2)]
-    lp.expand(model, 2, targets=(lambda name, module: isinstance(module, nn.Embedding), "head"))
-    words = torch.randint(3, (10,))
-    model(words).square().sum().backward()
-    for member, rows in zip(copies, words.chunk(2)):
-        member(rows).square().sum().backward()
-    expected = torch.stack([member[0].weight.grad for member in copies])
-    torch.testing.assert_close(next(model[0].parameters()).grad, expected)
-
-
 @pytest.mark.parametrize("member_state", ("fresh", "copy"))
 @pytest.mark.parametrize("rule", RULES)
 def test_torch_optimizers_are_k_optimizers(rule, member_state):

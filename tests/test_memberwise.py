@@ -57,6 +57,10 @@ CASES = {
     "pair": (Pair, lambda: (((normal(4), normal(4)),), {})),
     "PReLU": (lambda: nn.PReLU(4), lambda: ((normal(4, 5),), {})),
     "embedding": (lambda: nn.Embedding(7, 4), lambda: ((torch.randint(7, (K * B, 5)),), {})),
+    "counting embedding": (
+        lambda: nn.Embedding(7, 4, scale_grad_by_freq=True),
+        lambda: ((torch.randint(7, (K * B, 5)),), {}),
+    ),
     "convolution": (lambda: nn.Conv2d(4, 3, 3), lambda: ((normal(4, 5, 5),), {})),
     "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True), lambda: ((normal(4, 5, 5),), {})),
     "bilinear": (lambda: nn.Bilinear(4, 3, 2), lambda: ((normal(4), normal(3)), {})),

@@ -39,7 +39,7 @@ def _mixes(name: str, module: nn.Module) -> bool:
     return name != "VOLO" or module.mix_token
 
 
-def check_not_mixing(model: nn.Module, targets: Container[nn.Module] = ()) -> None:
+def check_not_mixing(model: nn.Module, targets: Container[nn.Module]) -> None:
     """Raise if a module mixes samples, unless it is a target; warn of running statistics in one that is not known.
 
     Raises:

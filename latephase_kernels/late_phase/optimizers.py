@@ -202,10 +202,11 @@ def move_parameters(
             _move_state(nested, parameter, moved[parameter], member_state)
         new_groups.append(new)
         left.append(number)
+    plain = plain_optimizer(optimizer)
     for new in new_groups:
         optimizer.add_param_group(new)
-        _begin_adagrad(plain_optimizer(optimizer), optimizer.param_groups[-1])
-        _begin_fused_momentum(plain_optimizer(optimizer), optimizer.param_groups[-1])
+        _begin_adagrad(plain, optimizer.param_groups[-1])
+        _begin_fused_momentum(plain, optimizer.param_groups[-1])
     return left
 
 

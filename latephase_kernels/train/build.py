@@ -26,7 +26,8 @@ from ..models import CharLSTM, HyperWideResNet, SmallResNet, WideResNet
 from .recipe import Data, Model, Optimizer
 
 AnyData = ImageSet | ImageFiles | TextSet
-DATA_NAMES = ("cifar10", "cifar100", "fashion_mnist", "digits", "imagenet", "enwik8", "python_text", "text_file")
+_LOADERS = {"cifar10": load_cifar10, "cifar100": load_cifar100, "fashion_mnist": load_fashion_mnist}
+DATA_NAMES = (*_LOADERS, "digits", "imagenet", "enwik8", "python_text", "text_file")
 
 
 def build_data(data: Data) -> tuple[AnyData, AnyData]:
@@ -43,19 +44,16 @@ def build_data(data: Data) -> tuple[AnyData, AnyData]:
     if data.num_train is None:
         return train, test
     if not isinstance(train, ImageSet) or data.num_train > len(train):
-        what = f"from 1 to {len(train)}" if isinstance(train, ImageSet) else "null: the data is not held in memory"
-        raise ValueError(f"train: data.num_train must be {what} for {data.name}, got {data.num_train}")
+        expected = f"from 1 to {len(train)}" if isinstance(train, ImageSet) else "null, as no images in memory,"
+        raise ValueError(f"train: data.num_train must be {expected} for {data.name}, got {data.num_train}")
     first = slice(data.num_train)
     return dataclasses.replace(train, images=train.images[first], labels=train.labels[first]), test
 
 
 def _whole(data: Data) -> tuple[AnyData, AnyData]:
-    if data.name == "cifar10":
-        return load_cifar10(data.folder, train=True), load_cifar10(data.folder, train=False)
-    if data.name == "cifar100":
-        return load_cifar100(data.folder, train=True), load_cifar100(data.folder, train=False)
-    if data.name == "fashion_mnist":
-        return load_fashion_mnist(data.folder, train=True), load_fashion_mnist(data.folder, train=False)
+    if data.name in _LOADERS:
+        load = _LOADERS[data.name]
+        return load(data.folder, train=True), load(data.folder, train=False)
     if data.name == "digits":
         return _digits()
     if data.name == "imagenet":
