@@ -1,4 +1,4 @@
-"""Time of ensemble batch norm + ReLU or SiLU, forward and backward, beside what a user would otherwise write.
+"""Time of ensemble batch norm + activation, forward and backward, beside what a user would otherwise write.
 
     python benchmarks/bench_ensemble_batch_norm.py [--device cuda] [--dtype bfloat16] [--residual] [--activation silu]
     python benchmarks/bench_ensemble_batch_norm.py --floors                  (no timing: the bytes of each layer)
@@ -20,8 +20,6 @@ import latephase_kernels as lp
 from latephase_kernels.train.runs import processor
 
 NUM_MEMBERS = 10
-ROWS = {"cpu": {"WRN-28-10": 16, "ResNet-50": 4, "DenseNet-161": 4, "EfficientNet-B0": 4},
-        "cuda": {"WRN-28-10": 128, "ResNet-50": 32, "DenseNet-161": 32, "EfficientNet-B0": 32}}  # fmt: skip
 # (C, size, batch norms of this shape). Of the batch norms that open the layers of a dense block, which all have
 # different widths, one of the mean width stands for all.
 NETWORKS = {
@@ -34,13 +32,30 @@ NETWORKS = {
         (96, 112, 1), (216, 56, 6), (192, 56, 6), (384, 56, 1), (456, 28, 12), (192, 28, 12), (768, 28, 1),
         (1224, 14, 36), (192, 14, 36), (2112, 14, 1), (1608, 7, 24), (192, 7, 24), (2208, 7, 1),
     ],
+    "MobileNetV2": [  # those with a ReLU6
+        (32, 112, 2), (96, 112, 1), (96, 56, 1), (144, 56, 3), (144, 28, 1), (192, 28, 5), (192, 14, 1), (384, 14, 8),
+        (576, 14, 5), (576, 7, 1), (960, 7, 6), (1280, 7, 1),
+    ],
+    "MobileNetV3-Large": [  # those with a Hardswish
+        (16, 112, 1), (240, 28, 1), (240, 14, 1), (200, 14, 2), (184, 14, 4), (480, 14, 2), (672, 14, 3), (672, 7, 1),
+        (960, 7, 5),
+    ],
     "EfficientNet-B0": [  # those with a SiLU
         (32, 112, 2), (96, 112, 1), (96, 56, 1), (144, 56, 3), (144, 28, 1), (240, 28, 3), (240, 14, 1), (480, 14, 6),
         (672, 14, 5), (672, 7, 1), (1152, 7, 8), (1280, 7, 1),
     ],
 }  # fmt: skip
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
-NETWORKS_WITH = {"relu": ["WRN-28-10", "ResNet-50", "DenseNet-161"], "silu": ["EfficientNet-B0"]}
+ROWS = {  # a member's
+    "cpu": dict.fromkeys(NETWORKS, 4) | {"WRN-28-10": 16},
+    "cuda": dict.fromkeys(NETWORKS, 32) | {"WRN-28-10": 128},
+}
+ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
+NETWORKS_WITH = {
+    "relu": ["WRN-28-10", "ResNet-50", "DenseNet-161"],
+    "relu6": ["MobileNetV2"],
+    "silu": ["EfficientNet-B0"],
+    "hardswish": ["MobileNetV3-Large"],
+}
 PLAIN, OURS, FLOOR = "plain batch norm", "ours", "floor"
 
 
@@ -309,7 +324,7 @@ def main():
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/ensemble_batch_norm_DEVICE_DTYPE.json")
     arguments = parser.parse_args()
     activation = arguments.activation
-    if arguments.residual and activation == "silu":
+    if arguments.residual and activation != "relu":
         parser.error("--residual: only with --activation relu")
     if arguments.floors:
         print(floors())

@@ -129,11 +129,12 @@ def kernel_steps(part: str, output: Path, device: str) -> list[Step]:
 
     if part == "norm":  # compiled: the peers that the targets name, for the largest shape of each network
         some = ("--compiled-shapes", "1", "--compiled", "plain batch norm", "formula")
+        others = ("silu", "hardswish", "relu6")  # activations
         return [
             timed("bfloat16", *some),
             timed("bfloat16", "--residual", *some, "--networks", "ResNet-50", suffix="_residual"),
             timed("float32", "--compiled", "--networks", "WRN-28-10", "ResNet-50"),
-            timed("bfloat16", "--activation", "silu", *some, suffix="_silu"),
+            *(timed("bfloat16", "--activation", name, *some, suffix=f"_{name}") for name in others),
         ]
     if part == "tiers":  # so many settings that each has little time
         return [timed("bfloat16", "--seconds", "0.1")]

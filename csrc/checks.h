@@ -80,8 +80,10 @@ inline Affine affine(const char* op, const char* name, const OptionalTensor& t, 
 inline Activation activation_of(const char* op, const std::string& name) {
   if (name == "none") return Activation::kNone;
   if (name == "relu") return Activation::kRelu;
-  STD_TORCH_CHECK(name == "silu", op, ": unknown activation ", name);
-  return Activation::kSilu;
+  if (name == "relu6") return Activation::kRelu6;
+  if (name == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(name == "hardswish", op, ": unknown activation ", name);
+  return Activation::kHardswish;
 }
 
 }  // namespace latephase

@@ -56,8 +56,8 @@ struct Ops {
   static Affine gain_of(const OptionalTensor& output_gain, bool residual, Activation activation, const Tensor& input,
                         const Sizes& s) {
     STD_TORCH_CHECK(!output_gain.has_value() || !residual, "ensemble_batch_norm: output_gain takes no residual");
-    STD_TORCH_CHECK(activation != Activation::kSilu || !(output_gain.has_value() || residual),
-                    "ensemble_batch_norm: activation silu takes neither residual nor output_gain");
+    STD_TORCH_CHECK(!standalone(activation) || !(output_gain.has_value() || residual),
+                    "ensemble_batch_norm: only the activations none and relu take a residual or output_gain");
     return affine(kOp, "output_gain", output_gain, input, s);
   }
 

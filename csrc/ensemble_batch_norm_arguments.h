@@ -29,8 +29,9 @@ struct Forward {
   DataType dtype;
   const void* x;
   const void* residual = nullptr;
-  Affine weight, bias, output_gain;  // output_gain multiplies the activation; neither it nor a residual with kSilu
-  bool compute_statistics;           // else mean and rstd are given
+  Affine weight, bias,
+      output_gain;          // output_gain multiplies the activation; neither it nor a residual with a standalone one
+  bool compute_statistics;  // else mean and rstd are given
   double eps = 0;
   Affine input_gain;  // on the CPU alone: rstd is then input_gain times that of x · input_gain
   void* mean;

@@ -31,7 +31,7 @@ inline Sizes sizes_of(const Tensor& input, const Tensor& gain, int64_t channel_d
 
 inline bool is_relu(const std::string& name) {
   const Activation activation = activation_of(kOp, name);
-  STD_TORCH_CHECK(activation != Activation::kSilu, "member_gain: activation must be none or relu, got ", name);
+  STD_TORCH_CHECK(!standalone(activation), "member_gain: activation must be none or relu, got ", name);
   return activation == Activation::kRelu;
 }
 

@@ -1,6 +1,11 @@
-"""The error that values and gradients may have against float64: the same for every op."""
+"""The error that values and gradients may have against float64: the same for every op; and activations in PyTorch."""
 
 import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {"none": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
+STANDALONE = ("relu6", "silu", "hardswish")  # neither with a residual nor with an output gain
+KINKS = {"relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}  # where the derivative jumps
 
 
 def assert_close(result, plain, truth, scales=None):

@@ -10,7 +10,8 @@ from torch import nn
 import latephase_kernels as lp
 
 K, B = 2, 2
-RELU, SILU, ADD_RELU = "BN → ReLU", "BN → SiLU", "BN → add → ReLU"
+RELU, ADD_RELU = "BN → ReLU", "BN → add → ReLU"
+RELU6, SILU, HARDSWISH = "BN → ReLU6", "BN → SiLU", "BN → Hardswish"
 
 
 def images(rows=K * B, channels=3, size=16, dtype=torch.float64, seed=0):

@@ -84,7 +84,11 @@ CASES = [
     (dict(training=torch.zeros(K, C)), TypeError, ["training", "Tensor"]),
     (dict(activation="gelu"), ValueError, ["activation", "none, relu", "gelu"]),
     (dict(activation="silu", residual=torch.zeros(K * B, C, 5, 5)), ValueError, ["residual", "silu", "F.silu"]),
-    (dict(activation="silu", output_gain=torch.ones(K, C)), ValueError, ["output_gain", "silu", "F.silu"]),
+    (
+        dict(activation="hardswish", output_gain=torch.ones(K, C)),
+        ValueError,
+        ["output_gain", "hardswish", "F.hardswish"],
+    ),
     (dict(activation=None), TypeError, ["activation", "NoneType"]),
     (dict(residual=torch.zeros(K * B, C, 5, 4)), ValueError, ["residual", "[6, 4, 5, 4]"]),
     (dict(residual=torch.zeros(1, C, 5, 5)), ValueError, ["residual", "[1, 4, 5, 5]"]),
@@ -156,13 +160,14 @@ def test_the_registered_op_refuses_what_the_kernels_could_not_survive(change):
                                          activation="relu", residual_grad=False)  # fmt: skip
 
 
-def test_the_registered_op_refuses_what_silu_does_not_take():
+@pytest.mark.parametrize("activation", ["relu6", "silu", "hardswish"])
+def test_the_registered_op_refuses_what_a_standalone_activation_does_not_take(activation):
     gain = torch.ones(K, C)
-    with pytest.raises(RuntimeError, match="silu takes neither residual nor output_gain"):
-        RAW.ensemble_batch_norm_backward(**raw_arguments(), training=True, num_members=K, activation="silu",
+    with pytest.raises(RuntimeError, match="only the activations none and relu take a residual or output_gain"):
+        RAW.ensemble_batch_norm_backward(**raw_arguments(), training=True, num_members=K, activation=activation,
                                          residual_grad=False, output_gain=gain)  # fmt: skip
-    with pytest.raises(RuntimeError, match="member_gain: activation must be none or relu, got silu"):
-        RAW.member_gain(torch.randn(K * B, C), gain, None, 1, "silu")
+    with pytest.raises(RuntimeError, match=f"member_gain: activation must be none or relu, got {activation}"):
+        RAW.member_gain(torch.randn(K * B, C), gain, None, 1, activation)
 
 
 @pytest.mark.parametrize("num_members", [0, -1, 4])

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import ACTIVATIONS, STANDALONE
 from torch import nn
 
 from latephase_kernels.nn import (
@@ -83,10 +84,12 @@ def test_residual_and_activation():
     x, residual = torch.randn(2, K * B, C, 3, 2, dtype=torch.float64)
     normalized = torch.cat([plain(part) for plain, part in zip(plains, x.chunk(K))])
     torch.testing.assert_close(ensemble(x, residual), F.relu(normalized + residual))
-    torch.testing.assert_close(ensemble(x, activation="silu"), F.silu(normalized))
+    for activation in STANDALONE:
+        torch.testing.assert_close(ensemble(x, activation=activation), ACTIVATIONS[activation](normalized))
     shared = SharedBatchNorm2d.from_module(copy.deepcopy(plains[0]), K)
     normalized = torch.cat([plains[0](part) for part in x.chunk(K)])
-    torch.testing.assert_close(shared(x, activation="silu"), F.silu(normalized))
+    for activation in STANDALONE:
+        torch.testing.assert_close(shared(x, activation=activation), ACTIVATIONS[activation](normalized))
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])

@@ -48,7 +48,7 @@ def close(one, other):
 def norm_act(kind, sync=False):
     """One of timm's batch norms with activation."""
     layers = pytest.importorskip("timm.layers")
-    act_layer = {"prelu": nn.PReLU, "silu": nn.SiLU}.get(kind, nn.ReLU)
+    act_layer = {"prelu": nn.PReLU, "silu": nn.SiLU, "hardswish": nn.Hardswish}.get(kind, nn.ReLU)
     drop_layer = nn.Tanh if kind == "drop" else None  # stands for a DropBlock without its randomness
     norm = layers.BatchNormAct2d(C, act_layer=act_layer, drop_layer=drop_layer, apply_act=kind != "no activation")
     return randomize(layers.convert_sync_batchnorm(norm) if sync else norm)
@@ -56,7 +56,7 @@ def norm_act(kind, sync=False):
 
 @pytest.mark.parametrize("sync", [False, True])
 @pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("kind", ["relu", "prelu", "silu", "drop", "no activation"])
+@pytest.mark.parametrize("kind", ["relu", "prelu", "hardswish", "drop", "no activation"])
 def test_norm_with_activation_is_timms(kind, late, sync):
     model = nn.Sequential(norm_act(kind, sync), nn.BatchNorm2d(C))
     plain, keys = copy.deepcopy(model[0]), list(model.state_dict())
@@ -81,7 +81,7 @@ def test_norm_with_activation_is_timms(kind, late, sync):
 
 
 @pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("kind, activation", [("relu", nn.ReLU), ("silu", nn.SiLU)])
+@pytest.mark.parametrize("kind, activation", [("relu", nn.ReLU), ("silu", nn.SiLU), ("hardswish", nn.Hardswish)])
 def test_an_activation_is_fused_unless_somebody_watches_it(late, kind, activation, monkeypatch):
     model = nn.Sequential(norm_act(kind), nn.BatchNorm2d(C).double())
     lp.expand(model, K, targets="batch_norm" if late else lambda name, module: name == "1")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import STANDALONE
 from cuda_norm_cases import DTYPES, LAYOUTS, case_of, check, op_arguments, run
 
 from latephase_kernels.ops import registry
@@ -38,6 +39,16 @@ def test_values_and_gradients(shape, layout, dtype, training):
         for activation in ("none", "relu"):
             check(case_of(shape, dtype, layout, residual), shape[0], training, activation)
     check(case_of(shape, dtype, layout), shape[0], training, "silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", STANDALONE)
+def test_activations_far_from_zero(activation, layout, dtype):
+    for shape in SHAPES[4:7]:
+        case = case_of(shape, dtype, layout)
+        case["bias"] = case["bias"] * 4
+        check(case, shape[0], True, activation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

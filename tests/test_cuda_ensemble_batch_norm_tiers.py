@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from accuracy import STANDALONE
 from cuda_norm_cases import DTYPES, LAYOUTS, ONE_CASE, TIERS, case_of, check, normal, op_arguments, run
 
 from latephase_kernels.ops import registry
@@ -58,7 +59,8 @@ def test_one_case_of_every_tier(one_case, layout, dtype):
     _, shape = one_case
     check(case_of(shape, dtype, layout, residual=True), 2, True, "relu")
     check(case_of(shape, dtype, layout, gain=True), 2, True, "relu")
-    check(case_of(shape, dtype, layout), 2, True, "silu")
+    for activation in STANDALONE:
+        check(case_of(shape, dtype, layout), 2, True, activation)
 
 
 def test_the_tier_is_the_one_that_is_forced(one_case):

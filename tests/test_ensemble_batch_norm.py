@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_close
+from accuracy import ACTIVATIONS, KINKS, STANDALONE, assert_close
 
 import latephase_kernels as lp
 from latephase_kernels.ops.relu_mask import unpack_mask
@@ -75,28 +75,31 @@ def by_slices(x, running_mean, running_var, weight, bias, *, num_members, residu
         ]
     )
     y = y if residual is None else y + residual
-    return {"none": lambda z: z, "relu": F.relu, "silu": F.silu}[activation](y)
+    return ACTIVATIONS[activation](y)
 
 
 def compare(inputs, **options):
     result = run(ensemble_batch_norm, inputs, **options)
     plain = run(by_slices, inputs, **options)
     truth = run(by_slices, inputs, dtype=torch.float64, **options)
-    if options["activation"] == "relu":  # where rounding decides the sign, the gradient of either side is right
+    kinks = KINKS.get(options["activation"], ())  # where rounding decides the side, the gradient of either is right
+    for kink in kinks:
         before = run(by_slices, inputs, dtype=torch.float64, **{**options, "activation": "none"})["y"]
-        assert (before.abs() < 1e-7).sum() < 2
-    assert_close(result, plain, truth, sum_scales(inputs, **options) if options["activation"] == "silu" else None)
+        assert ((before - kink).abs() < 1e-7).sum() < 2
+    scales = sum_scales(inputs, **options) if options["activation"] in ("silu", "hardswish") else None
+    assert_close(result, plain, truth, scales)
     return result
 
 
 def sum_scales(inputs, *, num_members, **options):
-    """The largest Σ|dz| and Σ|dz·x̂| of a member's channel: a SiLU's dz is rounded, a ReLU's is dy."""
+    """The largest Σ|dz| and Σ|dz·x̂| of a member's channel: a slope's dz is rounded, a ReLU's is dy."""
+    activation = ACTIVATIONS[options["activation"]]
     tensors = {name: None if t is None else t.double() for name, t in inputs.items()}
     running, affine = (tensors["running_mean"], tensors["running_var"]), (tensors["weight"], tensors["bias"])
     ones, zeros = torch.ones_like(affine[0]), torch.zeros_like(affine[0])
     options |= {"num_members": num_members, "residual": None, "activation": "none"}
     xhat, z = (by_slices(tensors["x"], *(t.clone() for t in running), *ab, **options) for ab in ((ones, zeros), affine))
-    (dz,) = torch.autograd.grad(F.silu(z.requires_grad_()), z, tensors["dy"])
+    (dz,) = torch.autograd.grad(activation(z.requires_grad_()), z, tensors["dy"])
     sums = [t.abs().unflatten(0, (num_members, -1)).transpose(1, 2).flatten(2).sum(2).max() for t in (dz, dz * xhat)]
     return dict(zip(("dbias", "dweight"), (s.item() for s in sums)))
 
@@ -117,7 +120,10 @@ SHAPES = [  # K, B, C, spatial: one member, odd everything, 7×7 planes, a vecto
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_values_and_gradients(shape, dtype, training):
-    for residual, activation in [*itertools.product([False, True], ["none", "relu"]), (False, "silu")]:
+    for residual, activation in [
+        *itertools.product([False, True], ["none", "relu"]),
+        *((False, a) for a in STANDALONE),
+    ]:
         inputs = make_inputs(*shape, dtype, residual=residual)
         compare(inputs, num_members=shape[0], training=training, activation=activation)
 
@@ -125,7 +131,7 @@ def test_values_and_gradients(shape, dtype, training):
 @pytest.mark.parametrize("shape", [s for s in SHAPES if len(s[3]) >= 2], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last(shape, training):
-    for residual, activation in [(True, "relu"), (False, "silu")]:
+    for residual, activation in [(True, "relu"), *((False, a) for a in STANDALONE)]:
         inputs = make_inputs(*shape, torch.float32, residual=residual, channels_last=True)
         result = compare(inputs, num_members=shape[0], training=training, activation=activation)
         assert result["y"].stride() == inputs["x"].stride()
@@ -140,12 +146,16 @@ def test_half_precision(dtype, channels_last, parameter_dtype):
         inputs = {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
     compare(inputs, num_members=3, training=True, activation="none")
     compare(inputs, num_members=3, training=True, activation="silu")
+    compare(inputs, num_members=3, training=True, activation="hardswish")
     result = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu")
     plain = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="none")
     assert torch.equal(result["y"], F.relu(plain["y"]))
-    masked_inputs = {**inputs, "dy": inputs["dy"] * (plain["y"] > 0)}
-    masked = run(ensemble_batch_norm, masked_inputs, num_members=3, training=True, activation="none")
-    assert torch.equal(result["dx"], masked["dx"])  # the mask is that of the rounded output
+    capped = run(ensemble_batch_norm, inputs, num_members=3, training=True, activation="relu6")
+    assert torch.equal(capped["y"], F.relu6(plain["y"]))
+    for found, passed in ((result, plain["y"] > 0), (capped, (plain["y"] > 0) & (plain["y"] < 6))):
+        masked_inputs = {**inputs, "dy": inputs["dy"] * passed}
+        masked = run(ensemble_batch_norm, masked_inputs, num_members=3, training=True, activation="none")
+        assert torch.equal(found["dx"], masked["dx"])  # the mask is that of the rounded output
 
 
 def test_shared_affine_weights():
@@ -270,15 +280,27 @@ def test_nan_stays_in_its_place_in_eval(channels_last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_silu_far_from_zero(dtype):
-    """Where e⁻ᶻ overflows; of infinity PyTorch's gradient is NaN, too."""
+@pytest.mark.parametrize("activation", STANDALONE)
+def test_standalone_activations_far_from_zero(activation, dtype):
+    """Where e⁻ᶻ overflows, and beside what rounds to 0, 3 and 6; PyTorch's SiLU has NaN for the gradient of ∞, too.
+
+    PyTorch's own gradients at NaN are 1, 0 or NaN by type and position.
+    """
     z = torch.tensor([-1e30, -1e4, -110.0, -89.0, -20.0, -0.0, 20.0, 89.0, 1e30, float("inf"), float("nan")])
+    beside = [
+        torch.nextafter(torch.tensor(v).to(dtype), torch.tensor(w).to(dtype))
+        for v in (-3.0, 3.0, 6.0)
+        for w in (-9.0, 9.0)
+    ]
+    z = torch.cat([z, torch.tensor([-3.0, 0.0, 3.0, 6.0]), torch.stack(beside).float()])
     statistics = torch.zeros(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype)
     results = []
-    for silu in (F.silu, lambda x: ensemble_batch_norm(x, *statistics, eps=0.0, num_members=1, activation="silu")):
+    options = dict(eps=0.0, num_members=1, activation=activation)
+    for activated in (ACTIVATIONS[activation], lambda x: ensemble_batch_norm(x, *statistics, **options)):
         x = z.to(dtype).view(-1, 1).requires_grad_()
-        y = silu(x)
-        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+        y = activated(x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        results.append((y.detach(), dx[~z.isnan()]))
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-36, equal_nan=True)
 
@@ -328,7 +350,10 @@ def test_empty_batch(training):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", False), ("relu", True), ("silu", False)])
+@pytest.mark.parametrize(
+    "activation, residual",
+    [("none", False), ("relu", False), ("relu", True), ("relu6", False), ("silu", False), ("hardswish", False)],
+)
 def test_gradcheck_twice(training, activation, residual):
     inputs = make_inputs(2, 2, 3, (2, 2), torch.float64, residual=residual, seed=3)
     leaves = [inputs[n].requires_grad_() for n in ("x", "weight", "bias", "residual") if inputs[n] is not None]
@@ -343,7 +368,9 @@ def test_gradcheck_twice(training, activation, residual):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("activation, residual", [("none", False), ("relu", True), ("silu", False)])
+@pytest.mark.parametrize(
+    "activation, residual", [("none", False), ("relu", True), ("relu6", False), ("silu", False), ("hardswish", False)]
+)
 def test_first_gradients_are_the_same_where_they_can_be_differentiated_again(activation, residual):
     """x is computed from the weight: that path must not count twice."""
     inputs = make_inputs(2, 2, 3, (2, 2), torch.float64, residual=residual)

@@ -151,7 +151,7 @@ def test_parameters_with_strides_beside_an_input_gain():
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish"])
 def test_gradcheck_beside_an_input_gain(activation):
     inputs = make((2, 3, 4), torch.float64)
     generator = torch.Generator().manual_seed(1)
@@ -161,7 +161,7 @@ def test_gradcheck_beside_an_input_gain(activation):
     leaves = [t.requires_grad_() for t in (*(inputs[n] for n in names), input_gain, shift[0])]
 
     def function(x, weight, bias, gain, r, shift):
-        behind = None if activation == "silu" else gain
+        behind = gain if activation in ("none", "relu") else None
         return normalize_with_gain(x, r, shift, weight, bias, None, 1e-2, K, activation, behind)[0]
 
     assert gradcheck(function, leaves) and gradgradcheck(function, leaves)

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from fuse_blocks import (
     ADD_RELU,
+    HARDSWISH,
     RELU,
+    RELU6,
     SILU,
     B,
     Block,
@@ -33,18 +35,22 @@ from latephase_kernels.late_phase import fuse_graph
 from latephase_kernels.late_phase.fuse_block import FusedForward
 from latephase_kernels.nn import shared_batch_norm
 
-# name → BN → ReLU, BN → add → ReLU, left, BN → SiLU: as the architectures are defined.
+# name → patterns, how many are left: as the architectures are defined.
 # resnet18: stem + 8 blocks of two; resnet50: stem + 16 blocks of three; left are the batch norms of the downsamples.
 # efficientnet_b0: stem, 16 blocks of three (the last without an activation), of which the first does not expand, head.
 # densenet121: stem, two in each of 58 layers, 3 transitions; the ReLU behind norm5 is in another module.
+# mobilenet_v2: stem, 17 blocks of three (the last without an activation), of which the first does not expand, head.
+# mobilenet_v3_large: 15 blocks likewise, the ReLU in the first six, the Hardswish in nine, the stem and the head.
 ARCHITECTURES = {
-    "torchvision resnet18": (1 + 8, 8, 3, 0),
-    "torchvision resnet50": (1 + 2 * 16, 16, 4, 0),
-    "torchvision wide_resnet50_2": (1 + 2 * 16, 16, 4, 0),
-    "torchvision densenet121": (1 + 2 * 58 + 3, 0, 1, 0),
-    "torchvision efficientnet_b0": (0, 0, 16, 1 + 2 * 16 - 1 + 1),
-    "timm resnet18": (1 + 8, 8, 3, 0),
-    "timm resnet50": (1 + 2 * 16, 16, 4, 0),
+    "torchvision resnet18": ({RELU: 1 + 8, ADD_RELU: 8}, 3),
+    "torchvision resnet50": ({RELU: 1 + 2 * 16, ADD_RELU: 16}, 4),
+    "torchvision wide_resnet50_2": ({RELU: 1 + 2 * 16, ADD_RELU: 16}, 4),
+    "torchvision densenet121": ({RELU: 1 + 2 * 58 + 3}, 1),
+    "torchvision efficientnet_b0": ({SILU: 1 + 2 * 16 - 1 + 1}, 16),
+    "torchvision mobilenet_v2": ({RELU6: 1 + 2 * 17 - 1 + 1}, 17),
+    "torchvision mobilenet_v3_large": ({RELU: 2 * 6 - 1, HARDSWISH: 1 + 2 * 9 + 1}, 15),
+    "timm resnet18": ({RELU: 1 + 8, ADD_RELU: 8}, 3),
+    "timm resnet50": ({RELU: 1 + 2 * 16, ADD_RELU: 16}, 4),
 }
 
 
@@ -59,12 +65,11 @@ def test_finds_every_chain_of_known_architectures(name):
     lp.expand(model, K)
     keys = list(model.state_dict())
     assert not fused_patterns(model) and lp.fuse(model) is model
-    relus, adds, left, silus = ARCHITECTURES[name]
-    assert fused_patterns(model) == Counter({k: n for k, n in ((RELU, relus), (ADD_RELU, adds), (SILU, silus)) if n})
-    assert len(lp.fusions(model)) == relus + adds + left + silus
-    assert all(
-        "neither a ReLU, a SiLU nor a plain add follows, but the end of the forward" == why for why in reasons(model)
-    )
+    patterns, left = ARCHITECTURES[name]
+    assert fused_patterns(model) == Counter(patterns)
+    assert len(lp.fusions(model)) == sum(patterns.values()) + left
+    why = "neither ReLU, ReLU6, SiLU, Hardswish nor a plain add follows, but the end of the forward"
+    assert reasons(model) == [why] * left
     assert list(model.state_dict()) == keys
     classes = [type(module) for module in model.modules()]
     assert lp.fuse(model) is model and [type(module) for module in model.modules()] == classes
@@ -84,18 +89,19 @@ class PreActivation(nn.Module):
         return self.conv2(self.dropout(self.bn2(self.conv1(y)).relu())) + self.shortcut(y)
 
 
-class Smooth(nn.Module):
-    """Both forms of the SiLU, and one behind an add, which stays."""
+class Activated(nn.Module):
+    """Both forms of an activation, and one behind an add, which stays."""
 
-    def __init__(self):
+    def __init__(self, layer, function):
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.SiLU(inplace=True))
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), layer(inplace=True))
+        self.function = function
         self.conv, self.bn2, self.bn3 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
 
     def forward(self, x):
         y = self.first(x)
-        y = F.silu(self.bn2(self.conv(y)), inplace=True)
-        return F.silu(self.bn3(y) + y)
+        y = self.function(self.bn2(self.conv(y)), inplace=True)
+        return self.function(self.bn3(y) + y)
 
 
 def torchvision_blocks(name):
@@ -129,7 +135,9 @@ SMALL = {
         lambda: nn.Sequential(nn.Conv2d(3, 4, 1), PreActivation(), nn.Flatten(2)),
         {(False, "relu"): 2},
     ),
-    "SiLU": (Smooth, {(False, "silu"): 2, (False, "none"): 1}),
+    "ReLU6": (lambda: Activated(nn.ReLU6, F.relu6), {(False, "relu6"): 2, (False, "none"): 1}),
+    "SiLU": (lambda: Activated(nn.SiLU, F.silu), {(False, "silu"): 2, (False, "none"): 1}),
+    "Hardswish": (lambda: Activated(nn.Hardswish, F.hardswish), {(False, "hardswish"): 2, (False, "none"): 1}),
 }
 
 

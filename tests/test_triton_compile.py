@@ -23,7 +23,7 @@ PER_MEMBER = (*STATISTICS, "weight", "bias", "gain", "dgain", "dbias")
 SUMS = ("first", "second", "partials")
 BLOCKS = dict(BLOCK_SPLITS=64, BLOCK_GROUPS=16)
 FLAGS = dict(EPS=1e-5, WEIGHT_SHARED=False, BIAS_SHARED=False, GAIN_SHARED=False, BATCH_STATISTICS=True)
-RELU, SILU = dict(RELU=True, ACTIVATION="relu"), dict(ACTIVATION="silu")  # a row's, by its name
+STANDALONE = ("ReLU6", "SiLU", "Hardswish")
 APPLY_KERNELS = ("apply_kernel", "backward_apply_kernel")  # tiles of their own; others have a reduction's
 NORM, ON_CHIP = "ensemble_batch_norm_streaming", "ensemble_batch_norm_resident"
 GAIN, TILES = "member_gain", "tiles"
@@ -50,6 +50,10 @@ VARIANTS = {  # row of the table: file, kernel, the optional tensors that it goe
     "on chip, forward + residual + ReLU": (ON_CHIP, "resident_forward_kernel", ["gain"]),
     "on chip, forward + SiLU": (ON_CHIP, "resident_forward_kernel", ["mask", "residual", "gain"]),
     "on chip, backward, SiLU": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
+    "on chip, forward + ReLU6": (ON_CHIP, "resident_forward_kernel", ["mask", "residual", "gain"]),
+    "on chip, backward, ReLU6": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
+    "on chip, forward + Hardswish": (ON_CHIP, "resident_forward_kernel", ["mask", "residual", "gain"]),
+    "on chip, backward, Hardswish": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
     "on chip, backward, ReLU recomputed": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual", "gain"]),
     "on chip, backward, ReLU recomputed, gain": (ON_CHIP, "resident_backward_kernel", ["mask", "dresidual"]),
     "on chip, backward, ReLU bits": (ON_CHIP, "resident_backward_kernel", ["gain"]),
@@ -210,7 +214,8 @@ def _print_table(capability):
             compiled = _compile_product(*variant, dtype, precision, capability)
             print_row(row, "×".join(map(str, variant[2])), f"{dtype} {precision}", compiled)
     for row, variant in VARIANTS.items():
-        activation = SILU if "SiLU" in row else RELU
+        names = [name.lower() for name in STANDALONE if name in row]
+        activation = dict(ACTIVATION=names[0]) if names else dict(RELU=True, ACTIVATION="relu")
         for layout, sizes in _layouts(variant[1]):
             print_row(row, layout, str(sizes.dtype)[6:], _compile(*variant, sizes, capability, activation))
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import torch
 import torch.nn.functional as F
+from accuracy import ACTIVATIONS, STANDALONE
 
 from latephase_kernels.functional import ensemble_batch_norm
 from latephase_kernels.ops import registry
@@ -117,7 +118,7 @@ def pytorch(num_members, training, activation):
             slices.append(F.batch_norm(x, running_mean[k], running_var[k], w, b, training, 0.1, EPS))
         z = torch.cat(slices)
         z = z if residual is None else z + residual
-        return {"none": lambda z: z, "relu": F.relu, "silu": F.silu}[activation](z)
+        return ACTIVATIONS[activation](z)
 
     return function
 
@@ -160,6 +161,14 @@ def equal(first, second):
 def test_values_and_gradients(num_members, shape, memory_format, dtype, training, residual, activation, tier):
     tensors = make(num_members, shape, memory_format, dtype, residual=residual)
     check_against_pytorch(num_members, tensors, training, activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_members, shape, memory_format", LAYOUTS[3:5], ids=str)
+def test_activations_far_from_zero(num_members, shape, memory_format, dtype, tier):
+    input, weight, bias, *others = make(num_members, shape, memory_format, dtype, residual=False)
+    for activation in STANDALONE:
+        check_against_pytorch(num_members, (input, weight, bias * 4, *others), True, activation)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,5 +1,5 @@
-// The activations of an LSTM's gates and the SiLU, a register at a time; NaN stays NaN. Float within a few roundings of
-// what std::exp and std::tanh give, where that is no denormal; double is theirs.
+// The activations of an LSTM's gates, the SiLU and the Hardswish, a register at a time; NaN stays NaN. Float within a
+// few roundings of what std::exp and std::tanh give, where that is no denormal; double is theirs.
 #pragma once
 
 #include <cmath>
@@ -70,6 +70,21 @@ template <class A>
 inline Vec<A> silu_derivative(Vec<A> x) {
   const Vec<A> s = sigmoid(x), one = splat<A>(1);
   return s * fma(x, one - s, one);
+}
+
+template <class A>
+inline Vec<A> hardswish(Vec<A> x) {
+  const Vec<A> zero = splat<A>(0), six = splat<A>(6);
+  Vec<A> factor = x + splat<A>(3);
+  factor = factor < zero ? zero : factor;
+  factor = factor > six ? six : factor;
+  return x * (factor * splat<A>(A(1) / 6));
+}
+template <class A>
+inline Vec<A> hardswish_derivative(Vec<A> x) {
+  const Vec<A> zero = splat<A>(0), one = splat<A>(1), three = splat<A>(3);
+  const Vec<A> rising = fma(x, splat<A>(A(1) / 3), splat<A>(0.5));
+  return x >= three ? one : x <= -three ? zero : rising;
 }
 
 }  // namespace

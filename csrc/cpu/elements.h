@@ -15,6 +15,13 @@ constexpr float kRoundsToZero<Half> = kRoundsToZeroHalf;
 template <>
 constexpr float kRoundsToZero<BFloat16> = kRoundsToZeroBFloat16;
 
+template <class T>
+constexpr typename Accumulation<T>::type kRoundsToSix = 6;
+template <>
+constexpr float kRoundsToSix<Half> = kRoundsToSixHalf;
+template <>
+constexpr float kRoundsToSix<BFloat16> = kRoundsToSixBFloat16;
+
 // Calls body(T{}) for the type of the data.
 template <class Body>
 inline void with_type(DataType dtype, const Body& body) {

@@ -73,7 +73,7 @@ void fill_correction(const Coefficients<A*>& out, const Backward& b, int64_t k, 
 
 // What the backward pass needs of the activation: nothing, or it is recomputed from x, or in the mask that the forward
 // pass wrote.
-enum class Gate { None, Relu, ReluMask, Silu };
+enum class Gate { None, Relu, ReluMask, Relu6, Silu, Hardswish };
 
 // Both steps see the data as rows of s.columns() values, one of mask bits for each. Kernels work with a copy of their
 // own: stores to the data could change one that others see, and it would be read again after each.
@@ -100,11 +100,13 @@ struct ForwardStep {
     Vec<A> z = fma(load(x + at, count) - c.mean, c.scale, c.bias);
     if constexpr (kResidual) z += load(residual + at, count);
     if constexpr (kGate == Gate::Silu) z = silu<A>(z);
-    if constexpr (kGate == Gate::Relu || kGate == Gate::ReluMask) {
+    if constexpr (kGate == Gate::Hardswish) z = hardswish<A>(z);
+    if constexpr (kGate == Gate::Relu || kGate == Gate::ReluMask || kGate == Gate::Relu6) {
       const Mask<A> passed = ~(z <= splat<A>(kRoundsToZero<T>));
       z = keep<A>(z, passed);
       if constexpr (kGate == Gate::ReluMask) write_mask<A>(mask + row * mask_row_bytes, column, passed, count);
     }
+    if constexpr (kGate == Gate::Relu6) z = z > splat<A>(6) ? splat<A>(6) : z;
     store(y + at, z * c.factor, count);
   }
 };
@@ -141,7 +143,10 @@ struct BackwardStep {
     if constexpr (kGate == Gate::ReluMask) return keep<A>(dz, read_mask<A>(mask + row * mask_row_bytes, column, count));
     const Vec<A> z = fma(centred, c.scale, c.bias);
     if constexpr (kGate == Gate::Silu) return dz * silu_derivative<A>(z);
-    return keep<A>(dz, ~(z <= splat<A>(kRoundsToZero<T>)));
+    if constexpr (kGate == Gate::Hardswish) return dz * hardswish_derivative<A>(z);
+    Mask<A> stopped = z <= splat<A>(kRoundsToZero<T>);
+    if constexpr (kGate == Gate::Relu6) stopped |= z >= splat<A>(kRoundsToSix<T>);
+    return keep<A>(dz, ~stopped);
   }
 
   template <class Count>
@@ -158,7 +163,9 @@ struct BackwardStep {
 // Calls body(step) with the step for these arguments.
 template <class T, class Body>
 void with_step(const Forward& f, const Body& body) {
+  if (f.activation == Activation::kRelu6) return body(ForwardStep<T, Gate::Relu6, false>(f));
   if (f.activation == Activation::kSilu) return body(ForwardStep<T, Gate::Silu, false>(f));
+  if (f.activation == Activation::kHardswish) return body(ForwardStep<T, Gate::Hardswish, false>(f));
   if (f.activation == Activation::kNone)
     return f.residual ? body(ForwardStep<T, Gate::None, true>(f)) : body(ForwardStep<T, Gate::None, false>(f));
   if (f.mask) return body(ForwardStep<T, Gate::ReluMask, true>(f));
@@ -167,7 +174,9 @@ void with_step(const Forward& f, const Body& body) {
 
 template <class T, class Body>
 void with_step(const Backward& b, const Body& body) {
+  if (b.activation == Activation::kRelu6) return body(BackwardStep<T, Gate::Relu6>(b));
   if (b.activation == Activation::kSilu) return body(BackwardStep<T, Gate::Silu>(b));
+  if (b.activation == Activation::kHardswish) return body(BackwardStep<T, Gate::Hardswish>(b));
   if (b.activation == Activation::kNone) return body(BackwardStep<T, Gate::None>(b));
   b.mask ? body(BackwardStep<T, Gate::ReluMask>(b)) : body(BackwardStep<T, Gate::Relu>(b));
 }

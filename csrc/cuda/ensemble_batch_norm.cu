@@ -50,6 +50,18 @@ void run_on_chip(const Launcher& launch, const Plan& plan, const Arguments& a, c
   launch(over_device, plan.grid, a, g, plan.slots, finish, exchange);
 }
 
+Ending ending_of(const Forward& f) {
+  if (standalone(f.activation)) return Ending::kStandalone;
+  if (f.activation == Activation::kNone) return Ending::kGain;
+  return f.output_gain.data == nullptr ? Ending::kRelu : Ending::kReluGain;
+}
+
+Gate gate_of(const Backward& b) {
+  if (standalone(b.activation)) return Gate::kStandalone;
+  if (b.activation == Activation::kNone) return Gate::kOpen;
+  return b.mask == nullptr ? Gate::kRelu : Gate::kMask;
+}
+
 template <class scalar_t, Layout layout>
 void run_forward(const Forward& f) {
   const Sizes& s = f.sizes;
@@ -61,10 +73,8 @@ void run_forward(const Forward& f) {
                                      static_cast<scalar_t*>(f.y),
                                      f.mask,
                                      {mean, rstd, Parameter(f.weight), Parameter(f.bias), Parameter(f.output_gain)},
-                                     f.activation == Activation::kSilu   ? Ending::kSilu
-                                     : f.activation == Activation::kNone ? Ending::kGain
-                                     : f.output_gain.data != nullptr     ? Ending::kReluGain
-                                                                         : Ending::kRelu};
+                                     ending_of(f),
+                                     f.activation};
   if (f.compute_statistics) {
     const FinishStatistics finish(f);
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 1)) {
@@ -100,10 +110,8 @@ void run_backward(const Backward& b) {
       sum_dz_xhat,
       static_cast<float>(1 / b.count),
       std::isinf(b.count),
-      b.activation == Activation::kNone   ? Gate::kOpen
-      : b.activation == Activation::kSilu ? Gate::kSilu
-      : b.mask != nullptr                 ? Gate::kMask
-                                          : Gate::kRelu};
+      gate_of(b),
+      b.activation};
   if (b.compute_sums) {
     const FinishSums finish{sum_dz, sum_dz_xhat, rstd};
     if (auto plan = plan_on(launch, s, sizeof(scalar_t), 2)) {

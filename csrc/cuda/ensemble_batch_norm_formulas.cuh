@@ -77,8 +77,8 @@ __device__ __forceinline__ Moments<1> corrected_moments(float count, float inver
 
 // ---------------------------------------------------------------------------------------------- forward
 
-// What comes after z: the ReLU alone, the SiLU, or an output gain (1 without one) behind the ReLU or nothing.
-enum class Ending { kRelu, kSilu, kReluGain, kGain };
+// What comes after z: an activation alone, or an output gain (1 without one) behind the ReLU or nothing.
+enum class Ending { kRelu, kStandalone, kReluGain, kGain };
 
 template <class scalar_t>
 struct ForwardArguments {
@@ -88,6 +88,7 @@ struct ForwardArguments {
   uint8_t* mask;             // or null
   Normalization normalization;
   Ending ending;
+  Activation activation;  // of kStandalone: apart, so that the ReLU's way is no jump through a table
 };
 
 // mean, scale, bias and output gain of each column of a thread.
@@ -142,20 +143,43 @@ __device__ __forceinline__ float silu_derivative(float z) {
   return __fmul_rn(s, __fmaf_rn(z, __fsub_rn(1, s), 1));
 }
 
+template <class scalar_t>
+__device__ __forceinline__ float relu6(float z) {
+  return relu_passes(z, Packing<scalar_t>::kRoundsToZero) ? (z > 6 ? 6 : z) : 0;
+}
+template <class scalar_t>
+__device__ __forceinline__ bool relu6_passes(float z) {
+  return relu_passes(z, Packing<scalar_t>::kRoundsToZero) && !(z >= Packing<scalar_t>::kRoundsToSix);
+}
+
+__device__ __forceinline__ float hardswish(float z) { return __fmul_rn(z, __saturatef(__fmaf_rn(z, 1.0f / 6, 0.5f))); }
+__device__ __forceinline__ float hardswish_derivative(float z) {
+  return z >= 3 ? 1 : z <= -3 ? 0 : __fmaf_rn(z, 1.0f / 3, 0.5f);
+}
+
 template <class scalar_t, Layout layout>
 __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t>& a,
                                                  const Normalizer<scalar_t, layout>& normalizer,
                                                  const Unit<scalar_t>& x, const Unit<scalar_t>& residual) {
   float z[kUnit];
 #pragma unroll
-  for (int j = 0; j < kUnit; ++j) {
-    z[j] = normalizer.normalized(x.get(j), j);
-    if (a.residual != nullptr) z[j] = __fadd_rn(z[j], residual.get(j));
+  for (int j = 0; j < kUnit; ++j) z[j] = normalizer.normalized(x.get(j), j);
+  if (a.residual != nullptr) {  // one branch: by single values the compiler would add, and select
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) z[j] = __fadd_rn(z[j], residual.get(j));
   }
   if (a.ending == Ending::kRelu) return Unit<scalar_t>::rectified(z);
-  if (a.ending == Ending::kSilu) {
+  if (a.ending == Ending::kStandalone) {
+    if (a.activation == Activation::kSilu) {
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j) z[j] = silu(z[j]);
+      for (int j = 0; j < kUnit; ++j) z[j] = silu(z[j]);
+    } else if (a.activation == Activation::kHardswish) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) z[j] = hardswish(z[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j) z[j] = relu6<scalar_t>(z[j]);
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) {
@@ -168,8 +192,8 @@ __device__ __forceinline__ Unit<scalar_t> output(const ForwardArguments<scalar_t
 
 // ---------------------------------------------------------------------------------------------- backward
 
-// What the backward pass needs of the activation: nothing, its bits, or z again, as the ReLU and the SiLU do.
-enum class Gate { kOpen, kMask, kRelu, kSilu };
+// What the backward pass needs of the activation: nothing, its bits, or z again.
+enum class Gate { kOpen, kMask, kRelu, kStandalone };
 
 template <class scalar_t>
 struct BackwardArguments {
@@ -184,6 +208,7 @@ struct BackwardArguments {
   float inverse_count;       // 1 / the values that a statistic was taken over
   bool constant_statistics;  // they were given, not taken over x
   Gate gate;
+  Activation activation;  // of kStandalone
 };
 
 struct FinishSums {
@@ -207,16 +232,26 @@ __device__ __forceinline__ Unit<scalar_t> gated(const Normalizer<scalar_t, layou
       [&](int j) { return relu_passes(normalizer.normalized(x.get(j), j), Packing<scalar_t>::kRoundsToZero); });
 }
 
-// dz of a unit before a SiLU: the sums take it as it is, dx rounded like a tensor.
-struct SiluGradient {
+// dz of a unit before a standalone activation: the sums take it as it is, dx rounded like a tensor.
+struct StandaloneGradient {
   float values[kUnit];
 
   template <class scalar_t, Layout layout>
-  __device__ __forceinline__ SiluGradient(const Normalizer<scalar_t, layout>& normalizer, const Unit<scalar_t>& dy,
-                                          const Unit<scalar_t>& x) {
+  __device__ __forceinline__ StandaloneGradient(Activation activation, const Normalizer<scalar_t, layout>& normalizer,
+                                                const Unit<scalar_t>& dy, const Unit<scalar_t>& x) {
+    if (activation == Activation::kSilu) {
 #pragma unroll
-    for (int j = 0; j < kUnit; ++j)
-      values[j] = __fmul_rn(dy.get(j), silu_derivative(normalizer.normalized(x.get(j), j)));
+      for (int j = 0; j < kUnit; ++j)
+        values[j] = __fmul_rn(dy.get(j), silu_derivative(normalizer.normalized(x.get(j), j)));
+    } else if (activation == Activation::kHardswish) {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j)
+        values[j] = __fmul_rn(dy.get(j), hardswish_derivative(normalizer.normalized(x.get(j), j)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < kUnit; ++j)
+        values[j] = relu6_passes<scalar_t>(normalizer.normalized(x.get(j), j)) ? dy.get(j) : 0;
+    }
   }
   __device__ __forceinline__ float get(int j) const { return values[j]; }
 };

@@ -200,8 +200,8 @@ __device__ __forceinline__ Sums<Channels<layout>::kCount> sums_of(const Resident
   for (int i = 0; i < r.units; ++i) {
     const Unit<scalar_t> x_unit = x.get(i);
     Unit<scalar_t> dz_unit = dz.get(i);
-    if (a.gate == Gate::kSilu) {
-      const SiluGradient gradient(normalizer, dz_unit, x_unit);
+    if (a.gate == Gate::kStandalone) {
+      const StandaloneGradient gradient(a.activation, normalizer, dz_unit, x_unit);
       dz.put(i, Unit<scalar_t>::of(gradient.values));
       add_to(sums, normalizer, gradient, x_unit);
       continue;

@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) apply_kernel(ForwardArguments<
 
 // ---------------------------------------------------------------------------------------------- backward
 
-// Loads a tile of x and dz; before a SiLU, of x and dy.
+// Loads a tile of x and dz; before a standalone activation, of x and dy.
 template <Keep keep, class scalar_t, Layout layout, int tile>
 __device__ __forceinline__ void load_gated(Unit<scalar_t> (&dz)[tile], Unit<scalar_t> (&x)[tile],
                                            const BackwardArguments<scalar_t>& a,
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     load_gated<kFirstRead>(dz, x, a, normalizer, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
-      if (a.gate == Gate::kSilu) {
-        add_to(sums, normalizer, SiluGradient(normalizer, dz[i], x[i]), x[i]);
+      if (a.gate == Gate::kStandalone) {
+        add_to(sums, normalizer, StandaloneGradient(a.activation, normalizer, dz[i], x[i]), x[i]);
       } else {
         add_to(sums, normalizer, dz[i], x[i]);
       }
@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) backward_apply_kernel(Backward
     load_gated<kLastUse>(dz, x, a, normalizer, g, cursor);
 #pragma unroll
     for (int i = 0; i < tile; ++i) {
-      if (a.gate == Gate::kSilu) dz[i] = Unit<scalar_t>::of(SiluGradient(normalizer, dz[i], x[i]).values);
+      if (a.gate == Gate::kStandalone)
+        dz[i] = Unit<scalar_t>::of(StandaloneGradient(a.activation, normalizer, dz[i], x[i]).values);
       store_unit<kLastUse>(input_gradient(normalizer, through, a.constant_statistics, dz[i], x[i]), a.dx, g, cursor);
       if (a.dresidual != nullptr) store_unit<kLastUse>(dz[i], a.dresidual, g, cursor);
       cursor.advance(g);

@@ -12,13 +12,14 @@ namespace latephase {
 
 constexpr int kUnit = 8;
 
-// How two values of a type share a 32-bit word, and what rounds to zero in it. Rectified: max(value, 0), or NaN.
+// How two values of a type share a 32-bit word, and what rounds to zero and to six in it. Rectified: max(value, 0), or
+// NaN.
 template <class scalar_t>
 struct Packing;
 
 template <>
 struct Packing<__half> {
-  static constexpr float kRoundsToZero = kRoundsToZeroHalf;
+  static constexpr float kRoundsToZero = kRoundsToZeroHalf, kRoundsToSix = kRoundsToSixHalf;
   static __device__ float low(uint32_t word) { return __half2float(__ushort_as_half(word & 0xffff)); }
   static __device__ float high(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
   static __device__ uint32_t pack(float low, float high) {
@@ -35,7 +36,7 @@ struct Packing<__half> {
 
 template <>
 struct Packing<__nv_bfloat16> {
-  static constexpr float kRoundsToZero = kRoundsToZeroBFloat16;
+  static constexpr float kRoundsToZero = kRoundsToZeroBFloat16, kRoundsToSix = kRoundsToSixBFloat16;
   static __device__ float low(uint32_t word) { return __uint_as_float(word << 16); }
   static __device__ float high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
   static __device__ uint32_t pack(float low, float high) {
@@ -52,7 +53,7 @@ struct Packing<__nv_bfloat16> {
 
 template <>
 struct Packing<float> {
-  static constexpr float kRoundsToZero = 0;
+  static constexpr float kRoundsToZero = 0, kRoundsToSix = 6;
   static __device__ float rectified(float value) {
     float result;
     asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));

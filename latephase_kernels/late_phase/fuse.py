@@ -1,4 +1,4 @@
-"""fuse: in an expanded model, BN → ReLU, BN → SiLU and BN → add → ReLU as one op each; the model's code stays.
+"""fuse: in an expanded model, BN → activation and BN → add → ReLU as one op each; the model's code stays.
 
 The output gain of a rank-1 layer directly before a batch norm becomes part of the norm's statistics, the input gain of
 one directly behind it, or behind its ReLU, a factor of its output.
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..nn.routing import Model, Routed
 from .fuse_block import FusedForward, analyze, find_blocks, fuse_block, unfuse_block
-from .fuse_graph import ADD_RELU, RELU, SILU
+from .fuse_graph import ACTIVATED, ADD_RELU, GAIN, TO_GAIN
 from .kept_state import buffers_kept, random_numbers_kept
 from .targets import check_not_wrapped
 
@@ -27,9 +27,9 @@ class Fusion:
 
     Attributes:
         norm: the batch norm's name in the model.
-        pattern: "BN → ReLU", "BN → SiLU" or "BN → add → ReLU", after "gain → " where the norm takes over a rank-1
-            layer's output gain, the first before " → gain" where it takes over one's input gain; "gain → BN",
-            "BN → gain" or both where it does that alone; "" where nothing was found.
+        pattern: "BN → ReLU", "BN → ReLU6", "BN → SiLU", "BN → Hardswish" or "BN → add → ReLU", after "gain → " where
+            the norm takes over a rank-1 layer's output gain, the first before " → gain" where it takes over one's input
+            gain; "gain → BN", "BN → gain" or both where it does that alone; "" where nothing was found.
         module: the name of the block whose forward calls it.
         fused: whether it runs as one op.
         reason: why not, or which calls of the block are left out.
@@ -43,12 +43,13 @@ class Fusion:
 
 
 def fuse(model: Model, example: Any = None) -> Model:
-    """Run BN → ReLU, → SiLU and → add → ReLU of an expanded model as one op each, in place, with rank-1 gains beside.
+    """Run BN → activation and BN → add → ReLU of an expanded model as one op each, in place, with rank-1 gains beside.
 
-    Keys, parameters, hooks and the model's code stay; the values are equal to rounding. What cannot be proved to mean
-    the same is left as it is, and `fusions` says why. A block that is changed afterwards (a child replaced, a hook on
-    a fused module, an attribute that its forward reads) runs its original forward; fuse again to fuse it anew.
-    `collapse` undoes it. Copies and pickles are fused as well. No other thread should run a model meanwhile.
+    Activations are ReLU, ReLU6, SiLU and Hardswish. Keys, parameters, hooks and the model's code stay; the values are
+    equal to rounding. What cannot be proved to mean the same is left as it is, and `fusions` says why. A block that is
+    changed afterwards (a child replaced, a hook on a fused module, an attribute that its forward reads) runs its
+    original forward; fuse again to fuse it anew. `collapse` undoes it. Copies and pickles are fused as well. No other
+    thread should run a model meanwhile.
 
     Args:
         model: expanded; it is changed.
@@ -73,8 +74,8 @@ def fuse(model: Model, example: Any = None) -> Model:
                 unfuse_block(block)
             raise RuntimeError(f"fuse: the fused model answers differently to example: {difference}; it is as before")
     found = fusions(model)
-    fused = [fusion.pattern for fusion in found if fusion.fused]
-    counts = {name: sum(name in pattern for pattern in fused) for name in (RELU, SILU, ADD_RELU)}
+    fused = [fusion.pattern.removeprefix(GAIN).removesuffix(TO_GAIN) for fusion in found if fusion.fused]
+    counts = {name: fused.count(name) for name in (*ACTIVATED.values(), ADD_RELU)}
     listed = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     _log.info(
         "fuse: %d of %d batch norm calls fused%s; fusions(model) says why others are not",

@@ -1,4 +1,4 @@
-"""Finds BN → ReLU, BN → SiLU and BN → add → ReLU in the graph of a forward; each becomes one call of the batch norm.
+"""Finds BN → activation and BN → add → ReLU in the graph of a forward; each becomes one call of the batch norm.
 
 A rank-1 layer whose output goes straight into a batch norm leaves its output gain to the norm; one that alone takes a
 batch norm's output, rectified or not, its input gain.
@@ -17,13 +17,18 @@ from ..nn.member_module import is_observed
 from ..nn.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Linear
 from ..nn.rank1_batch_norm import Gain, input_gain_for, without_output_gain
 from ..nn.shared_batch_norm import _SharedBatchNorm
+from ..reference.activation import STANDALONE
 from .fuse_trace import IN_PLACE
 
 BATCH_NORMS = (_EnsembleBatchNorm, _SharedBatchNorm)
-RELU, SILU, ADD_RELU = "BN → ReLU", "BN → SiLU", "BN → add → ReLU"
+ACTIVATED = {name: f"BN → {cls.__name__}" for cls, name in OP_ACTIVATIONS.items()}
+ADD_RELU = "BN → add → ReLU"
 GAIN, TO_GAIN = "gain → ", " → gain"  # before any of them, or before "BN" alone; behind the first, or "BN"
 
-_FUNCTIONS: dict[Any, str] = {**dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "relu"), F.silu: "silu"}
+_FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "relu"),
+    **{F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish"},
+}
 _ADD_FUNCTIONS: dict[Any, str] = {operator.add: "add", torch.add: "add", IN_PLACE["iadd"]: "iadd"}
 _ADD_METHODS = {"add": "add", "add_": "iadd"}
 _ADDS: dict[str, Callable] = {"add": operator.add, "iadd": operator.iadd, "radd": lambda y, residual: residual + y}
@@ -75,8 +80,9 @@ class Chains:
     """Rewrites the graph of one forward.
 
     Attributes:
-        sites: (batch norm's path, pattern or "", reason if ""), in the order of the calls. Patterns: RELU, SILU,
-            ADD_RELU, each perhaps after GAIN, and GAIN + "BN"; the first, and "BN", perhaps before TO_GAIN.
+        sites: (batch norm's path, pattern or "", reason if ""), in the order of the calls. Patterns: those
+            of ACTIVATED and ADD_RELU, each perhaps after GAIN, and GAIN + "BN"; BN → ReLU, and "BN", perhaps before
+            TO_GAIN.
         silent: the modules on whose calls the graph relies without making them all: they must not be observed.
     """
 
@@ -127,7 +133,7 @@ class Chains:
     def _takes_input_gain(self, call: fx.Node) -> bool:
         """Let the rank-1 layer that alone takes call, a norm's, leave its input gain to it; whether that can be."""
         silent: list[fx.Node] = []
-        if call.kwargs.get("activation") == "silu":
+        if call.kwargs.get("activation") in STANDALONE:
             return False
         try:
             value, user = self._follow(call, silent)
@@ -168,7 +174,7 @@ class Chains:
             chain.append(user)
             norm.kwargs = {"activation": activation}
             user.replace_all_uses_with(norm)
-            pattern, call = {"relu": RELU, "silu": SILU}[activation], norm
+            pattern, call = ACTIVATED[activation], norm
         else:
             kind, residual = self._add(user, value)
             chain.append(user)
@@ -229,7 +235,8 @@ class Chains:
         names: dict[Any, str] = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}.get(node.op, {})
         kind = names.get(node.target)
         if kind is None or len(node.args) != 2 or node.kwargs:
-            raise _Left(f"neither a ReLU, a SiLU nor a plain add follows, but {self._name(node)}")
+            known = ", ".join(cls.__name__ for cls in OP_ACTIVATIONS)
+            raise _Left(f"neither {known} nor a plain add follows, but {self._name(node)}")
         if node.args[0] is node.args[1]:
             raise _Left("it is added to itself")
         if node.args[0] is value:

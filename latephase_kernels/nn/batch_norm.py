@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ops.checks import check_activation, check_num_members
 from ..ops.ensemble_batch_norm import normalize, normalize_and_update, update_running
-from ..ops.ensemble_batch_norm_checks import ACTIVATIONS, check_arguments
-from ..reference.activation import activate
+from ..ops.ensemble_batch_norm_checks import check_arguments
+from ..reference.activation import ACTIVATIONS, activate
 from ..reference.precision import accumulation_dtype, typed_like, wide
 from .member_module import (
     MemberModule,
@@ -27,7 +27,13 @@ from .member_module import (
 )
 from .routed_batch_norm import RoutedBatchNorm
 
-OP_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu"}  # modules whose work the op can do as well
+# Modules whose work the op can do as well.
+OP_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -46,7 +52,7 @@ class _EnsembleBatchNorm(MemberModule, RoutedBatchNorm):
         affine: with weight and bias, [K, C] each.
         track_running_stats: with running_mean, running_var [K, C] and num_batches_tracked [K].
         device, dtype: of parameters and statistics.
-        activation: "none", "relu" or "silu" (without a residual), applied last.
+        activation: "none", "relu", or without a residual "relu6", "silu" or "hardswish", applied last.
 
     Raises:
         TypeError, ValueError: num_members or activation does not fit.

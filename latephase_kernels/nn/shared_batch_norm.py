@@ -63,7 +63,7 @@ class _SharedBatchNorm(RoutedBatchNorm):
         Args:
             input: [K·B, C, *], or [N, C, *] where the model averages.
             residual: added before the activation; input's shape and type.
-            activation: "none", "relu" or "silu" (without a residual).
+            activation: "none", "relu", or without a residual "relu6", "silu" or "hardswish".
             input_gain: as in EnsembleBatchNorm.
             output_gain: as in EnsembleBatchNorm.
 

@@ -240,7 +240,8 @@ def ensemble_batch_norm(
         eps: added to the variance; > 0 in training.
         num_members: K.
         residual: added before the activation; input's shape and type.
-        activation: "none", "relu" (NaN passes through) or "silu", z / (1 + e⁻ᶻ), without residual and output_gain.
+        activation: "none" or "relu" (NaN passes through); without residual and output_gain also "relu6", "silu",
+            z / (1 + e⁻ᶻ), or "hardswish", z · min(max(z + 3, 0), 6) / 6.
         output_gain: multiplies what the activation gives, any sign; [K, C], [C] or None, typed like weight; without a
             residual only.
         group: ranks whose rows make the statistics in training, each with as many of its own; None: own rows alone.

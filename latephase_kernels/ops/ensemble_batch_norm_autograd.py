@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..reference import ensemble_batch_norm as reference
+from ..reference.activation import STANDALONE
 from ..reference.precision import working_dtype
 from . import registry
 from .double_backward import aliases, differentiate, is_differentiated
@@ -92,7 +93,7 @@ def gradients_before(
         mask: of the ReLU, packed, if there was a residual.
         output_gain: one of tensors, or None.
     """
-    if activation == "silu":
+    if activation in STANDALONE:
         y = reference.finish(y.to(working_dtype(y)), activation, None, y.dtype)
         return *differentiate(y, tensors, needs, dy), None
     if mask.numel():

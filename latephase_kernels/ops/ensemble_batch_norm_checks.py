@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor
 
+from ..reference.activation import ACTIVATIONS, STANDALONE
 from .checks import check_activation, check_input, check_num_members, check_per_member, check_strided
 
-ACTIVATIONS = ("none", "relu", "silu")
 _OP = "ensemble_batch_norm"
 
 
@@ -122,10 +122,11 @@ def check_arguments(
                 f"{_OP}: output_gain must be None where there is a residual, got shape {list(output_gain.shape)}; "
                 "multiply the result by member_gain"
             )
-    if activation == "silu" and (residual is not None or output_gain is not None):
+    if activation in STANDALONE and (residual is not None or output_gain is not None):
         given = "output_gain" if residual is None else "residual"
         raise ValueError(
-            f"{_OP}: {given} must be None with activation='silu'; apply F.silu to what activation='none' gives"
+            f"{_OP}: {given} must be None with activation={activation!r}; "
+            f"apply F.{activation} to what activation='none' gives"
         )
     if training and 0 < input.numel() * ranks == num_members * input.size(1):
         raise ValueError(

@@ -33,8 +33,8 @@ def per_row(per_member: Tensor, input: Tensor) -> Tensor:
 
 
 def finish(z: Tensor, activation: str, output_gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return activation(z) · gain [K, C] or [C] in dtype; z as rounded to it decides what a ReLU passes."""
-    if activation == "silu":
+    """Return activation(z) · gain [K, C] or [C] in dtype; z as rounded to it decides what a ReLU or ReLU6 passes."""
+    if activation in ("silu", "hardswish"):
         return activate(z, activation).to(dtype)
     if output_gain is None:
         return activate(z.to(dtype), activation)

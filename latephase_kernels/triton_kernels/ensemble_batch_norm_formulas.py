@@ -87,14 +87,26 @@ def times_gain(value, gain, member, channel, num_channels, valid, GAIN_SHARED: t
 
 
 @triton.jit
+def _hard_sigmoid(z):
+    """min(max(z + 3, 0), 6) / 6; of NaN anything: its product with NaN is NaN."""
+    return tl.minimum(tl.maximum(z + 3.0, 0.0), 6.0) * (1.0 / 6.0)
+
+
+@triton.jit
 def output(x, residual, mean, scale, shift, offset, valid, DTYPE: tl.constexpr, ACTIVATION: tl.constexpr):
-    """y before the output gain from x, in x's type; the ReLU decides by its value as DTYPE."""
+    """y before the output gain from x, in x's type; a ReLU decides by its value as DTYPE."""
     z = tl.fma(x - mean, scale, shift)
     if residual is not None:
         z += tl.load(residual + offset, valid, other=0.0).to(x.dtype)
+    if ACTIVATION == "relu" or ACTIVATION == "relu6":
+        z = tl.where(z.to(DTYPE).to(x.dtype) <= 0.0, 0.0, z)
+    if ACTIVATION == "relu6":
+        z = tl.where(z > 6.0, 6.0, z)
     if ACTIVATION == "silu":
         z *= tl.sigmoid(z)
-    return tl.where(z.to(DTYPE).to(x.dtype) <= 0.0, 0.0, z) if ACTIVATION == "relu" else z
+    if ACTIVATION == "hardswish":
+        z *= _hard_sigmoid(z)
+    return z
 
 
 @triton.jit
@@ -129,10 +141,17 @@ def gated(dy, centred, scale, shift, mask, row, column, columns, valid, DTYPE: t
     elif ACTIVATION == "relu":
         y = tl.fma(centred, scale, shift).to(DTYPE).to(dy.dtype)
         dz = tl.where(y <= 0.0, 0.0, dy)
+    elif ACTIVATION == "relu6":
+        y = tl.fma(centred, scale, shift).to(DTYPE).to(dy.dtype)
+        dz = tl.where((y <= 0.0) | (y >= 6.0), 0.0, dy)
     elif ACTIVATION == "silu":
         z = tl.fma(centred, scale, shift)
         passed = tl.sigmoid(z)
         dz = dy * tl.fma(z * passed, 1.0 - passed, passed)
+    elif ACTIVATION == "hardswish":
+        z = tl.fma(centred, scale, shift)
+        slope = tl.where(z >= 3.0, 1.0, z * (1.0 / 3.0) + 0.5)
+        dz = dy * tl.where(z <= -3.0, 0.0, slope)
     return dz
 
 
