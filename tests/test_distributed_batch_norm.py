@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accuracy import assert_close
 from ranks import run_on_ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import latephase_kernels as lp
 import latephase_kernels.ops.ensemble_batch_norm_synchronized as synchronized_op
@@ -63,7 +64,7 @@ def on_rank():
     group = StatisticsGroup()
 
     def synchronized(x, residual, weight, bias, gain, mean, var):
-        activation = "silu" if residual is None and gain is None else "relu"
+        activation = "hardswish" if residual is None and gain is None else "relu"
         weight, bias = (torch.stack([t, t], -1)[..., 0] for t in (weight, bias))  # with strides
         return lp.functional.ensemble_batch_norm(
             x, mean, var, weight, bias, True, num_members=K, residual=residual, activation=activation,
@@ -90,7 +91,7 @@ def of_all_rows(x, residual, weight, bias, gain, mean, var):
     if gain is not None:
         y = F.relu(y).unflatten(0, (K, -1)) * gain.to(y.dtype).expand(K, C)[:, None, :, None, None]
         return y.flatten(0, 1)
-    return F.silu(y) if residual is None else F.relu(y + residual)
+    return F.hardswish(y) if residual is None else F.relu(y + residual)
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +124,15 @@ def test_statistics_of_all_ranks(answers, case):
 
 
 def sync_layers_on_rank():
-    """Both classes; on a group of this rank alone they are plain batch norms, and copies keep their ranks."""
+    """Both classes, and one that a checkpoint runs twice."""
     generator = torch.Generator().manual_seed(0)
     x = own_rows(torch.randn(K * B, C, 3, generator=generator, dtype=torch.float64))
     plain = nn.SyncBatchNorm(C).double()
     layers = [EnsembleSyncBatchNorm.from_module(plain, K), SharedSyncBatchNorm.from_module(plain, K)]
-    return [layer(x).detach() for layer in layers] + [layers[0].running_var, plain.running_var]
+    twice = EnsembleSyncBatchNorm.from_module(nn.SyncBatchNorm(C).double(), K)
+    checkpoint(twice, x.clone().requires_grad_(), use_reentrant=False).sum().backward()
+    outputs = [layer(x).detach() for layer in layers]
+    return [*outputs, layers[0].running_var, plain.running_var, twice.running_var]
 
 
 def test_sync_layers():
@@ -146,6 +150,10 @@ def test_sync_layers():
     for answer in answers:
         torch.testing.assert_close(answer[2], torch.stack([layer.running_var for layer in plain]))
         torch.testing.assert_close(answer[3], one_after_another.running_var)
+    for layer, part in zip(plain, x.chunk(K)):
+        layer(part)
+    for answer in answers:
+        torch.testing.assert_close(answer[4], torch.stack([layer.running_var for layer in plain]))
 
 
 def uneven_on_rank():

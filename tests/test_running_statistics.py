@@ -208,6 +208,25 @@ def test_checkpointed_last_moves_twice_whatever_computes_it(targets, momentum, d
     torch.testing.assert_close(list(model.buffers()), expected)
 
 
+@pytest.mark.parametrize("way", ["reference", "gain", "gain by reference"])
+def test_checkpointed_last_moves_as_one_op_does_where_there_is_none(way):
+    plain = torch.nn.Sequential(torch.nn.Conv2d(C, C, 1), torch.nn.BatchNorm2d(C))
+    model = lp.expand(plain, K, targets=("rank1", "batch_norm"), noise_std=0.3)
+    other = copy.deepcopy(model)
+    input = torch.randn(K * B, C, 5, 3)
+    torch.utils.checkpoint.checkpoint(model, input, use_reentrant=False).sum().backward()
+    if way != "reference":
+        lp.fuse(other)
+        assert [fusion.pattern for fusion in lp.fusions(other)] == ["gain → BN"]
+    lp.set_backend("native" if way == "gain" else "reference")
+    try:
+        torch.utils.checkpoint.checkpoint(other, input, use_reentrant=False).sum().backward()
+    finally:
+        lp.set_backend("auto")
+    torch.testing.assert_close(list(other.buffers()), list(model.buffers()))
+    assert (model[1].num_batches_tracked == 2).all()
+
+
 def test_nothing_moves_for_no_rows_but_the_count():
     layer = lp.nn.EnsembleBatchNorm2d(C, K)
     layer(torch.empty(0, C, 5, 3))

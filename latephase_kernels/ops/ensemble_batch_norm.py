@@ -179,20 +179,23 @@ def normalize(
 
     Args:
         input_gain: (r, shift): of input · r + shift, in training and on one rank.
-        move: called with the detached mean and variance. In the eager kernels' way before anything is kept for
-            backward: the second forward of torch.utils.checkpoint ends where the last tensor is kept.
+        move: called with the detached mean and variance; in eager before the last tensor is kept for backward, where
+            the second forward of torch.utils.checkpoint ends.
     """
+    early, late = (None, move) if torch.compiler.is_compiling() else (move, None)
     running, settings = (running_mean, running_var), (training, eps, num_members, activation)
     namespace = registry.namespace_for(input, "ensemble_batch_norm")
     if input_gain is not None:
         found = normalize_with_gain(
-            input, *input_gain, weight, bias, residual, eps, num_members, activation, output_gain
+            input, *input_gain, weight, bias, residual, eps, num_members, activation, output_gain, early
         )
     elif training and group is not None and group.size > 1:
-        found = normalize_synchronized(input, weight, bias, residual, eps, num_members, activation, group, output_gain)
+        found = normalize_synchronized(
+            input, weight, bias, residual, eps, num_members, activation, group, output_gain, early
+        )
     elif namespace is None or torch._C._are_functorch_transforms_active():
         found = reference.ensemble_batch_norm(
-            input, *running, weight, bias, residual, training, eps, num_members, activation, output_gain
+            input, *running, weight, bias, residual, training, eps, num_members, activation, output_gain, early
         )
     else:
         input = dense(input)
@@ -200,12 +203,12 @@ def normalize(
             residual = dense_like(residual, input)
         weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
         if not torch.compiler.is_compiling():
-            return Normalize.apply(input, weight, bias, residual, output_gain, namespace, running, settings, move)
+            return Normalize.apply(input, weight, bias, residual, output_gain, namespace, running, settings, early)
         operands = (input, *running, weight, bias, residual)
         y, mean, _, var, _ = registry.op(namespace, "ensemble_batch_norm")(*operands, *settings, output_gain)
         found = y, mean, var
-    if move is not None:
-        move(found[1].detach(), found[2].detach())
+    if late is not None:
+        late(found[1].detach(), found[2].detach())
     return found
 
 

@@ -11,6 +11,7 @@ is that of ensemble_batch_norm with this rstd; the forward is one op on the CPU,
 Shapes: K members, C channels; u [K·B, C, *], gain [K, C], shift [K, C] or [C].
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -45,7 +46,9 @@ def _deviation(gain: Tensor, var: Tensor, eps: float) -> Tensor:
 
 class _GainBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, namespace, input, gain, shift, weight, bias, residual, output_gain, eps, num_members, activation):
+    def forward(
+        ctx, namespace, input, gain, shift, weight, bias, residual, output_gain, eps, num_members, activation, move
+    ):
         whole = registry.op(namespace, "ensemble_batch_norm_with_gain")
         run = whole if namespace == registry.NATIVE else partial(forward_in_halves, namespace)
         y, mean, var, rstd, mask = run(input, gain, weight, bias, residual, eps, num_members, activation, output_gain)
@@ -55,6 +58,8 @@ class _GainBatchNorm(torch.autograd.Function):
         mean_z = mean * wide if shift is None else torch.addcmul(shift.to(mean.dtype), mean, wide)
         var_z = var * wide.square()
         ctx.mark_non_differentiable(mean_z, var_z)
+        if move is not None:
+            move(mean_z, var_z)
         return y, mean_z, var_z
 
     @staticmethod
@@ -90,7 +95,7 @@ class _GainBatchNorm(torch.autograd.Function):
             affine_grad(total, bias) if needs_bias else None,
             (dresidual if write_dresidual else dy) if needs_residual else None,
             doutput if needs_output else None,
-            *(None,) * 3,
+            *(None,) * 4,
         )
 
 
@@ -101,13 +106,13 @@ def _differentiable_gradients(ctx, dy: Tensor) -> tuple:
     num_members, activation = ctx.settings
     z = gain_reference.member_gain(input, gain, None, 1, "none")
     y, _, _ = reference.ensemble_batch_norm(z, None, None, weight, bias, None, True, ctx.eps, num_members, "none")
-    _, needs_input, needs_gain, needs_shift, *needs_affine, needs_residual, needs_output, _, _, _ = ctx.needs_input_grad
+    _, needs_input, needs_gain, needs_shift, *needs_affine, needs_residual, needs_output = ctx.needs_input_grad[:8]
     dx, dgain, dweight, dbias, doutput, dz = gradients_before(
         y, dy, mask, activation, (input, gain, weight, bias, output_gain),
         (needs_input, needs_gain, *needs_affine, needs_output), output_gain,
     )  # fmt: skip
     dshift = torch.zeros_like(shift) if needs_shift else None
-    return None, dx, dgain, dshift, dweight, dbias, dz if needs_residual else None, doutput, *(None,) * 3
+    return None, dx, dgain, dshift, dweight, dbias, dz if needs_residual else None, doutput, *(None,) * 4
 
 
 def normalize_with_gain(
@@ -121,8 +126,11 @@ def normalize_with_gain(
     num_members: int,
     activation: str,
     output_gain: Tensor | None = None,
+    move: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean, biased variance) of z = input · gain + shift; arguments unchecked.
+
+    move is called with mean and variance, detached, before they normalize.
 
     Saved for backward: input, a few [K, C] and, with residual and ReLU, one bit a value.
     """
@@ -130,9 +138,9 @@ def normalize_with_gain(
     settings = (eps, num_members, activation)
     if namespace is None or torch._C._are_functorch_transforms_active():
         z = gain_reference.member_gain(input, gain, shift, 1, "none")
-        return reference.ensemble_batch_norm(z, None, None, weight, bias, residual, True, *settings, output_gain)
+        return reference.ensemble_batch_norm(z, None, None, weight, bias, residual, True, *settings, output_gain, move)
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
     weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
     gain = gain.contiguous()
-    return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, output_gain, *settings)
+    return _GainBatchNorm.apply(namespace, input, gain, shift, weight, bias, residual, output_gain, *settings, move)

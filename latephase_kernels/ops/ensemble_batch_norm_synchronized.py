@@ -7,6 +7,8 @@ Shapes: K members, C channels, R ranks; every rank holds the same number n of va
 Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -84,11 +86,13 @@ def _check_counts(counts: Tensor, own: Tensor) -> None:
 
 class _SynchronizedBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, namespace, group, input, weight, bias, residual, output_gain, eps, num_members, activation):
+    def forward(ctx, namespace, group, input, weight, bias, residual, output_gain, eps, num_members, activation, move):
         with torch._C._AutoDispatchBelowAutograd():
             mean, var = registry.op(namespace, "ensemble_batch_norm_statistics")(input, num_members)
             n = input.numel() // mean.numel()
             mean, var = _merged(mean, var, n, group)
+            if move is not None:
+                move(mean, var)
             rstd = (var + eps).rsqrt()
             y, mask = registry.op(namespace, "ensemble_batch_norm_apply")(
                 input, mean, rstd, weight, bias, residual, num_members, activation, output_gain
@@ -119,7 +123,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         dweight = None if weight is None else affine_grad(dweight, weight)
         dbias = None if bias is None else affine_grad(dbias, bias)
         dresidual = (dresidual if write_dresidual else dy) if needs_residual else None
-        return None, None, dx, dweight, dbias, dresidual, dgain, None, None, None
+        return None, None, dx, dweight, dbias, dresidual, dgain, *(None,) * 4
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -138,14 +142,14 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _reference(
-    input, weight, bias, residual, eps, num_members, activation, group, output_gain
+    input, weight, bias, residual, eps, num_members, activation, group, output_gain, move
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in plain PyTorch, for what has no kernel here."""
     own_mean, own_var = reference.statistics(input, num_members)
     mean = _SumOverRanks.apply(own_mean, group) / group.size
     var = _SumOverRanks.apply(own_var + (own_mean - mean).square(), group) / group.size
     return reference.ensemble_batch_norm(
-        input, mean, var, weight, bias, residual, False, eps, num_members, activation, output_gain
+        input, mean, var, weight, bias, residual, False, eps, num_members, activation, output_gain, move
     )
 
 
@@ -160,8 +164,11 @@ def normalize_synchronized(
     activation: str,
     group: StatisticsGroup,
     output_gain: Tensor | None = None,
+    move: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, mean [K, C], biased variance [K, C]) by the statistics of all ranks' rows; arguments unchecked.
+
+    move is called with mean and variance, detached, before they normalize.
 
     Every rank of the group calls this, and the backward pass, in the same order. A compiled graph breaks here.
     Gradients of weight and bias are those of own rows, as of every other parameter.
@@ -173,9 +180,9 @@ def normalize_synchronized(
     namespace = registry.namespace_for(input, "ensemble_batch_norm")
     settings = (eps, num_members, activation)
     if namespace is None:
-        return _reference(input, weight, bias, residual, *settings, group, output_gain)
+        return _reference(input, weight, bias, residual, *settings, group, output_gain, move)
     input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
     weight, bias, output_gain = contiguous(weight), contiguous(bias), contiguous(output_gain)
-    return _SynchronizedBatchNorm.apply(namespace, group, input, weight, bias, residual, output_gain, *settings)
+    return _SynchronizedBatchNorm.apply(namespace, group, input, weight, bias, residual, output_gain, *settings, move)

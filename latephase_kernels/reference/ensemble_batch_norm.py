@@ -6,6 +6,8 @@ Shapes: K members, B rows a member, C channels; input [K·B, C, *]; per-member t
 Differentiable to any order by autograd, and usable under every torch.func transform.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,15 +57,21 @@ def ensemble_batch_norm(
     num_members: int,
     activation: str,
     output_gain: Tensor | None = None,
+    move: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, mean, biased variance): the batch's statistics in training, else the running ones."""
-    dtype = working_dtype(input)
+    """Return (y, mean, biased variance): the batch's statistics in training, else the running ones.
+
+    move is called with the statistics, detached, before they normalize.
+    """
+    dtype, statistic = working_dtype(input), accumulation_dtype(input.dtype)
     x = input.to(dtype)  # once: its gradient is rounded to input's type once, too
     if training:
         mean, var = statistics(x, num_members)
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(dtype), running_var.to(dtype)
+    if move is not None:
+        move(mean.detach().to(statistic), var.detach().to(statistic))
     z = (x - per_row(mean, x)) * per_row((var + eps).rsqrt(), x)
     if weight is not None:
         z = z * per_row(weight.to(dtype), input)
@@ -71,6 +79,5 @@ def ensemble_batch_norm(
         z = z + per_row(bias.to(dtype), input)
     if residual is not None:
         z = z + residual.to(dtype)
-    statistic = accumulation_dtype(input.dtype)
     y = finish(z, activation, output_gain, input.dtype)
     return y, mean.to(statistic), var.to(statistic)
