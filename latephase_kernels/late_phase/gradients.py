@@ -143,7 +143,7 @@ def clip_grad_norm_(
         raise TypeError(f"clip_grad_norm_: max_norm must be a float, got {type(max_norm).__name__}")
     if not max_norm >= 0:
         raise ValueError(f"clip_grad_norm_: max_norm must be at least 0, got {max_norm}")
-    replicated = {parameter: None for parameter in member_parameters(model)}
+    replicated = dict.fromkeys(member_parameters(model))  # in their order, each once
     member = [parameter.grad for parameter in replicated if parameter.grad is not None]
     base = [p.grad for p in model.parameters() if p.grad is not None and p not in replicated]
     device = next((gradient.device for gradient in (*base, *member)), None)

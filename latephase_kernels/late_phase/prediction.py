@@ -165,7 +165,7 @@ def member_disagreement(logits: Tensor, *, dim: int = -1) -> Tensor:
     num_members = logits.size(0)
     votes = torch.nn.functional.one_hot(logits.argmax(dim), logits.size(dim)).sum(0)  # [N, …, classes]
     agreeing = (votes * (votes - 1)).sum(-1)
-    return 1.0 - agreeing / max(num_members * (num_members - 1), 1) if num_members > 1 else agreeing.float()
+    return 1.0 - agreeing / (num_members * (num_members - 1)) if num_members > 1 else agreeing.float()
 
 
 def _check_logits(where: str, logits: Tensor, dim: int) -> None:

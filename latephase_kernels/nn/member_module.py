@@ -177,12 +177,10 @@ def twin(module: nn.Module, cls: type) -> nn.Module:
 def carry_over(old: nn.Module, new: nn.Module) -> None:
     """Give new the hooks, the training flag and the attributes of old that its own class does not set."""
     for key, value in vars(old).items():
-        if key.endswith("_hooks") or key.endswith("_hooks_with_kwargs") or key.endswith("_hooks_always_called"):
-            vars(new)[key] = value  # the same dict: handle.remove() goes on working
-        elif key in ("training", "_is_full_backward_hook"):
-            vars(new)[key] = value
-        elif key not in vars(new) and key not in _OWN_ATTRIBUTES and key != "_compiled_call_impl":
-            vars(new)[key] = value
+        is_hooks = key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+        is_new = key not in vars(new) and key not in _OWN_ATTRIBUTES and key != "_compiled_call_impl"
+        if is_hooks or key in ("training", "_is_full_backward_hook") or is_new:
+            vars(new)[key] = value  # of hooks the same dict: handle.remove() goes on working
 
 
 class MemberModule(Routed):

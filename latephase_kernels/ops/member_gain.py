@@ -4,8 +4,9 @@
 
 Shapes: K members, B rows a member, C channels; row i of input [K·B, C, *] or [K·B, *, C] belongs to member k = i // B.
 
-Registered ops, the same in both namespaces (`registry.py`): `member_gain` and `member_gain_backward`. Their input is
-dense, contiguous or channels_last; gain and bias are contiguous; channel_dim counts from the front.
+Registered ops, the same in both namespaces (`registry.py`): `member_gain` and `member_gain_backward`, and both `_into`
+a tensor that is given, which may be x or dy itself. Their input is dense, contiguous or channels_last; gain and bias
+are contiguous; channel_dim counts from the front.
 """
 
 import torch
