@@ -6,13 +6,15 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+CLASSES = 3
 
-def jpeg(seed, width=50, height=40, quality=90, **options):
+
+def jpeg(seed, width=50, height=40, **options):
     """An encoded image of smooth random colours; its content is told by the seed."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     file = io.BytesIO()
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality, **options)
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90, **options)
     return file.getvalue()
 
 
@@ -21,10 +23,10 @@ def sample(split, label, number):
     return jpeg((split == "val", label, number), width=40 + 7 * number % 30, height=36 + 5 * label)
 
 
-def write_folder(path, classes=3, train=8, val=4):
-    """FOLDER/SPLIT/CLASS/IMAGE.JPEG"""
-    for split, count in (("train", train), ("val", val)):
-        for label in range(classes):
+def write_folder(path):
+    """FOLDER/SPLIT/CLASS/IMAGE.JPEG: 8 training images and 4 others of each class."""
+    for split, count in (("train", 8), ("val", 4)):
+        for label in range(CLASSES):
             folder = path / split / f"n{label:04d}"
             folder.mkdir(parents=True)
             for number in range(count):
@@ -42,11 +44,11 @@ def write_shard(path, samples):
     return path
 
 
-def write_shards(path, classes=3, train=8, val=4, shards=2):
+def write_shards(path, train=8, shards=2):
     """FOLDER/train-00000.tar, …, with the images of write_folder dealt out in turn; KEY.jpg, KEY.cls and KEY.json."""
     path.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", train), ("val", val)):
-        keys = [(label, number) for number in range(count) for label in range(classes)]
+    for split, count in (("train", train), ("val", 4)):
+        keys = [(label, number) for number in range(count) for label in range(CLASSES)]
         for shard in range(shards):
             members = []
             for label, number in keys[shard::shards]:

@@ -114,9 +114,9 @@ def python3_pickle(protocol):
     return lambda value: pickle.dumps(value, protocol=protocol)
 
 
-def make_data(layout, seed=0):
+def make_data(layout):
     """Random images and labels of every file of a layout, whatever the form."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     counts = {**dict.fromkeys(layout.train_files, layout.images_per_file), layout.test_file: layout.test_images}
     return {
         file: (
@@ -131,9 +131,9 @@ def names_of(layout):
     return [f"class_{index}" for index in range(layout.num_classes)]
 
 
-def python_files(layout, data, dumps=Python2Pickle.dumps):
+def python_files(layout, data):
     """As in cifar-*-python.tar.gz: the entries and their order are those of the official files."""
-    files = {}
+    files, dumps = {}, Python2Pickle.dumps
     for file, (images, labels) in data.items():
         labels = labels.tolist()
         file_names = [f"image_s_{index:06}.png" for index in range(len(labels))]

@@ -12,8 +12,8 @@ from latephase_kernels.data import DeviceBatches, DeviceImages, ImageSet
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
-def random_set(count=23, channels=3, height=5, width=6, mean=MEAN, std=STD):
-    images = torch.randint(256, (count, channels, height, width), generator=torch.Generator().manual_seed(1))
+def random_set(count=23, height=5, width=6, mean=MEAN, std=STD):
+    images = torch.randint(256, (count, 3, height, width), generator=torch.Generator().manual_seed(1))
     return ImageSet(images.to(torch.uint8), torch.arange(count), (), mean, std)
 
 
@@ -29,9 +29,9 @@ def crop_by_hand(image, down, right, flip, padding):
     return window
 
 
-def normalize_by_hand(window, mean=MEAN, std=STD):
+def normalize_by_hand(window):
     """In double precision."""
-    return (window / 255.0 - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
+    return (window / 255.0 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
 
 
 @pytest.mark.parametrize(("padding", "size"), [(0, (5, 6)), (2, (5, 6)), (4, (1, 3))])

@@ -29,8 +29,8 @@ from latephase_kernels.data import (
 # ---- SVHN: MATLAB files of version 5, byte by byte as MathWorks' "MAT-File Format" describes them
 
 
-def element(kind, data, small=True):
-    if small and len(data) <= 4:
+def element(kind, data):
+    if len(data) <= 4:
         return struct.pack("<HH", kind, len(data)) + data.ljust(4, b"\0")
     return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
 

@@ -39,11 +39,11 @@ def make_network(depth=10, dtype=torch.float64, **options):
     return model
 
 
-def scatter_members(model, std=0.2):
+def scatter_members(model):
     """Make the members of every embedding differ."""
     for name, parameter in model.named_parameters():
         if name.endswith("embedding"):
-            parameter.data += std * torch.randn_like(parameter)
+            parameter.data += 0.2 * torch.randn_like(parameter)
     return model
 
 

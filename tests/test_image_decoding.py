@@ -18,8 +18,8 @@ from latephase_kernels.data.image_decoding import CorruptImage, jpeg_for_gpu, tr
 SIZES = [(50, 40), (40, 50), (64, 64), (301, 200), (37, 333), (500, 375)]  # width, height
 
 
-def random(position=0, key=3):
-    return sample_generator(key, 0, position)
+def random(position=0):
+    return sample_generator(3, 0, position)
 
 
 def test_boxes_are_inside_and_as_large_as_they_should_be():

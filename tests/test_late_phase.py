@@ -32,9 +32,9 @@ def images(rows, seed=3):
     return torch.randn(rows, 2, 5, 5, generator=torch.Generator().manual_seed(seed))
 
 
-def diverged(targets=("batch_norm", "head"), model=None):
+def diverged(targets=("batch_norm", "head")):
     """An expanded model whose members differ in weights and statistics."""
-    model = lp.expand(small_net() if model is None else model, K, targets=targets, noise_std=0.3)
+    model = lp.expand(small_net(), K, targets=targets, noise_std=0.3)
     for seed in range(3):
         model(images(K * B, seed))
     return model

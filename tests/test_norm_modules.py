@@ -352,8 +352,9 @@ class Block(nn.Module):
 class SmallGPT(nn.Module):
     """Two blocks; the head is tied to the embedding."""
 
-    def __init__(self, norm=nn.LayerNorm, words=7, width=8):
+    def __init__(self, norm=nn.LayerNorm):
         super().__init__()
+        words, width = 7, 8
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(torch.randn(5, width))
         self.blocks = nn.Sequential(*(Block(width, norm) for _ in range(2)))
         self.norm = norm(width)
@@ -364,7 +365,7 @@ class SmallGPT(nn.Module):
         return self.head(self.norm(self.blocks(self.words(tokens) + self.places)))
 
 
-def torchvision_model(name, **options):
+def torchvision_model(name):
     models = pytest.importorskip("torchvision").models
     if name == "convnext":
         settings = [models.convnext.CNBlockConfig(8, 16, 1), models.convnext.CNBlockConfig(16, None, 1)]

@@ -21,7 +21,7 @@ def metrics(*values):
     return dict(zip(QUANTITIES, values, strict=True))
 
 
-def write_run(folder, name, seed, accuracy, *, plain=False, config=None, **recipe):
+def write_run(folder, name, seed, accuracy, *, plain=False, **recipe):
     found = {"averaged": metrics(accuracy, 0.2 + seed / 100, 3.0, 0.1)}
     if not plain:
         found["ensemble"] = metrics(accuracy + 1, 0.1, 2.0, 0.05)
@@ -31,9 +31,7 @@ def write_run(folder, name, seed, accuracy, *, plain=False, config=None, **recip
     content = {"name": name, "seed": seed, "epochs": 200, "metrics": found, "collapse_error": 1e-7}
     (folder / "results.json").write_text(json.dumps(content))
     by = parse_recipe([name])[0] if name in recipe_names() else Recipe(name=name)
-    (folder / "config.yaml").write_text(
-        as_yaml(dataclasses.replace(by, seed=seed, **recipe)) if config is None else config
-    )
+    (folder / "config.yaml").write_text(as_yaml(dataclasses.replace(by, seed=seed, **recipe)))
     return folder
 
 
