@@ -134,27 +134,15 @@ def floor_bytes(tensor_bytes, residual=False):
 class Case:
     """One shape: its tensors, a training step of a contender, and the check of its values."""
 
-    def __init__(
-        self,
-        rows,
-        channels,
-        size,
-        *,
-        device,
-        dtype,
-        channels_last,
-        residual=False,
-        activation="relu",
-        num_members=NUM_MEMBERS,
-    ):
+    def __init__(self, rows, channels, size, *, device, dtype, channels_last, residual=False, activation="relu"):
         torch.manual_seed(0)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (num_members * rows, channels, size, size)
+        shape = (NUM_MEMBERS * rows, channels, size, size)
         self.x, self.dy, z = (
             torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format) if needed else None
             for needed in (True, True, residual)
         )
-        self.weight, self.bias = (torch.randn(num_members, channels, device=device) for _ in range(2))
+        self.weight, self.bias = (torch.randn(NUM_MEMBERS, channels, device=device) for _ in range(2))
         self.activation = activation
         self.leaves = [t.requires_grad_() for t in (self.x, self.weight, self.bias, z) if t is not None]
         self.bytes = floor_bytes(self.x.numel() * self.x.element_size(), residual)

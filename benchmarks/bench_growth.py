@@ -43,7 +43,7 @@ def setting_of(point: tuple[int, int, int], device: torch.device, dtype: torch.d
     )
 
 
-def bench(axis: str, points: list, device: torch.device, dtype: torch.dtype, seconds: float) -> list[dict]:
+def bench(points: list, device: torch.device, dtype: torch.dtype, seconds: float) -> list[dict]:
     """Time every point of an axis in turn with all the others; return a row of figures for each."""
     settings = {point: setting_of(point, device, dtype) for point in points}
     steps = {(name, p): STEPS[name](s) for p, s in settings.items() for name in (PLAIN, FUSED)}
@@ -118,7 +118,7 @@ def main() -> None:
         "| K | B | width | ms | to the first | plain, to the first | to plain | MiB | plain MiB |\n" + "|---" * 9 + "|"
     )
     for axis in arguments.axes:
-        rows = report["axes"][axis] = bench(axis, AXES[arguments.device][axis], device, dtype, arguments.seconds)
+        rows = report["axes"][axis] = bench(AXES[arguments.device][axis], device, dtype, arguments.seconds)
         for row in rows:
             figures = [row["ms"], row["to the first point"], row["plain, to the first point"], row["to plain"]]
             medians = " | ".join(f"{f[1]:.2f}" for f in figures)

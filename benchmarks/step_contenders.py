@@ -171,10 +171,8 @@ class Fused(Stacked):
         return lp.fuse(super().make_model(plain))
 
 
-class OursCompiled(Fused):
-    def __init__(self, setting):
-        super().__init__(setting)
-        self.run = torch.compile(self.model, dynamic=False)
+class OursCompiled(Compiled, Fused):
+    pass
 
 
 class Graphed(Fused):

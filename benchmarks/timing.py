@@ -30,7 +30,7 @@ HUGE_PAGES = {
 class Timer:
     """Seconds of one call on a device; clock: of the CPU."""
 
-    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.on_gpu = device.type == "cuda"
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if self.on_gpu else None
@@ -98,8 +98,8 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def copy_bandwidth(device: torch.device, *, size: int = 256 << 20) -> float:
-    """Bytes read and written in a second by a copy between two tensors of `size` bytes that stand already."""
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written in a second by a copy between two tensors of 256 MiB that stand already."""
+    source, target = (torch.zeros(256 << 20, dtype=torch.uint8, device=device) for _ in range(2))
     times = interleaved({"copy": lambda: target.copy_(source)}, device, seconds=0.5)["copy"]
-    return 2 * size / statistics.median(times)
+    return 2 * source.nbytes / statistics.median(times)
