@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 Box = tuple[int, int, int, int]
+_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random-resized-crop: shares of the area, width / height
 
 
 def sample_generator(key: int, epoch: int, position: int) -> np.random.Generator:
@@ -15,25 +16,19 @@ def sample_generator(key: int, epoch: int, position: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position, epoch]))
 
 
-def random_resized_crop(
-    random: np.random.Generator,
-    height: int,
-    width: int,
-    *,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
+def random_resized_crop(random: np.random.Generator, height: int, width: int) -> Box:
     """Draw the box of a random-resized-crop.
 
-    Its share of the area is uniform in `scale`, the logarithm of width/height uniform in that of `ratio`, its place
-    uniform. Where ten such boxes in turn do not fit into the image: the largest central one whose ratio is allowed.
+    Its share of the area is uniform from 8 % to all of it, the logarithm of width/height uniform between those of 3/4
+    and 4/3, its place uniform. Where ten such boxes in turn do not fit into the image: the largest central one whose
+    ratio is allowed.
 
     Source:
         Szegedy et al., "Going deeper with convolutions", 2015; the rules are torchvision's RandomResizedCrop.
     """
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    log_ratio = math.log(_RATIO[0]), math.log(_RATIO[1])
     for _ in range(10):
-        area = height * width * random.uniform(*scale)
+        area = height * width * random.uniform(*_SCALE)
         aspect = math.exp(random.uniform(*log_ratio))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -41,10 +36,10 @@ def random_resized_crop(
             left = int(random.integers(width - box_width + 1))
             return top, left, box_height, box_width
     box_height, box_width = height, width
-    if width / height < ratio[0]:
-        box_height = min(round(width / ratio[0]), height)
-    elif width / height > ratio[1]:
-        box_width = min(round(height * ratio[1]), width)
+    if width / height < _RATIO[0]:
+        box_height = min(round(width / _RATIO[0]), height)
+    elif width / height > _RATIO[1]:
+        box_width = min(round(height * _RATIO[1]), width)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
