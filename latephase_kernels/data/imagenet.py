@@ -33,14 +33,14 @@ def load_imagenet(folder: str | Path) -> tuple[ImageFiles, ImageFiles]:
     for split, found in shards.items():
         if not found:
             raise FileNotFoundError(f"{folder} has no shards of the split {split}; {image_shards.LAYOUT}")
-        other = set(shards["train"]) & set(shards["val"])
-        if other:
-            raise ArchiveError(
-                f"{min(other)} has both train and val in its name; put the shards into the folders {folder / 'train'} "
-                f"and {folder / 'val'}"
-            )
         if any(entry.is_dir() for entry in (folder / split).glob("*")):
             raise ArchiveError(f"{folder / split} holds shards and class folders; keep one of them")
+    both = set(shards["train"]) & set(shards["val"])
+    if both:
+        raise ArchiveError(
+            f"{min(both)} has both train and val in its name; put the shards into the folders {folder / 'train'} "
+            f"and {folder / 'val'}"
+        )
     names = folder / _CLASS_NAMES
     class_names = names.read_text(encoding="utf-8").split("\n") if names.exists() else None
     class_names = [name.strip() for name in class_names if name.strip()] if class_names else None
