@@ -77,6 +77,13 @@ def test_a_report(runs, tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["report.json", "report.md", "report.png"]
 
 
+def test_a_figure_without_a_deviation_is_of_no_known_number_of_seeds(tmp_path):
+    write_run(tmp_path / "runs" / "one", "cifar100_hypernetwork", 0, 80.0)
+    assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
+    averaged = json.loads((tmp_path / "report.json").read_text())[0]
+    assert averaged["published"]["accuracy"] == {"mean": 81.55, "std": None, "seeds": None}
+
+
 def test_the_picture_shows_every_number(runs, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -15,7 +15,8 @@ from .quantities import KINDS, QUANTITIES, kind_of
 from .train_command import parse_recipe
 
 # By the run's name and way to predict: what it is, and the first quantity of its kind (test accuracy in %, bits per
-# character of the test text), mean and standard deviation over 5 seeds (nan: none was published).
+# character of the test text), mean and standard deviation over 5 seeds (nan: a figure without one, and no
+# number of seeds is known).
 # Source: von Oswald et al., ICLR 2021 (arXiv 2007.12927); WRN-28-10 unless said.
 PUBLISHED: dict[tuple[str, str], tuple[str, float, float]] = {
     ("cifar10", "averaged"): ("late-phase BatchNorm, SGD", 96.46, 0.15),
@@ -317,6 +318,8 @@ def _as_json(summary: Summary, changed: Mapping[str, dict[str, list[Any]]]) -> l
             entry[quantity] = {"mean": mean, "std": deviation, "seeds": count}
         if (name, way) in PUBLISHED:
             title, mean, deviation = PUBLISHED[name, way]
-            entry["published"] = {"what": title, kind_of(quantities)[0]: {"mean": mean, "std": deviation, "seeds": 5}}
+            seeds = None if math.isnan(deviation) else 5
+            figure = {"mean": mean, "std": deviation, "seeds": seeds}
+            entry["published"] = {"what": title, kind_of(quantities)[0]: figure}
         content.append(entry)
     return content
