@@ -106,11 +106,7 @@ def multiplicative_start(problem: Problem, rule: Rule, num_seeds: int, generator
 
 
 def multiplicative(
-    problem: Problem,
-    rule: Rule,
-    start: tuple[Tensor, Tensor],
-    noises: Iterable[Tensor],
-    member_step_size: float | None = None,
+    problem: Problem, rule: Rule, start: tuple[Tensor, Tensor], noises: Iterable[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield θ [S, 1, d] and φ [S, K, d] after each outer iteration of the exact loop.
 
@@ -119,16 +115,14 @@ def multiplicative(
         rule: K, α and γ.
         start: θ and φ.
         noises: ε for each iteration, [S, K, d].
-        member_step_size: the members' step if it is not α; 0 freezes them.
     """
     base, members = start
     h, step = problem.curvature, rule.step_size
-    member_step = step if member_step_size is None else member_step_size
     for noise in noises:
         gradients = h * (base * members - 1) + noise
         base, members = (
             base - step * rule.gamma * (members * gradients).sum(-2, keepdim=True),
-            members - member_step * base * gradients,
+            members - step * base * gradients,
         )
         yield base, members
 
