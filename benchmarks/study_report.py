@@ -1,19 +1,13 @@
 """Tables and pictures of benchmarks/study.py: mean ± standard error, and the difference of paired seeds."""
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from latephase_kernels.train.demo_report import mean_and_error
 from latephase_kernels.train.figures import new_figure, save_figure
 from latephase_kernels.train.files import write_whole
 
 Summary = dict[str, dict[str, dict[str, float]]]
-
-
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error: the sample's standard deviation over √n."""
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summarize(values: Mapping[str, Mapping[str, Sequence[float]]], compared: Mapping[str, str]) -> Summary:
@@ -26,12 +20,12 @@ def summarize(values: Mapping[str, Mapping[str, Sequence[float]]], compared: Map
     summary: Summary = {}
     for title, quantities in values.items():
         for quantity, own in quantities.items():
-            mean, error = _mean_and_error(own)
+            mean, error = mean_and_error(own)
             found = {"mean": mean, "error": error}
             if compared[title] != title:
                 other = values[compared[title]][quantity]
                 differences = [a - b for a, b in zip(own, other, strict=True)]
-                found["difference"], found["difference error"] = _mean_and_error(differences)
+                found["difference"], found["difference error"] = mean_and_error(differences)
             summary.setdefault(title, {})[quantity] = found
     return summary
 
