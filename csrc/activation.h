@@ -1,4 +1,4 @@
-// Each activation and its derivative, once for host and device.
+// The activations there are, and what passes the ReLU, once for host and device.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Everything this project knows of the LibTorch stable ABI: the target version, aliases, and nothing else.
+// What this project takes of the LibTorch stable ABI: the target version, the headers, aliases, and new tensors.
 #pragma once
 
 #ifdef TORCH_FEATURE_VERSION
