@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_nqp(commands)
     commands.add_parser(
         "train",
-        help="train by a recipe: CIFAR-10, CIFAR-100, ImageNet, enwik8, digits, text, or a YAML file (latephase train)",
+        help="train by a recipe: CIFAR, Fashion-MNIST, ImageNet, enwik8, digits, text, or a YAML file of your own",
     )
     _add_eval(commands)
     _add_collapse(commands)

@@ -175,7 +175,7 @@ def test_a_signal_ends_an_evaluation(finished, tmp_path, monkeypatch):
 def test_help_names_the_data(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "train by a recipe: CIFAR-10, CIFAR-100, ImageNet, enwik8" in " ".join(capsys.readouterr().out.split())
+    assert "train by a recipe: CIFAR, Fashion-MNIST, ImageNet, enwik8" in " ".join(capsys.readouterr().out.split())
 
 
 INTERRUPTED = """
