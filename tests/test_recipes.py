@@ -1,4 +1,4 @@
-"""Every recipe of the package: read, built at a tiny size, and trained through T0."""
+"""Every recipe of the package is read; those of images in memory are built at a tiny size and trained through T0."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ TINY = {
     "hyper_wide_resnet": {"depth": 10, "width": 1},
     "small_resnet": {"widths": [4, 4]},
 }
-IMAGE_RECIPES = [name for name in recipe_names() if parse_recipe([name])[0].data.name.startswith(("cifar", "digits"))]
+IMAGE_RECIPES = [name for name in recipe_names() if parse_recipe([name])[0].model.name in TINY]
 METHODS = {"", "_base", "_swa", "_swa_base", "_dropout", "_batch_ensemble", "_from_start", "_rank1", "_hypernetwork"}
 
 
@@ -44,7 +44,7 @@ def tiny(recipe):
 @pytest.mark.parametrize("name", IMAGE_RECIPES)
 def test_a_recipe_trains(name):
     recipe = tiny(parse_recipe([name])[0])
-    side, channels = (8, 1) if recipe.data.name == "digits" else (16, 3)
+    side, channels = 8 if recipe.data.name == "digits" else 16, 3 if recipe.data.name.startswith("cifar") else 1
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, channels, side, side), generator=generator, dtype=torch.uint8)
     labels = torch.arange(8) % 4
@@ -78,6 +78,7 @@ def _own_members(module):
 def test_the_set_is_complete():
     for data in ("cifar10", "cifar100", "digits"):
         assert {data + method for method in METHODS} <= set(IMAGE_RECIPES)
+    assert {f"fashion_mnist{method}" for method in ("", "_base", "_swa", "_swa_base")} <= set(IMAGE_RECIPES)
     for name in recipe_names():
         recipe, _ = parse_recipe([name])
         assert check(recipe).name == name
