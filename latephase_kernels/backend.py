@@ -143,7 +143,8 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     kind = (tensor.dtype, tensor.device, op)
     if torch.jit.is_tracing() and _choice == "auto":
         return "reference"
-    if kind in _native:
+    remembers = not torch.compiler.is_compiling()  # a graph that guards what grows would soon be compiled again
+    if remembers and kind in _native:
         return "native"
     if op is not None and op not in _ops:
         raise ValueError(f'backend_for: op must be None or the name of a registered op, as "member_gain", got {op!r}')
@@ -157,7 +158,7 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
     candidates = ("native", "triton") if tensor.device.type == "cuda" else ("native",)
     for candidate in candidates:
         if _failure(candidate, tensor, op) is None:
-            if candidate == "native":
+            if candidate == "native" and remembers:
                 _native.add(kind)
             return candidate
     _warn_once(tensor.device.type, op)
@@ -165,8 +166,10 @@ def backend_for(tensor: Tensor, op: str | None = None) -> str:
 
 
 def _warn_once(device: str, op: str | None) -> None:
+    if torch.compiler.is_compiling():  # no warning in a graph
+        return
     failure = _native_failure(device, op)
-    if failure is not None and failure not in _warned and not torch.compiler.is_compiling():  # no warning in a graph
+    if failure is not None and failure not in _warned:
         _warned.add(failure)
         warnings.warn(
             f"latephase_kernels runs on the reference path (plain PyTorch, slower) for {device} tensors: {failure}",

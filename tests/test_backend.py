@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import latephase_kernels as lp
 from latephase_kernels import backend
@@ -33,6 +35,31 @@ def test_backend_for():
     lp.set_backend("native")
     with pytest.raises(RuntimeError, match=r'no kernels for meta tensors; call set_backend\("auto"\)'):
         lp.backend_for(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_model_compiled_before_anything_has_run_is_compiled_once(loaded, monkeypatch):
+    monkeypatch.setattr(backend, "_native", set())
+    monkeypatch.setattr(backend, "_warned", set())
+    if not loaded:
+        monkeypatch.setitem(backend._load_failures, "cpu", "a test asks for none")
+    layers = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.LayerNorm(16)
+    targets = ("batch_norm", "rank1", "layer_norm")
+    model, eager = (lp.fuse(lp.expand(nn.Sequential(*layers), 2, targets=targets)) for _ in range(2))
+    counter, x = CompileCounter(), torch.randn(8, 6)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    torch._dynamo.reset()
+    ys = [compiled(x) for _ in range(2)]
+    assert counter.frame_count == 1
+    if loaded:
+        eager(x)
+    else:
+        with pytest.warns(UserWarning, match="runs on the reference path .* a test asks for none"):
+            eager(x)
+    ys.append(compiled(x))
+    assert counter.frame_count == 1
+    for y in ys:
+        torch.testing.assert_close(y, eager(x))
 
 
 def test_triton_without_a_gpu_is_refused_when_it_is_chosen(monkeypatch):
