@@ -25,6 +25,15 @@ class Tied(nn.Module):
         self.fc.weight = self.words.weight
 
 
+class Temperature(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
 def net(*modules):
     return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), *modules)
 
@@ -199,9 +208,9 @@ RULES = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
 @pytest.mark.parametrize("member_state", ("fresh", "copy"))
 @pytest.mark.parametrize("rule", RULES)
 def test_torch_optimizers_are_k_optimizers(rule, member_state):
-    """Two plain steps, then K members with fresh state or the plain one's."""
+    """Two plain steps, then K members with fresh state or the plain one's; one weight has no dimension."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3))
+    model = nn.Sequential(nn.Linear(4, 3), Temperature())
     optimizer = getattr(torch.optim, rule)(model.parameters(), lr=0.01)
     for _ in range(2):
         for parameter in model.parameters():
@@ -212,7 +221,8 @@ def test_torch_optimizers_are_k_optimizers(rule, member_state):
     if member_state == "copy":
         for each in optimizers:
             each.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    lp.expand(model, 3, targets="head", optimizers=optimizer, member_state=member_state)
+    targets = ("head", lambda name, module: isinstance(module, Temperature))
+    lp.expand(model, 3, targets=targets, optimizers=optimizer, member_state=member_state)
     assert_k_optimizers(optimizer, model, optimizers, members, rule)
 
 

@@ -181,6 +181,21 @@ def test_a_copy_is_clipped_by_the_gradients_that_its_own_optimizer_sees():
         torch.testing.assert_close(of_copy[1:], scaled[1:])
 
 
+def test_clipping_of_weights_without_dimensions():
+    class Temperature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = lp.expand(nn.Sequential(Temperature()), K, targets=lambda name, module: name == "0")
+    model(torch.tensor([[3.0], [-4.0], [0.5]])).sum().backward()
+    assert lp.clip_grad_norm_(model, 1.0).tolist() == [0.0, 3.0, 4.0, 0.5]
+    torch.testing.assert_close(model[0].scale.grad, torch.tensor([1.0, -1.0, 0.5]), rtol=1e-5, atol=0)
+
+
 def test_clipping_of_gradients_that_are_not_finite():
     model = expanded()
     x = images(K * B)

@@ -210,13 +210,17 @@ def move_parameters(
     return left
 
 
+# Numbers that optimizers keep as tensors of shape []: one for all members, of a parameter of that shape, too.
+_NUMBERS = ("step", "mu_product", "eta", "mu")
+
+
 def _move_state(optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, member_state: str) -> None:
     state = optimizer.state.pop(old, {})
     if member_state == "fresh" or not state:
         return
     optimizer.state[new] = {
         key: value.detach().expand(new.shape).clone()
-        if isinstance(value, Tensor) and value.shape == old.shape
+        if isinstance(value, Tensor) and value.shape == old.shape and (value.dim() or key not in _NUMBERS)
         else _copied(value)
         for key, value in state.items()
     }
