@@ -196,6 +196,19 @@ def test_clipping_of_weights_without_dimensions():
     torch.testing.assert_close(model[0].scale.grad, torch.tensor([1.0, -1.0, 0.5]), rtol=1e-5, atol=0)
 
 
+def test_clipping_of_sparse_gradients():
+    def clipped(sparse):
+        torch.manual_seed(0)
+        layers = nn.Embedding(10, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 2)
+        model = lp.expand(nn.Sequential(*layers), K, targets=lambda name, module: name == "0", noise_std=0.2)
+        model(torch.arange(2 * K * B).view(K * B, 2) % 7).square().sum().backward()
+        assert model[0].weight.grad.is_sparse == sparse
+        return lp.clip_grad_norm_(model, 0.1), *(p.grad.to_dense() for p in model.parameters())
+
+    for own, dense in zip(clipped(True), clipped(False)):
+        torch.testing.assert_close(own, dense)
+
+
 def test_clipping_of_gradients_that_are_not_finite():
     model = expanded()
     x = images(K * B)

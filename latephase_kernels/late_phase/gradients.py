@@ -148,7 +148,7 @@ def clip_grad_norm_(
     base = [p.grad for p in model.parameters() if p.grad is not None and p not in replicated]
     device = next((gradient.device for gradient in (*base, *member)), None)
     norm = torch.nn.utils.get_total_norm(base, norm_type).to(device) * abs(routing.base_grad_scale)
-    rows = [torch.linalg.vector_norm(gradient.unsqueeze(-1).flatten(1), norm_type, 1).to(device) for gradient in member]
+    rows = [_member_norms(gradient, norm_type).to(device) for gradient in member]
     none = torch.zeros(1, routing.num_members, device=device)
     norms = torch.cat([norm.reshape(1), torch.linalg.vector_norm(torch.stack(rows) if rows else none, norm_type, 0)])
     if error_if_nonfinite and not bool(norms.isfinite().all()):
@@ -159,3 +159,9 @@ def clip_grad_norm_(
     for gradient in member:
         gradient.mul_(factors[1:].to(gradient).view(-1, *[1] * (gradient.dim() - 1)))
     return norms
+
+
+def _member_norms(gradient: Tensor, norm_type: float) -> Tensor:
+    """Return the norm of each member's part of a gradient [K, …], [K]."""
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return torch.linalg.vector_norm(dense.unsqueeze(-1).flatten(1), norm_type, 1)  # K numbers have no dim 1
