@@ -157,18 +157,18 @@ inline Vec<float> widen(Bits16 bits, BFloat16) {
 // To the nearest, ties to even; NaN quiet.
 inline Bits16 narrow(Vec<float> v, BFloat16) {
   const Bits32 bits = (Bits32)v;
-  const Bits32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u), quiet_nan = bits | 0x400000u;
+  const Bits32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
 #if defined(__AVX512F__)
   const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-  const __m512i all = _mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)quiet_nan);
+  const __m512i all = _mm512_mask_mov_epi32((__m512i)rounded, is_nan, (__m512i)(bits | 0x400000u));
   return (Bits16)_mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16));
 #elif defined(__AVX2__)
-  const __m256 is_nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);
-  const __m256i all = (__m256i)_mm256_blendv_ps((__m256)rounded, (__m256)quiet_nan, is_nan);
-  const __m256i high = _mm256_srli_epi32(all, 16);
-  return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b1000));
+  const __m256 is_nan = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_UNORD_Q);  // all bits set are a quiet NaN
+  const __m256i all = (__m256i)_mm256_or_ps((__m256)rounded, is_nan);
+  const __m256i upper_halves = _mm256_set1_epi64x(0x0f0e0b0a07060302);
+  return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(all, upper_halves), 0b1000));
 #else
-  const Bits32 is_number = (Bits32)(v == v), all = (rounded & is_number) | (quiet_nan & ~is_number);
+  const Bits32 is_number = (Bits32)(v == v), all = (rounded & is_number) | ((bits | 0x400000u) & ~is_number);
 #if defined(__aarch64__)
   return (Bits16)vshrn_n_u32((uint32x4_t)all, 16);
 #else
@@ -254,6 +254,50 @@ inline void copy_first(const T* from, int count, T* to) {
     if (i < count) to[i] = from[i];
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The first bytes of a register, in pieces: of 16 bits there is no masked access, and some processors are slow to store
+// any by a mask.
+inline __m128i load_first(const void* p, int bytes) {
+  const auto* from = static_cast<const char*>(p);
+  __m128i v{};
+  if (bytes & 2) {
+    uint16_t last;
+    std::memcpy(&last, from + (bytes & 12), 2);
+    v = _mm_cvtsi32_si128(last);
+  }
+  if (bytes & 4) v = _mm_unpacklo_epi32(_mm_loadu_si32(from + (bytes & 8)), v);
+  if (bytes & 8) v = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), v);
+  return v;
+}
+inline void store_first(void* p, __m128i v, int bytes) {
+  auto* to = static_cast<char*>(p);
+  if (bytes & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v);
+    v = _mm_unpackhi_epi64(v, v);
+    to += 8;
+  }
+  if (bytes & 4) {
+    _mm_storeu_si32(to, v);
+    v = _mm_srli_epi64(v, 32);
+    to += 4;
+  }
+  if (bytes & 2) {
+    const auto last = static_cast<uint16_t>(_mm_extract_epi16(v, 0));
+    std::memcpy(to, &last, 2);
+  }
+}
+inline void store_first(void* p, __m256i v, int bytes) {
+  auto* to = static_cast<char*>(p);
+  __m128i rest = _mm256_castsi256_si128(v);
+  if (bytes & 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rest);
+    rest = _mm256_extracti128_si256(v, 1);
+    to += 16;
+  }
+  store_first(to, rest, bytes);
+}
+#endif
+
 inline void load(const float* p, Vec<float>& v) { std::memcpy(&v, p, sizeof v); }
 inline void load(const double* p, Vec<double>& v) { std::memcpy(&v, p, sizeof v); }
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
@@ -292,6 +336,7 @@ inline Vec<typename Accumulation<T>::type> load(const T* p, int count) {
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 8) return (Vec<double>)_mm256_maskload_pd(p, (__m256i)first_lanes<double>(count));
   if constexpr (sizeof(T) == 4) return (Vec<float>)_mm256_maskload_ps(p, (__m256i)first_lanes<float>(count));
+  if constexpr (sizeof(T) == 2) return widen((Bits16)load_first(p, 2 * count), T{});
 #endif
   T lanes[kLanes<A>] = {};
   copy_first<kLanes<A>>(p, count, lanes);
@@ -309,8 +354,8 @@ inline void store(T* p, V v, int count) {
   if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, lanes_there, (__m512)v);
   if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, lanes_there, (__m256i)narrow(v, T{}));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd(p, (__m256i)first_lanes<double>(count), (__m256d)v);
-  if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(count), (__m256)v);
+  if constexpr (sizeof(T) == 2) return store_first(p, (__m128i)narrow(v, T{}), 2 * count);
+  if constexpr (sizeof(T) > 2) return store_first(p, (__m256i)v, static_cast<int>(sizeof(T)) * count);
 #endif
   constexpr int kCount = kLanes<typename Accumulation<T>::type>;
   T lanes[kCount];
