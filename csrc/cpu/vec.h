@@ -255,10 +255,11 @@ inline void copy_first(const T* from, int count, T* to) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// The first bytes of a register, in pieces: of 16 bits there is no masked access, and some processors are slow to store
-// any by a mask.
+// The first bytes of a register, none to all, in pieces: of 16 bits there is no masked access, and some processors are
+// slow to store any by a mask.
 inline __m128i load_first(const void* p, int bytes) {
   const auto* from = static_cast<const char*>(p);
+  if (bytes & 16) return _mm_loadu_si128(static_cast<const __m128i*>(p));
   __m128i v{};
   if (bytes & 2) {
     uint16_t last;
@@ -271,6 +272,7 @@ inline __m128i load_first(const void* p, int bytes) {
 }
 inline void store_first(void* p, __m128i v, int bytes) {
   auto* to = static_cast<char*>(p);
+  if (bytes & 16) return _mm_storeu_si128(static_cast<__m128i*>(p), v);
   if (bytes & 8) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), v);
     v = _mm_unpackhi_epi64(v, v);
@@ -287,14 +289,10 @@ inline void store_first(void* p, __m128i v, int bytes) {
   }
 }
 inline void store_first(void* p, __m256i v, int bytes) {
-  auto* to = static_cast<char*>(p);
-  __m128i rest = _mm256_castsi256_si128(v);
-  if (bytes & 16) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rest);
-    rest = _mm256_extracti128_si256(v, 1);
-    to += 16;
-  }
-  store_first(to, rest, bytes);
+  if (bytes & 32) return _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+  if (!(bytes & 16)) return store_first(p, _mm256_castsi256_si128(v), bytes);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_castsi256_si128(v));
+  store_first(static_cast<char*>(p) + 16, _mm256_extracti128_si256(v, 1), bytes & 15);
 }
 #endif
 
