@@ -1,4 +1,4 @@
-// The activations there are, and what passes the ReLU, once for host and device.
+// The activations there are, and what passes the ReLU and the ReLU6, once for host and device.
 #pragma once
 
 #include <cstdint>

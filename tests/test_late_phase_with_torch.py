@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from test_late_phase_errors import Temperature
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import CheckpointError, checkpoint
@@ -182,14 +183,6 @@ def test_a_copy_is_clipped_by_the_gradients_that_its_own_optimizer_sees():
 
 
 def test_clipping_of_weights_without_dimensions():
-    class Temperature(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
-        def forward(self, x):
-            return x * self.scale
-
     model = lp.expand(nn.Sequential(Temperature()), K, targets=lambda name, module: name == "0")
     model(torch.tensor([[3.0], [-4.0], [0.5]])).sum().backward()
     assert lp.clip_grad_norm_(model, 1.0).tolist() == [0.0, 3.0, 4.0, 0.5]
